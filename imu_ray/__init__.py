@@ -1,0 +1,38 @@
+"""Make a trained PyTorch model forget: influence-guided machine unlearning on Ray."""
+
+from imu_ray.api import UnlearnResult, ascend, audit, score, unlearn
+from imu_ray.config import UnlearnConfig
+from imu_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    EmptySelectionError,
+    ForgetSetError,
+    ImuError,
+    NonFiniteError,
+    StageFailedError,
+    UnsupportedModelError,
+)
+from imu_ray.job import JobConfig, run_job
+from imu_ray.models import ModelSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EmptySelectionError",
+    "ForgetSetError",
+    "ImuError",
+    "JobConfig",
+    "ModelSpec",
+    "NonFiniteError",
+    "StageFailedError",
+    "UnlearnConfig",
+    "UnlearnResult",
+    "UnsupportedModelError",
+    "ascend",
+    "audit",
+    "run_job",
+    "score",
+    "unlearn",
+]

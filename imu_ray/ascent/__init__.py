@@ -1,0 +1,1 @@
+"""The weighted ascent on the head, torch only."""

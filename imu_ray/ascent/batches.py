@@ -1,0 +1,72 @@
+"""Which rows make up each global batch, and which worker takes which piece of it.
+
+The plan is a function of the seed, the epoch and the kept rows alone, never of the number of workers. A *position* is a row's
+place in the order of the feature shards.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from imu_ray.config import AscentConfig
+from imu_ray.influence.features import FeatureShard
+
+Positions = npt.NDArray[np.int64]
+
+
+def epoch_batches(kept: Positions, block_starts: Positions, config: AscentConfig, seed: int, epoch: int) -> list[list[Positions]]:
+    """The global batches of an epoch, each a list of microbatches of positions.
+
+    Blocks are permuted by ``(seed, epoch)``; rows are shuffled within windows of ``window_blocks`` blocks, so that reads
+    stay near each other.
+
+    Args:
+        kept: positions with a positive weight, ascending.
+        block_starts: first position of each block, ascending.
+        config: batch, microbatch and window sizes.
+        seed: seed of the run.
+        epoch: index of the epoch.
+
+    Returns:
+        Every kept position exactly once; the last batch and the last microbatch of each batch may be shorter.
+    """
+    random = np.random.default_rng((seed, epoch))
+    pieces = np.split(kept, np.searchsorted(kept, block_starts[1:]))
+    order = random.permutation(len(pieces))
+    windows = [order[i : i + config.window_blocks] for i in range(0, len(order), config.window_blocks)]
+    rows = np.concatenate([random.permutation(np.concatenate([pieces[block] for block in window])) for window in windows])
+    batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+    size = config.microbatch_rows
+    return [[batch[i : i + size] for i in range(0, len(batch), size)] for batch in batches]
+
+
+class FeatureStore:
+    """Cached features of one sample set, addressed by position."""
+
+    def __init__(self, shards: Sequence[FeatureShard]) -> None:
+        self.shards = list(shards)
+        self.starts = np.cumsum([0] + [len(shard.labels_n) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def block_starts(self) -> Positions:
+        """First position of each block."""
+        sizes = [size for shard in self.shards for size in shard.block_sizes]
+        return np.cumsum([0] + sizes[:-1])
+
+    def gather(self, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Features ``[B, F]`` (float64) and labels ``[B]`` of some positions, in the order given."""
+        owner = np.searchsorted(self.starts, positions, side="right") - 1
+        features = np.empty((len(positions), self.shards[0].features_nF.shape[1]))
+        labels = np.empty(len(positions), dtype=np.int64)
+        for index in np.unique(owner):
+            mine = owner == index
+            local = positions[mine] - self.starts[index]
+            features[mine] = self.shards[index].features_nF[local]
+            labels[mine] = self.shards[index].labels_n[local]
+        return torch.from_numpy(features), torch.from_numpy(labels)

@@ -1,0 +1,97 @@
+"""One global step of the ascent: gradient over the global batch, penalties, optimiser.
+
+Shapes: B samples, C classes, D head inputs with the bias input. Everything is float64; the head is rounded to the model's
+type once, at the end.
+"""
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from imu_ray.ascent.batches import FeatureStore, Positions
+from imu_ray.ascent.objectives import LogitGradient
+from imu_ray.config import AscentConfig
+from imu_ray.models import Head
+
+T = TypeVar("T")
+
+
+class Workers:
+    """The workers of an ascent: which microbatches are ours, and how sums are brought together."""
+
+    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.world = rank, world
+        self.device = device or torch.device("cpu")
+
+    def mine(self, pieces: "list[Positions]") -> "list[Positions]":
+        """Pieces dealt to this worker, round-robin."""
+        return pieces[self.rank :: self.world]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all workers; the same on each."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value: T) -> T:
+        """The first worker's value, on every worker."""
+        box = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(box)
+        return box[0]
+
+
+def batch_gradient(
+    microbatches: list[Positions],
+    features: FeatureStore,
+    weights: "np.ndarray[Any, np.dtype[np.float64]]",
+    objective: LogitGradient,
+    matrix_CD: Tensor,
+    original: Head,
+    workers: Workers,
+) -> Tensor:
+    r"""Gradient of the weighted objective over one global batch, ``[C, D]``; the same on every worker.
+
+    .. math:: \frac{1}{\sum_B w_i} \sum_B w_i\, r_i h_i^\top
+
+    The divisor is that of the global batch, read off the weight table, so that the number of workers changes nothing.
+    A worker without a microbatch adds zeros.
+    """
+    gradient = torch.zeros_like(matrix_CD)
+    for positions in workers.mine(microbatches):
+        raw, labels = features.gather(positions)
+        inputs, labels = original.inputs(raw.to(workers.device)), labels.to(workers.device)
+        pull = objective(inputs @ matrix_CD.T, labels, inputs @ original.matrix_CD.to(workers.device).T)
+        pull *= torch.from_numpy(weights[positions]).to(workers.device).unsqueeze(1)
+        gradient += pull.T @ inputs
+    return workers.sum(gradient) / float(sum(weights[positions].sum() for positions in microbatches))
+
+
+class HeadOptimiser:
+    """The head's matrix and its optimiser; a step is a function of (state, gradient, step) alone."""
+
+    def __init__(self, original: Head, config: AscentConfig, device: torch.device) -> None:
+        self.config = config
+        self.matrix = original.matrix_CD.to(device, copy=True)
+        self.optimiser = torch.optim.SGD([self.matrix], lr=config.learning_rate, momentum=config.momentum)
+
+    def step(self, gradient_CD: Tensor) -> None:
+        r"""Add weight decay and the L1 subgradient :math:`\alpha\,\mathrm{sign}(W)`, once, and take the step."""
+        self.matrix.grad = gradient_CD + self.config.weight_decay * self.matrix + self.config.l1 * self.matrix.sign()
+        self.optimiser.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the matrix and of the optimiser's tensors, by name."""
+        inner = self.optimiser.state[self.matrix]
+        tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+        return {key: value.detach().cpu().clone() for key, value in {"matrix": self.matrix, **tensors}.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go back to what ``state`` returned."""
+        device = self.matrix.device
+        self.matrix.copy_(state["matrix"])
+        inner = {key: value.to(device, copy=True) for key, value in state.items() if key != "matrix"}
+        self.optimiser.state[self.matrix] = inner

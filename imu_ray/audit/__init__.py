@@ -1,0 +1,1 @@
+"""What was forgotten, what was kept, and the report."""

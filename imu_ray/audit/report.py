@@ -1,0 +1,73 @@
+"""A self-contained HTML page of what a run did: tables, trajectory and distributions. It shows no sample and no id."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def render_report(
+    manifest: Mapping[str, Any], metrics: Mapping[str, Any], intensities: pa.Table | None, trajectory: pa.Table | None
+) -> str:
+    """The page as text; parts without data are left out."""
+    figures = []
+    if trajectory is not None:
+        figures.append(("Trajectory", _draw_trajectory(trajectory, (manifest.get("ascent") or {}).get("target"))))
+    if intensities is not None:
+        figures.append(("Influence and intensity", _draw_distributions(intensities)))
+    sides = [side for side in ("before", "after") if side in metrics]
+    sets = [name for name in metrics[sides[-1]] if name != "membership"] if sides else []
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return environment.get_template("report.html.j2").render(manifest=manifest, metrics=metrics, sides=sides, sets=sets, figures=figures)
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    # Figure rather than pyplot: no global state, safe in any thread, needs no display.
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(1, columns)))
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> Markup:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return Markup(svg[svg.index("<svg") :])
+
+
+def _draw_trajectory(trajectory: pa.Table, target: Mapping[str, Any] | None) -> Markup:
+    figure, (left, right) = _figure(2)
+    steps = trajectory["step"].to_numpy()
+    for name in trajectory.column_names:
+        if name.endswith("_accuracy"):
+            left.plot(steps, 100 * trajectory[name].to_numpy(), label=name.removesuffix("_accuracy"))
+        elif name.endswith("_loss"):
+            right.plot(steps, trajectory[name].to_numpy(), label=name.removesuffix("_loss"))
+    if target:
+        left.axhline(100 * target["threshold"], color="grey", linestyle=":", label="target of forget")
+    left.set(xlabel="step", ylabel="accuracy in %")
+    right.set(xlabel="step", ylabel="mean loss in nats")
+    left.legend(frameon=False)
+    right.legend(frameon=False)
+    return _svg(figure)
+
+
+def _draw_distributions(intensities: pa.Table) -> Markup:
+    figure, (left, right) = _figure(2)
+    weights = intensities["intensity"].to_numpy()
+    left.hist(intensities["influence"].to_numpy(), bins=60, color="#3b6ea5")
+    left.axvline(0, color="grey", linewidth=1)
+    left.set(xlabel="influence on the mean forget loss", ylabel="samples", yscale="log")
+    right.hist(weights[weights > 0], bins=60, color="#c2703d")
+    right.set(xlabel=f"intensity of the {np.count_nonzero(weights)} kept of {len(weights)} samples", ylabel="samples", yscale="log")
+    return _svg(figure)

@@ -1,0 +1,118 @@
+"""The ascent on Ray Train: data-parallel over cached features; in-process when one CPU worker is asked for."""
+
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+import torch
+from ray import train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from imu_ray.ascent.batches import FeatureStore
+from imu_ray.ascent.loop import AscentOutcome, AscentProblem, run_ascent
+from imu_ray.ascent.step import Workers
+from imu_ray.checkpoint import RunDirectory
+from imu_ray.config import ResourcesConfig
+from imu_ray.distributed.influence_job import FeatureSet
+from imu_ray.errors import ImuError, StageFailedError
+
+
+def ascend(
+    problem: AscentProblem,
+    forget: FeatureSet,
+    evaluation: Mapping[str, FeatureSet],
+    resources: ResourcesConfig,
+    run: RunDirectory,
+) -> AscentOutcome:
+    """Ascend on ``resources.workers`` workers; state is saved in ``run`` after every check and taken up from there.
+
+    Args:
+        problem: with empty feature stores; each worker fills them from the object store.
+        forget: features of the forget set.
+        evaluation: features of the sets that are measured.
+        resources: workers and what each has.
+        run: where state is kept; a shared path when workers run on several machines.
+
+    Raises:
+        StageFailedError: the worker group failed more often than ``resources.max_retries``.
+    """
+    arguments: dict[str, Any] = {
+        "problem": problem,
+        "forget": forget.refs,
+        "evaluation": {name: features.refs for name, features in evaluation.items()},
+        "run_dir": str(run.path),
+        "threads": resources.cpus_per_worker,
+    }
+    if resources.workers == 1 and not resources.gpus_per_worker:
+        return _ascend_here(arguments)
+    # A name of its own each time: under a known name, Train would go on with a stale run.
+    name, storage = f"ascent-{uuid.uuid4().hex[:8]}", str(run.path / "state" / "train")
+    per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    trainer = TorchTrainer(
+        _ascend_as_worker,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={key: value for key, value in per_worker.items() if value},
+        ),
+        run_config=train.RunConfig(name=name, storage_path=storage, failure_config=train.FailureConfig(max_failures=resources.max_retries)),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except train.TrainingFailedError as error:
+        raise _explain(error) from None
+    return outcome
+
+
+def _ascend_here(arguments: Mapping[str, Any]) -> AscentOutcome:
+    with _threads(arguments["threads"]):
+        return _run(arguments, Workers())
+
+
+def _ascend_as_worker(arguments: Mapping[str, Any]) -> AscentOutcome:
+    context = train.get_context()
+    device = torch.device("cuda") if torch.cuda.is_available() and ray.get_gpu_ids() else torch.device("cpu")
+    with _threads(arguments["threads"]):
+        return _run(arguments, Workers(context.get_world_rank(), context.get_world_size(), device))
+
+
+def _run(arguments: Mapping[str, Any], workers: Workers) -> AscentOutcome:
+    def store(refs: "list[ray.ObjectRef[Any]]") -> FeatureStore:
+        return FeatureStore(ray.get(refs))
+
+    problem = dataclasses.replace(
+        arguments["problem"],
+        forget=store(arguments["forget"]),
+        evaluation={name: store(refs) for name, refs in arguments["evaluation"].items()},
+    )
+    run = RunDirectory(arguments["run_dir"])
+    resume = workers.agree(run.load_state() if workers.rank == 0 else None)
+    save = run.save_state if workers.rank == 0 else (lambda state: None)
+    return run_ascent(problem, workers, resume=resume, save=save)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _explain(error: BaseException) -> ImuError:
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [getattr(failure, "cause", failure) for failure in failures.values()] or [error]
+    for cause in causes:
+        if isinstance(cause, ImuError):
+            return cause
+    return StageFailedError(
+        f"ascent failed: {type(causes[0]).__name__}: {causes[0]}; the last good state is kept in the run directory; the same call "
+        "goes on from there"
+    )

@@ -1,0 +1,212 @@
+"""Scoring on Ray tasks: shards -> features -> statistics -> tree reduce -> scores.
+
+Every remote function is one line around a pure one. Features stay on the node that made them; statistics and scores travel.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+import torch
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from torch import nn
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.errors import ImuError, StageFailedError
+from imu_ray.forget_set import ForgetSet, Shard
+from imu_ray.influence.curvature import CURVATURES, Moments, S, damped_direction, merge_tree
+from imu_ray.influence.features import FeatureShard, ShardReport, extract_features, score_shard, shard_statistics
+from imu_ray.influence.gradients import LayerIO
+from imu_ray.models import Head
+from imu_ray.progress import Progress
+from imu_ray.tasks.base import Task
+
+logger = logging.getLogger("imu_ray")
+R = TypeVar("R")
+REDUCE_FAN_IN = 8  # a power of two, so that the tree over block index is kept
+
+
+@functools.lru_cache(maxsize=2)
+def _model(ref: "ray.ObjectRef[nn.Module]", device: str) -> nn.Module:
+    """The model, fetched and moved once per worker process."""
+    return ray.get(ref).to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _source(ref: "ray.ObjectRef[ForgetSet]") -> ForgetSet:
+    return ray.get(ref)
+
+
+@ray.remote
+def _extract(refs: Sequence[Any], shard: Shard, task: Task, threads: int, device: str) -> tuple[FeatureShard, ShardReport]:
+    torch.set_num_threads(threads)
+    return extract_features(_source(refs[0]), shard, task, _model(refs[1], device), torch.device(device))
+
+
+@ray.remote
+def _map(function: Callable[[FeatureShard], R], shard: FeatureShard, threads: int) -> R:
+    torch.set_num_threads(threads)
+    return function(shard)
+
+
+@ray.remote
+def _merge(*parts: Any) -> Any:
+    return merge_tree(parts)
+
+
+class TaskRunner:
+    """Runs one stage's tasks, ``workers`` at a time, with retries, progress and clear errors."""
+
+    def __init__(self, config: UnlearnConfig) -> None:
+        self.resources = config.resources
+        self.device = "cuda" if config.resources.gpus_per_worker else "cpu"
+
+    def options(self, name: str, *, gpu: bool = False, **more: Any) -> dict[str, Any]:
+        """Ray options of a task of this run."""
+        return {
+            "name": name,
+            "num_cpus": self.resources.cpus_per_worker,
+            "num_gpus": self.resources.gpus_per_worker if gpu else 0,
+            "max_retries": self.resources.max_retries,
+            "retry_exceptions": [OSError],
+            # A plain task would inherit a Tune trial's placement group and could not be scheduled in it.
+            "scheduling_strategy": "SPREAD",
+            **more,
+        }
+
+    def run(
+        self,
+        stage: str,
+        submit: Callable[[int], "ray.ObjectRef[Any]"],
+        count: int,
+        on_done: Callable[[int, Any], int],
+        *,
+        fetch: bool = True,
+    ) -> None:
+        """Submit tasks ``0 .. count - 1``, at most ``workers`` in flight.
+
+        ``on_done`` takes each result in order of completion and returns its samples. With ``fetch=False`` results stay where
+        they were made and ``on_done`` gets None; a failure then shows in whoever fetches what depends on them.
+
+        Raises:
+            ImuError: what a task raised on purpose, as it was raised.
+            StageFailedError: anything else that stopped a task.
+        """
+        pending: dict[ray.ObjectRef[Any], int] = {}
+        submitted = 0
+        with Progress(stage, count, "shards") as progress:
+            try:
+                while pending or submitted < count:
+                    while submitted < count and len(pending) < self.resources.workers:
+                        pending[submit(submitted)] = submitted
+                        submitted += 1
+                    ready, _ = ray.wait(list(pending), num_returns=1, fetch_local=fetch)
+                    for ref in ready:
+                        index = pending.pop(ref)
+                        progress.advance(samples=on_done(index, ray.get(ref) if fetch else None))
+            except (RayError, torch.OutOfMemoryError) as error:
+                raise _explain(stage, error) from None
+            finally:
+                for ref in pending:
+                    ray.cancel(ref, force=True)
+
+
+def _explain(stage: str, error: BaseException) -> ImuError:
+    """The error to show for a failed task."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, ImuError):
+        return cause
+    if isinstance(cause, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
+        return StageFailedError(f"{stage} ran out of memory: {cause}; use a smaller influence.block_rows or fewer workers per node")
+    return StageFailedError(f"{stage} failed: {type(cause).__name__}: {cause}; see the worker's log above for the trace")
+
+
+def _ids(shard: FeatureShard) -> list[str]:
+    return shard.ids
+
+
+class FeatureSet:
+    """Handle on the features of one sample set: references in the driver, arrays in the object store."""
+
+    def __init__(self, runner: TaskRunner, refs: "list[ray.ObjectRef[FeatureShard]]", reports: list[ShardReport]) -> None:
+        self.runner, self.refs, self.reports = runner, refs, reports
+
+    @property
+    def rows(self) -> int:
+        """Samples with features."""
+        return sum(report.rows for report in self.reports)
+
+    def ids(self) -> list[str]:
+        """Sample ids, in order."""
+        return [sample_id for ids in self.map("ids", _ids) for sample_id in ids]
+
+    def map(self, stage: str, function: Callable[[FeatureShard], R]) -> list[R]:
+        """``function`` of every shard, in shard order."""
+        results: list[Any] = [None] * len(self.refs)
+
+        def done(index: int, result: R) -> int:
+            results[index] = result
+            return self.reports[index].rows
+
+        self.runner.run(stage, lambda i: self._submit(stage, function, i), len(self.refs), done)
+        return results
+
+    def _submit(self, stage: str, function: Callable[[FeatureShard], R], index: int) -> "ray.ObjectRef[R]":
+        options = self.runner.options(f"{stage} [{index + 1}/{len(self.refs)}]")
+        return _map.options(**options).remote(function, self.refs[index], self.runner.resources.cpus_per_worker)
+
+    def reduce(self, stage: str, head: Head, statistics: Callable[[LayerIO], S]) -> S:
+        """``statistics`` of every block, merged in one binary tree over block index."""
+        function = functools.partial(shard_statistics, head=head, statistics=statistics)
+        parts: list[Any] = [None] * len(self.refs)
+
+        def submit(index: int) -> "ray.ObjectRef[S]":
+            parts[index] = self._submit(stage, function, index)
+            return parts[index]
+
+        self.runner.run(stage, submit, len(self.refs), lambda index, _: self.reports[index].rows, fetch=False)
+        while len(parts) > 1:
+            groups = [parts[i : i + REDUCE_FAN_IN] for i in range(0, len(parts), REDUCE_FAN_IN)]
+            parts = [_merge.options(**self.runner.options(f"{stage} merge")).remote(*group) for group in groups]
+        try:
+            return ray.get(parts[0])
+        except RayError as error:
+            raise _explain(stage, error) from None
+
+
+def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConfig, stage: str) -> FeatureSet:
+    """One forward pass over ``source``; the features stay in the object store."""
+    runner = TaskRunner(config)
+    shards = source.shards(config.influence.block_rows, config.influence.blocks_per_shard)
+    shared = [ray.put(source), ray.put(model)]
+    refs: list[Any] = [None] * len(shards)
+    reports: list[Any] = [None] * len(shards)
+
+    def submit(index: int) -> "ray.ObjectRef[ShardReport]":
+        options = runner.options(f"{stage} [{index + 1}/{len(shards)}]", gpu=True, num_returns=2)
+        refs[index], report = _extract.options(**options).remote(
+            shared, shards[index], task, config.resources.cpus_per_worker, runner.device
+        )
+        return report
+
+    def done(index: int, report: ShardReport) -> int:
+        reports[index] = report
+        return report.rows
+
+    runner.run(stage, submit, len(shards), done)
+    return FeatureSet(runner, refs, reports)
+
+
+def score(features: FeatureSet, head: Head, config: UnlearnConfig) -> tuple[pa.Table, Moments]:
+    """Influence of every sample (``SCORE_SCHEMA``, in the order of the source) and the moments behind it."""
+    moments = features.reduce("moments", head, Moments.of)
+    fitted = CURVATURES[config.influence.curvature].fit(
+        lambda statistics: moments if statistics == Moments.of else features.reduce("curvature", head, statistics),
+        config.influence.damping,
+    )
+    direction = damped_direction(fitted, moments)
+    tables = features.map("scores", functools.partial(score_shard, head=head, direction_CD=direction))
+    return pa.concat_tables(tables), moments

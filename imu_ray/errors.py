@@ -1,0 +1,37 @@
+"""Every error that imu_ray raises on purpose.
+
+A message says what is wrong (with the value), what was expected and what to do. All survive pickling, because they are
+raised in Ray workers and read in the driver.
+"""
+
+
+class ImuError(Exception):
+    """Base class: catch it to catch everything that imu_ray raises on purpose."""
+
+
+class ConfigError(ImuError):
+    """A setting is unknown or out of range, or two settings contradict each other."""
+
+
+class ForgetSetError(ImuError):
+    """The forget set (or an evaluation set) is missing, malformed or holds a row that cannot be used."""
+
+
+class UnsupportedModelError(ImuError):
+    """The model has no classifier head that the method can work on."""
+
+
+class EmptySelectionError(ImuError):
+    """No sample was kept for the ascent, so there is nothing to ascend on."""
+
+
+class NonFiniteError(ImuError):
+    """A NaN or an infinity where a finite number is needed."""
+
+
+class CheckpointError(ImuError):
+    """A checkpoint or a run directory cannot be read, does not fit or must not be overwritten."""
+
+
+class StageFailedError(ImuError):
+    """A stage of the job failed for a reason outside the settings and the data; the cause is in the message."""

@@ -1,0 +1,1 @@
+"""The mathematics: influence of each sample, torch only."""

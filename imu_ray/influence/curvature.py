@@ -1,0 +1,136 @@
+"""Curvature of the forget-set loss in the head: additive statistics, their merge, and the damped inverse.
+
+A curvature is fitted by ``reduce``, which maps a pure function over feature blocks and merges the results in a binary tree
+over block index; it runs in a loop or on Ray. One class and one registry line make a new curvature.
+
+Shapes: C classes, D head inputs with the bias input.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from imu_ray.errors import NonFiniteError
+from imu_ray.influence.gradients import LayerIO, gradient_sum, squared_gradient_sum
+
+S = TypeVar("S", bound="Additive")
+
+
+class Additive(Protocol):
+    """Statistics that can be merged pairwise."""
+
+    def merge(self: S, other: S) -> S:
+        """The statistics of both."""
+        ...
+
+
+Reduce = Callable[[Callable[[LayerIO], S]], S]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, sum and sum of squares of the per-sample head gradients; float64."""
+
+    count: int
+    gradient_sum_CD: Tensor
+    squared_sum_CD: Tensor
+
+    @classmethod
+    def of(cls, layer_io: LayerIO) -> "Moments":
+        """Moments of one block."""
+        return cls(len(layer_io.inputs_BTD), gradient_sum(layer_io), squared_gradient_sum(layer_io))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of both blocks."""
+        return Moments(
+            self.count + other.count,
+            self.gradient_sum_CD + other.gradient_sum_CD,
+            self.squared_sum_CD + other.squared_sum_CD,
+        )
+
+    @property
+    def mean_gradient_CD(self) -> Tensor:
+        """Mean gradient of the forget set."""
+        return self.gradient_sum_CD / self.count
+
+    @property
+    def fisher_CD(self) -> Tensor:
+        """Diagonal of the empirical Fisher of the forget set."""
+        return self.squared_sum_CD / self.count
+
+
+def merge_tree(parts: Sequence[S]) -> S:
+    """Merge neighbours, level by level; the last of an odd number is carried up.
+
+    Merging aligned runs of 2^k parts first and their results afterwards gives the same tree, hence the same rounding.
+    """
+    level = list(parts)
+    while len(level) > 1:
+        pairs = [level[i].merge(level[i + 1]) for i in range(0, len(level) - 1, 2)]
+        level = pairs + level[len(level) - len(level) % 2 :]
+    return level[0]
+
+
+class FittedCurvature(Protocol):
+    """A curvature whose statistics are in."""
+
+    def apply_inverse(self, gradient_CD: Tensor) -> Tensor:
+        """Damped inverse times a gradient, ``[C, D]``."""
+        ...
+
+
+class Curvature(Protocol):
+    """A kind of curvature: ``fit`` gathers its statistics."""
+
+    def fit(self, reduce: Reduce[Moments], damping: float) -> FittedCurvature:
+        """Gather the statistics and return the damped inverse."""
+        ...
+
+
+@dataclass(frozen=True)
+class DampedDiagonal:
+    """A positive diagonal ``[C, D]`` and its inverse."""
+
+    diagonal_CD: Tensor
+
+    def apply_inverse(self, gradient_CD: Tensor) -> Tensor:
+        """Elementwise quotient."""
+        return gradient_CD / self.diagonal_CD
+
+
+class DiagonalFisher:
+    r"""The paper's curvature: :math:`F + \lambda`, :math:`F = \frac1n \sum_i g_i \circ g_i` (arXiv:2508.01620)."""
+
+    def fit(self, reduce: Reduce[Moments], damping: float) -> DampedDiagonal:
+        """Fit on the forget set; the damping is added, not used as a floor."""
+        return DampedDiagonal(reduce(Moments.of).fisher_CD + damping)
+
+
+class Identity:
+    """No curvature: the direction is the mean gradient itself, so that the influence is a plain gradient product."""
+
+    def fit(self, reduce: Reduce[Moments], damping: float) -> DampedDiagonal:
+        """Nothing to fit, and nothing to damp."""
+        return DampedDiagonal(torch.ones((), dtype=torch.float64))
+
+
+CURVATURES: dict[str, Curvature] = {"diagonal_fisher": DiagonalFisher(), "identity": Identity()}
+
+
+def damped_direction(fitted: FittedCurvature, moments: Moments) -> Tensor:
+    r"""The direction :math:`M = (F + \lambda)^{-1} \bar g` against which every sample is scored, ``[C, D]``.
+
+    Raises:
+        NonFiniteError: the statistics or the direction are not finite.
+    """
+    direction = fitted.apply_inverse(moments.mean_gradient_CD)
+    if not torch.isfinite(direction).all():
+        raise NonFiniteError(
+            "the mean gradient of the forget set is NaN or infinite in "
+            f"{int((~torch.isfinite(direction)).sum())} of {direction.numel()} entries; expected finite features and logits; "
+            "check the model's weights and the scale of its inputs"
+        )
+    return direction

@@ -1,0 +1,127 @@
+"""One forward pass leaves feature blocks behind; moments, scores and the ascent work on them.
+
+Shapes: n samples of a shard, F features (the head's input without the bias input).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from imu_ray.errors import NonFiniteError
+from imu_ray.forget_set import ForgetSet, Shard
+from imu_ray.influence.curvature import S, merge_tree
+from imu_ray.influence.gradients import LayerIO, classifier_io
+from imu_ray.influence.scores import influence_scores, sample_losses
+from imu_ray.models import Head, evaluation_mode
+from imu_ray.tasks.base import BadRow, Batch, Task
+
+
+@dataclass(frozen=True)
+class FeatureShard:
+    """Features ``[n, F]`` (float32, or float64 of a float64 model), labels ``[n]``, ids, and the rows of each block."""
+
+    features_nF: npt.NDArray[np.floating]
+    labels_n: npt.NDArray[np.int64]
+    ids: list[str]
+    block_sizes: tuple[int, ...]
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float64 features and labels of each block."""
+        start = 0
+        for size in self.block_sizes:
+            rows = slice(start, start + size)
+            # The copies make arrays from the object store, which are read-only, safe to hand to torch.
+            yield torch.from_numpy(self.features_nF[rows].astype(np.float64)), torch.from_numpy(self.labels_n[rows].copy())
+            start += size
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What the driver needs to know of an extracted shard; small."""
+
+    index: int
+    rows: int
+    block_sizes: tuple[int, ...]
+    digests: tuple[str, ...]
+    bad_rows: tuple[BadRow, ...]
+    forward_seconds: float
+    feature_bytes: int
+
+
+def extract_features(
+    source: ForgetSet, shard: Shard, task: Task, model: nn.Module, device: torch.device
+) -> tuple[FeatureShard, ShardReport]:
+    """Read a shard and run the model over it, one forward call per block, in eval mode.
+
+    Raises:
+        ForgetSetError: a row cannot be used.
+        NonFiniteError: a feature is NaN or infinite; the message names the sample.
+    """
+    features, labels, ids, digests = [], [], [], []
+    bad: list[BadRow] = []
+    seconds = 0.0
+    with evaluation_mode(model):
+        for start, stop in shard.blocks():
+            rows = source.read(start, stop)
+            digests.append(rows.digest())
+            batch = task.collate(rows)
+            bad += batch.bad_rows
+            labels.append(batch.labels_B.numpy())
+            ids.append(batch.ids)
+            if batch.ids:
+                started = time.perf_counter()
+                outputs = task.forward(model, _to(batch, device))
+                features.append(_finite(outputs.features_BD, outputs.logits_BC, batch.ids).cpu().numpy())
+                seconds += time.perf_counter() - started
+    width = task.target_layers(model)[task.head].in_features
+    stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
+    sizes = tuple(len(part) for part in ids)
+    flat = [sample_id for part in ids for sample_id in part]
+    report = ShardReport(shard.index, len(flat), sizes, tuple(digests), tuple(bad), seconds, stacked.nbytes)
+    return FeatureShard(stacked, np.concatenate(labels), flat, sizes), report
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return replace(batch, inputs=batch.inputs.to(device), labels_B=batch.labels_B.to(device))
+
+
+def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
+    """Features in float32 or better; refused when they, or the logits, are not finite."""
+    bad = ~(torch.isfinite(features_BF).all(dim=1) & torch.isfinite(logits_BC).all(dim=1))
+    if bad.any():
+        named = [ids[place] for place in bad.nonzero()[:, 0].tolist()]
+        raise NonFiniteError(
+            f"the model gives NaN or infinity for {len(named)} samples of a block (ids {', '.join(named[:5])}"
+            f"{', ...' if len(named) > 5 else ''}); expected finite features and logits; check the weights and the inputs' scale"
+        )
+    return features_BF if features_BF.dtype == torch.float64 else features_BF.float()
+
+
+def block_io(features_BF: Tensor, labels_B: Tensor, head: Head) -> LayerIO:
+    """What the head sees and how the loss pulls on its outputs, for one block."""
+    inputs = head.inputs(features_BF)
+    return classifier_io(inputs, inputs @ head.matrix_CD.T, labels_B)
+
+
+def shard_statistics(shard: FeatureShard, head: Head, statistics: Callable[[LayerIO], S]) -> S:
+    """``statistics`` of each block, merged in a binary tree."""
+    return merge_tree([statistics(block_io(features, labels, head)) for features, labels in shard.blocks()])
+
+
+SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("label", pa.int64()), ("loss", pa.float64()), ("influence", pa.float64())])
+
+
+def score_shard(shard: FeatureShard, head: Head, direction_CD: Tensor) -> pa.Table:
+    """Loss and influence of every sample of a shard (``SCORE_SCHEMA``)."""
+    losses, scores = [], []
+    for features, labels in shard.blocks():
+        losses.append(sample_losses(head.logits(features), labels))
+        scores.append(influence_scores(block_io(features, labels, head), direction_CD))
+    columns = [pa.array(shard.ids, pa.string()), shard.labels_n, torch.cat(losses).numpy(), torch.cat(scores).numpy()]
+    return pa.table(columns, schema=SCORE_SCHEMA)

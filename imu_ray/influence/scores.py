@@ -1,0 +1,37 @@
+"""Influence of each sample, from what the head saw."""
+
+import torch
+from torch import Tensor
+
+from imu_ray.errors import NonFiniteError
+from imu_ray.influence.gradients import LayerIO
+
+
+def influence_scores(layer_io: LayerIO, direction_CD: Tensor) -> Tensor:
+    r"""Influence of each sample on the mean forget-set loss, at fixed features.
+
+    .. math:: I_i = -\langle g_i,\,(F + \lambda)^{-1}\,\bar g \rangle = -\sum_t r_{it}^\top M h_{it}
+
+    Args:
+        layer_io: inputs ``[B, T, D]`` and output gradients ``[B, T, C]``; T = 1 for a classifier.
+        direction_CD: damped mean gradient M, ``[C, D]``, float64.
+
+    Returns:
+        Scores ``[B]``, float64; negative: training on the sample lowered the forget-set loss.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite; the message names the first such sample by its place in the block.
+
+    Source: Fan et al., IMU, arXiv:2508.01620.
+    """
+    scores = -torch.einsum("btc,btc->b", layer_io.output_grads_BTC, layer_io.inputs_BTD @ direction_CD.T)
+    finite = torch.isfinite(scores)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise NonFiniteError(f"influence is {float(scores[first])} for row {first} of a block; expected a finite number")
+    return scores
+
+
+def sample_losses(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    r"""Cross-entropy :math:`\ell_i = -\log p_{i,y_i}` of each sample, ``[B]``, float64."""
+    return torch.nn.functional.cross_entropy(logits_BC.double(), labels_B, reduction="none")

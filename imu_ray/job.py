@@ -1,0 +1,100 @@
+"""A job's configuration file and command line, shared by every entry point in ``jobs/``."""
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imu_ray.checkpoint import default_run_dir
+from imu_ray.config import UnlearnConfig, flatten, nearest, parse_assignment, read_yaml, settings_of
+from imu_ray.errors import ConfigError, EmptySelectionError, ImuError, StageFailedError
+from imu_ray.models import ModelSpec
+
+_JOB_KEYS = ("model", "original", "forget_set.path", "evaluation", "run_dir", "task", "recipe")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """What a job's YAML file says: the arguments of ``unlearn`` and all settings."""
+
+    model: ModelSpec
+    forget_set: str
+    config: UnlearnConfig
+    evaluation: Mapping[str, str] = field(default_factory=dict)
+    original: ModelSpec | None = None
+    run_dir: Path = field(default_factory=default_run_dir)
+    task: str = "classification"
+
+    @classmethod
+    def load(cls, path: str | Path, assignments: list[str] | None = None) -> "JobConfig":
+        """Read YAML, then apply ``dotted.key=value`` assignments; the recipe comes first, whatever the order.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or a value is out of range.
+        """
+        values = dict(flatten(read_yaml(path))) | dict(parse_assignment(text) for text in assignments or [])
+        parts: dict[str, dict[str, Any]] = {"model": {}, "original": {}, "evaluation": {}}
+        plain: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
+        for key, value in values.items():
+            head, _, rest = key.partition(".")
+            if head in parts and rest:
+                parts[head][rest] = value
+            elif key in _JOB_KEYS:
+                plain[key] = value
+            elif key in settings_of(UnlearnConfig):
+                settings[key] = value
+            else:
+                raise ConfigError(f"unknown setting {key!r} in {path}; {nearest(key, [*settings_of(UnlearnConfig), *_JOB_KEYS])}")
+        if not isinstance(plain.get("forget_set.path"), str):
+            raise ConfigError(f"{path} has no forget_set.path; expected the path or URI of the samples to forget")
+        config = UnlearnConfig.from_recipe(plain.get("recipe", "paper")).with_overrides(settings)
+        original = _model_spec("original", parts["original"], path) if parts["original"] else None
+        return cls(
+            _model_spec("model", parts["model"], path), plain["forget_set.path"], config, parts["evaluation"], original,
+            Path(plain.get("run_dir") or default_run_dir()), plain.get("task", "classification"),
+        )  # fmt: skip
+
+
+def _model_spec(role: str, values: Mapping[str, Any], path: str | Path) -> ModelSpec:
+    keys = ("factory", "checkpoint", "head")
+    named: dict[str, Any] = {"kwargs": {}}
+    for key, value in values.items():
+        if key.startswith("kwargs."):
+            *outer, last = key.split(".")[1:]
+            inner = functools.reduce(lambda level, name: level.setdefault(name, {}), outer, named["kwargs"])
+            inner[last] = value
+        elif key in keys:
+            named[key] = value
+        else:
+            raise ConfigError(f"unknown setting {role + '.' + key!r} in {path}; {nearest(key, [*keys, 'kwargs'])}")
+    if not isinstance(named.get("factory"), str):
+        raise ConfigError(f"{path} has no {role}.factory; expected 'package.module:callable' or a torchvision classifier")
+    return ModelSpec(**named)
+
+
+def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]]) -> None:
+    """Run one stage from the command line and exit.
+
+    The last line of standard output is one JSON object, what ``stage`` returned. Exit status 0; 2 for a bad configuration or
+    input; 1 for a failed run; 130 when interrupted.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with model, forget_set, evaluation and settings")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        result = stage(JobConfig.load(options.config, options.set))
+    except ImuError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1 if isinstance(error, StageFailedError | EmptySelectionError) else 2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(json.dumps(result), flush=True)

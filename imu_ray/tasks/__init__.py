@@ -1,0 +1,1 @@
+"""What a sample, a head and a loss are."""

@@ -1,0 +1,155 @@
+"""Image (or array) classification with a linear head and cross-entropy."""
+
+import io
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError
+from imu_ray.forget_set import ForgetSet, Rows
+from imu_ray.models import find_head, linear_layers
+from imu_ray.tasks.base import BadRow, Batch, Outputs
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Softmax cross-entropy on the logits of one linear head.
+
+    Attributes:
+        config: how rows are decoded.
+        head: name of the head in the model.
+        num_classes: outputs of the head.
+        dtype: floating type of the model's inputs.
+    """
+
+    config: ForgetSetConfig
+    head: str = ""
+    num_classes: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def for_model(cls, model: nn.Module, samples: ForgetSet, config: ForgetSetConfig, head: str | None = None) -> "ClassificationTask":
+        """Find the model's head with the first usable row of ``samples``."""
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        task = cls(replace(config, on_bad_row="skip"), dtype=parameter.dtype)
+        batch = next((b for start in range(samples.num_rows) if len((b := task.collate(samples.read(start, start + 1))).ids)), None)
+        if batch is None:
+            raise ForgetSetError(f"no row of {samples.name} can be used; expected at least one that decodes to finite numbers")
+        try:
+            name = find_head(model, batch.inputs.to(parameter.device), head)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ForgetSetError(
+                f"{type(model).__name__} cannot take a sample of shape {list(batch.inputs.shape[1:])}: {error}; expected inputs as "
+                "the model was trained on; see forget_set.image_mode and forget_set.image_size"
+            ) from None
+        return cls(config, name, linear_layers(model)[name].out_features, parameter.dtype)
+
+    def target_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The head."""
+        return {self.head: linear_layers(model)[self.head]}
+
+    def collate(self, rows: Rows) -> Batch:
+        """Decode, scale to [0, 1], standardise and stack.
+
+        Raises:
+            ForgetSetError: a row does not decode, or its label is outside the classes.
+            NonFiniteError: a row holds NaN or infinity.
+        """
+        inputs, kept, bad = [], [], []
+        for place, (sample_id, label, value) in enumerate(zip(rows.ids, rows.labels.tolist(), rows.inputs, strict=True)):
+            if self.num_classes and not 0 <= label < self.num_classes:
+                raise ForgetSetError(f"row {sample_id!r} has label {label}; expected 0 to {self.num_classes - 1}")
+            try:
+                inputs.append(self._input(value))
+                kept.append(place)
+            except _UnusableRowError as error:
+                if self.config.on_bad_row == "error":
+                    kind = NonFiniteError if error.non_finite else ForgetSetError
+                    raise kind(
+                        f"row {sample_id!r}: {error}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to leave "
+                        "it out and list it in the manifest"
+                    ) from None
+                bad.append(BadRow(sample_id, str(error)))
+        shapes = {tuple(value.shape) for value in inputs}
+        if len(shapes) > 1:
+            raise ForgetSetError(f"samples differ in shape: {sorted(shapes)}; expected one shape; set forget_set.image_size")
+        stacked = torch.stack(inputs) if inputs else torch.empty(0)
+        return Batch(stacked, torch.from_numpy(rows.labels[kept]), [rows.ids[place] for place in kept], bad)
+
+    def _input(self, value: Any) -> Tensor:
+        if value is None:
+            raise _UnusableRowError("the input is missing")
+        if isinstance(value, bytes):
+            value = _decode(value)
+        if isinstance(value, Image.Image):
+            image = value.convert(self.config.image_mode)
+            if self.config.image_size:
+                image = image.resize((self.config.image_size,) * 2, Image.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.array(image))
+            value = (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.unsqueeze(0)).to(self.dtype) / 255
+        try:
+            numbers = torch.as_tensor(value).to(self.dtype)
+        except (TypeError, ValueError, RuntimeError):
+            raise _UnusableRowError(f"the input is a {type(value).__name__}, not an image or an array of numbers") from None
+        if not torch.isfinite(numbers).all():
+            raise _UnusableRowError("the input holds NaN or infinity", non_finite=True)
+        return self._standardise(numbers)
+
+    def _standardise(self, numbers: Tensor) -> Tensor:
+        for name, sign in (("mean", -1), ("std", 1)):
+            values = getattr(self.config, name)
+            if values is None:
+                continue
+            if numbers.ndim == 0 or len(values) not in (1, numbers.shape[0]):
+                raise ConfigError(
+                    f"forget_set.{name} has {len(values)} values for a sample of shape {list(numbers.shape)}; expected one per channel"
+                )
+            per_channel = torch.tensor(values, dtype=self.dtype).reshape(-1, *[1] * (numbers.ndim - 1))
+            numbers = numbers - per_channel if sign < 0 else numbers / per_channel
+        return numbers
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """One forward pass; the head's input is caught on the way."""
+        caught: list[Tensor] = []
+        hook = linear_layers(model)[self.head].register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
+        try:
+            logits = model(batch.inputs)
+        finally:
+            hook.remove()
+        return Outputs(logits, batch.labels_B, caught[0])
+
+
+class _UnusableRowError(Exception):
+    """Why one row cannot be used."""
+
+    def __init__(self, reason: str, non_finite: bool = False) -> None:
+        super().__init__(reason)
+        self.non_finite = non_finite
+
+
+def _decode(encoded: bytes) -> Image.Image:
+    """An image from its bytes; one large enough to exhaust memory is refused."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(encoded))
+            image.load()
+            return image
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise _UnusableRowError(f"the image does not decode ({type(error).__name__})") from None
+
+
+TASKS = {"classification": ClassificationTask}

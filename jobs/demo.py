@@ -1,0 +1,12 @@
+"""Forget a digit, and forget random digits, on a local Ray with two workers: ``make demo``."""
+
+import json
+
+import ray
+
+from imu_ray.checkpoint import default_run_dir
+from imu_ray.demo import run_demo
+
+if __name__ == "__main__":
+    with ray.init(num_cpus=2, logging_level="warning"):
+        print(json.dumps(run_demo(default_run_dir())))

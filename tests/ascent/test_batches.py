@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from imu_ray.ascent.batches import FeatureStore, epoch_batches
+from imu_ray.config import AscentConfig
+from imu_ray.influence.features import FeatureShard
+
+STARTS = np.arange(0, 200, 10)
+KEPT = np.flatnonzero(np.arange(200) % 7 != 0)
+
+
+def flat(batches):
+    return np.concatenate([piece for batch in batches for piece in batch])
+
+
+@pytest.mark.parametrize("window", [1, 3, 64])
+def test_every_kept_row_comes_exactly_once_an_epoch(window):
+    batches = epoch_batches(KEPT, STARTS, AscentConfig(batch_size=32, microbatch_rows=5, window_blocks=window), 0, 0)
+    assert sorted(flat(batches)) == KEPT.tolist()
+    assert [sum(map(len, batch)) for batch in batches] == [32] * (len(KEPT) // 32) + [len(KEPT) % 32]
+    assert all(len(piece) == 5 for batch in batches for piece in batch[:-1])
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    make = lambda seed, epoch: flat(epoch_batches(KEPT, STARTS, AscentConfig(), seed, epoch)).tolist()
+    assert make(1, 2) == make(1, 2)
+    assert make(1, 2) != make(1, 3)
+    assert make(1, 2) != make(2, 2)
+
+
+def test_rows_are_shuffled_within_a_window_of_blocks_only():
+    every = np.arange(200)
+    order = flat(epoch_batches(every, STARTS, AscentConfig(window_blocks=2), 0, 0)) // 10
+    windows = order.reshape(-1, 20)
+    assert all(len(set(window)) == 2 for window in windows), "20 rows in a row come from two blocks of 10"
+    assert any(np.count_nonzero(np.diff(window)) > 1 for window in windows), "and are mixed"
+    assert len({tuple(sorted(set(window))) for window in windows}) == len(windows)
+
+
+def test_blocks_that_lost_all_their_rows_are_passed_over():
+    batches = epoch_batches(np.array([0, 1, 30]), np.array([0, 2, 2, 2, 30]), AscentConfig(), 0, 0)
+    assert sorted(flat(batches)) == [0, 1, 30]
+
+
+def test_gather_returns_rows_of_any_shard_in_the_order_asked_for():
+    features = np.arange(60, dtype=np.float32).reshape(20, 3)
+    labels = np.arange(20)
+    cuts = [(0, 7), (7, 7), (7, 20)]
+    store = FeatureStore([FeatureShard(features[a:b], labels[a:b], [], (b - a,)) for a, b in cuts])
+    wanted = np.array([19, 0, 6, 7, 8, 3])
+    got, got_labels = store.gather(wanted)
+    assert got_labels.tolist() == wanted.tolist()
+    assert got.numpy().tolist() == features[wanted].tolist()
+    assert len(store) == 20

@@ -1,0 +1,40 @@
+"""One Ray session per pytest process, private to it."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Workers import the package and the tests' own modules.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+for name, value in {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(name, value)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    """A local Ray with four logical CPUs, whatever the machine has."""
+    import ray
+
+    ray.init(
+        num_cpus=4, include_dashboard=False, logging_level="warning", log_to_driver=False, _temp_dir=str(tmp_path_factory.mktemp("ray"))
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def python_environment():
+    """Environment of a subprocess that uses the package from this tree."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

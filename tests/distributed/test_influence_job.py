@@ -1,0 +1,148 @@
+"""Scores on Ray: the same bits whatever the workers, the shards, the order of completion and the faults."""
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from architectures import named
+from faults import KillBefore, KillingPairs
+from samples import Pairs, pairs, tensors
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.distributed import influence_job
+from imu_ray.errors import ForgetSetError, StageFailedError
+from imu_ray.forget_set import open_forget_set
+from imu_ray.influence.curvature import CURVATURES, Moments, damped_direction
+from imu_ray.influence.features import score_shard
+from imu_ray.models import Head
+from imu_ray.tasks.classification import ClassificationTask
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+ROWS = 201
+
+
+def config(workers=2, run=1):
+    return UnlearnConfig().with_overrides({"resources.workers": workers, "influence.block_rows": 8, "influence.blocks_per_shard": run})
+
+
+def features(dataset, settings, model=None):
+    model = model or named("fc")
+    source = open_forget_set(dataset, settings.forget_set)
+    task = ClassificationTask.for_model(model, source, settings.forget_set)
+    return influence_job.extract(source, task, model, settings, "features"), Head.of(model, task.head)
+
+
+def scores(dataset, settings):
+    made, head = features(dataset, settings)
+    table, moments = influence_job.score(made, head, settings)
+    return table, moments
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Scores of one worker with one block a shard."""
+    return scores(pairs(ROWS), config(1, 1))
+
+
+@pytest.mark.parametrize("run", [1, 4, 64])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_scores_are_bit_identical_for_any_workers_and_shards(workers, run, expected):
+    table, moments = scores(pairs(ROWS), config(workers, run))
+    assert table.equals(expected[0])
+    assert torch.equal(moments.squared_sum_CD, expected[1].squared_sum_CD)
+
+
+class LastFirst(Pairs):
+    """Row 0 is read only after the last row was: shards end in reverse."""
+
+    def __init__(self, inputs, labels, folder):
+        super().__init__(inputs, labels)
+        self.token = Path(folder) / "last"
+
+    def __getitem__(self, row):
+        if row == len(self) - 1:
+            self.token.touch()
+        while self.waiting and row == 0 and not self.token.exists():
+            os.sched_yield()
+        return super().__getitem__(row)
+
+    waiting = False
+
+
+def test_scores_are_bit_identical_when_shards_end_in_reverse(tmp_path):
+    inputs, labels = tensors(32)
+    dataset = LastFirst(inputs, labels, tmp_path)
+    expected = scores(pairs(32), config(1, 1))[0]
+    (tmp_path / "last").unlink(missing_ok=True)
+    settings = config(4, 1)
+    model = named("fc")
+    source = open_forget_set(dataset, settings.forget_set)
+    task = ClassificationTask.for_model(model, source, settings.forget_set)
+    dataset.waiting = True  # four shards, four workers: the first can end only after the last has begun
+    made = influence_job.extract(source, task, model, settings, "features")
+    assert influence_job.score(made, Head.of(model, task.head), settings)[0].equals(expected)
+
+
+def test_a_worker_killed_in_the_forward_pass_changes_nothing(tmp_path, expected):
+    killing = KillingPairs(*tensors(ROWS), tmp_path, row=100)
+    assert scores(killing, config(2, 4))[0].equals(expected[0])
+    assert (tmp_path / "row100").exists(), "the worker was killed"
+
+
+def test_a_worker_killed_in_the_statistics_or_the_scores_changes_nothing(tmp_path, expected):
+    made, head = features(pairs(ROWS), config(2, 4))
+    moments = made.reduce("moments", head, KillBefore(Moments.of, tmp_path, "moments"))
+    direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, 0.01), moments)
+    function = KillBefore(functools.partial(score_shard, head=head, direction_CD=direction), tmp_path, "scores")
+    tables = made.map("scores", function)
+    assert [row for table in tables for row in table["influence"].to_pylist()] == expected[0]["influence"].to_pylist()
+    assert sorted(os.listdir(tmp_path)) == ["moments", "scores"]
+
+
+def test_the_forget_set_is_run_through_the_model_once():
+    made, head = features(pairs(ROWS), config(2, 4))
+    influence_job.score(made, head, config(2, 4))
+    assert sum(size > 0 for report in made.reports for size in report.block_sizes) == -(-ROWS // 8)
+    assert ray.get(counter_total(made)) == ROWS
+
+
+@ray.remote
+def _rows(*shards):
+    return sum(len(shard.labels_n) for shard in shards)
+
+
+def counter_total(made):
+    return _rows.remote(*made.refs)
+
+
+class Broken(Pairs):
+    def __getitem__(self, row):
+        if row == 3:
+            raise RuntimeError("the disk is on fire")
+        return super().__getitem__(row)
+
+
+def test_an_error_of_our_own_comes_back_as_it_was_raised():
+    inputs, labels = tensors(20)
+    labels[9] = 17
+    with pytest.raises(ForgetSetError, match="row '9' has label 17; expected 0 to 4"):
+        features(Pairs(inputs, labels), config())
+
+
+def test_any_other_error_names_the_stage_and_the_cause():
+    with pytest.raises(StageFailedError, match="features failed: RuntimeError: the disk is on fire"):
+        features(Broken(*tensors(20)), config())
+
+
+def test_a_worker_that_dies_each_time_is_a_clear_failure(tmp_path):
+    class DyingPairs(KillingPairs):
+        def __getitem__(self, row):
+            if row == self.row:
+                os.kill(os.getpid(), 9)
+            return super().__getitem__(row)
+
+    with pytest.raises(StageFailedError, match="features failed: WorkerCrashedError"):
+        features(DyingPairs(*tensors(20), tmp_path, row=5), config())

@@ -1,0 +1,68 @@
+"""Scores of the whole pure path against the oracle."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from architectures import named
+from samples import Pairs, tensors
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.errors import NonFiniteError
+from imu_ray.forget_set import open_forget_set
+from imu_ray.influence.curvature import CURVATURES, Moments, damped_direction, merge_tree
+from imu_ray.influence.features import extract_features, score_shard, shard_statistics
+from imu_ray.models import Head
+from imu_ray.tasks.classification import ClassificationTask
+
+CPU = torch.device("cpu")
+
+
+def pure_scores(model, dataset, curvature="diagonal_fisher", block_rows=8):
+    """The pipeline without Ray."""
+    source = open_forget_set(dataset, ForgetSetConfig())
+    task = ClassificationTask.for_model(model, source, ForgetSetConfig())
+    head = Head.of(model, task.head)
+    shards = [extract_features(source, shard, task, model, CPU)[0] for shard in source.shards(block_rows, 1)]
+    reduce = lambda statistics: merge_tree([shard_statistics(shard, head, statistics) for shard in shards])
+    direction = damped_direction(CURVATURES[curvature].fit(reduce, 0.01), reduce(Moments.of))
+    return np.concatenate([score_shard(shard, head, direction)["influence"].to_numpy() for shard in shards])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["fc", "classifier.6", "heads.head", "head"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_scores_equal_the_autograd_oracle(name, bias, dtype, tolerance):
+    model = named(name, bias=bias).to(dtype)
+    inputs, labels = tensors(41, dtype=dtype)
+    expected = oracle.influence(model, name, inputs, labels)
+    scores = pure_scores(model, Pairs(inputs, labels))
+    # Normwise: near zero the elementwise relative error of a float32 score means nothing.
+    assert np.abs(scores - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_identity_curvature_is_a_plain_gradient_product():
+    model = named("fc").double()
+    inputs, labels = tensors(20, dtype=torch.float64)
+    gradients = oracle.per_sample_gradients(model, "fc", inputs, labels)
+    expected = -(gradients @ gradients.mean(0)).numpy()
+    assert np.abs(pure_scores(model, Pairs(inputs, labels), "identity") - expected).max() <= 1e-10 * np.abs(expected).max()
+
+
+def test_a_model_that_gives_nan_is_refused_by_sample_id():
+    model = named("fc")
+    inputs, labels = tensors(9)
+    with torch.no_grad():
+        model.fc.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="ids 0, 1, 2"):
+        pure_scores(model, Pairs(inputs, labels))
+
+
+def test_the_model_is_left_in_the_mode_it_was_in_and_batch_norm_unmoved():
+    model = named("fc").train()
+    model.body[5].eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pure_scores(model, Pairs(*tensors(9)))
+    assert model.training
+    assert not model.body[5].training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

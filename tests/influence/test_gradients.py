@@ -1,0 +1,47 @@
+import oracle
+import pytest
+import torch
+from architectures import named
+from samples import tensors
+
+from imu_ray.influence.gradients import LayerIO, gradient_sum, layer_inputs, output_gradient, squared_gradient_sum
+
+
+def sequence_io(positions):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return LayerIO(draw(7, positions, 4), draw(7, positions, 3))
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+def test_sums_equal_the_sums_over_explicit_per_sample_gradients(positions):
+    io = sequence_io(positions)
+    each = torch.stack(
+        [sum(torch.outer(r, h) for r, h in zip(rs, hs, strict=True)) for hs, rs in zip(io.inputs_BTD, io.output_grads_BTC, strict=True)]
+    )
+    torch.testing.assert_close(gradient_sum(io), each.sum(0), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(squared_gradient_sum(io), (each**2).sum(0), rtol=1e-13, atol=1e-13)
+
+
+def test_output_gradient_equals_autograd_of_the_cross_entropy():
+    logits = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(9) % 4
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    torch.testing.assert_close(output_gradient(logits.detach(), labels), logits.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_output_gradient_keeps_its_digits_where_p_minus_one_rounds_to_zero():
+    margin = 60.0  # p_y - 1 = -e^-60 is below the float64 spacing at 1
+    gradient = output_gradient(torch.tensor([[margin, 0.0]]), torch.tensor([0]))
+    expected = torch.exp(torch.tensor(-margin, dtype=torch.float64))
+    torch.testing.assert_close(gradient, torch.stack([-expected, expected]).unsqueeze(0), rtol=1e-12, atol=0)
+
+
+def test_head_gradients_equal_autograd_through_the_whole_model():
+    model = named("fc").double()
+    inputs, labels = tensors(6, dtype=torch.float64)
+    expected = oracle.per_sample_gradients(model, "fc", inputs, labels).sum(0)
+    features = layer_inputs(model.body(inputs).detach(), has_bias=True)
+    io = LayerIO(features.unsqueeze(1), output_gradient(model(inputs).detach(), labels).unsqueeze(1))
+    total = gradient_sum(io)
+    torch.testing.assert_close(torch.cat([total[:, :-1].reshape(-1), total[:, -1]]), expected, rtol=1e-11, atol=1e-13)

@@ -1,0 +1,52 @@
+"""Sample sets for the tests: random images with labels, in every form that the library reads."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+
+def tensors(count, classes=5, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 1, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return inputs, torch.randint(0, classes, (count,), generator=generator)
+
+
+class Pairs(Dataset):
+    """A map-style Dataset of tensors."""
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return self.inputs[row], int(self.labels[row])
+
+
+def pairs(count, **options):
+    return Pairs(*tensors(count, **options))
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def image_table(count, classes=5, seed=0):
+    random = np.random.default_rng(seed)
+    images = [png(random.integers(0, 256, (6, 6), dtype=np.uint8)) for _ in range(count)]
+    labels = random.integers(0, classes, count)
+    return pa.table({"id": [f"s{i:03d}" for i in range(count)], "image": images, "label": labels})
+
+
+def write_images(path, count, **options):
+    table = image_table(count, **options)
+    pq.write_table(table, path, row_group_size=7)
+    return table

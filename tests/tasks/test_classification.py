@@ -1,0 +1,131 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from architectures import named
+from PIL import Image
+from samples import Pairs, image_table, png, tensors
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError
+from imu_ray.forget_set import Rows, open_forget_set
+from imu_ray.tasks.classification import ClassificationTask
+
+
+def rows(*inputs, labels=None):
+    return Rows([f"id{i}" for i in range(len(inputs))], np.array(labels or [0] * len(inputs)), list(inputs))
+
+
+def task(**settings):
+    return ClassificationTask(ForgetSetConfig(**settings), "fc", 5)
+
+
+def test_pixels_are_scaled_and_standardised_per_channel():
+    pixels = np.array([[[0, 51, 255]]], dtype=np.uint8)
+    batch = task(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5)).collate(rows(png(pixels)))
+    np.testing.assert_allclose(batch.inputs[0, :, 0, 0], [-0.1, 0.0, 1.4], atol=1e-6)
+
+
+def test_mode_and_size_are_applied():
+    grey = task(image_mode="L", image_size=3).collate(rows(png(np.full((6, 6, 3), 51, dtype=np.uint8))))
+    assert grey.inputs.shape == (1, 1, 3, 3)
+    np.testing.assert_allclose(grey.inputs, 0.2, atol=1e-6)
+
+
+def test_tensors_arrays_and_images_are_taken():
+    array = np.ones((1, 2, 2), dtype=np.float32)
+    image = Image.fromarray(np.full((2, 2), 255, dtype=np.uint8))
+    batch = task(image_mode="L").collate(rows(array, torch.ones(1, 2, 2), image))
+    assert torch.equal(batch.inputs, torch.ones(3, 1, 2, 2))
+
+
+def bomb():
+    """A tiny PNG that claims to be 30,000 x 30,000 pixels."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+BAD = {
+    "broken bytes": (b"no image", ForgetSetError, "does not decode"),
+    "a cut image": (png(np.zeros((50, 50), dtype=np.uint8))[:60], ForgetSetError, "does not decode"),
+    "a decompression bomb": (bomb(), ForgetSetError, "does not decode .DecompressionBomb"),
+    "nothing": (None, ForgetSetError, "the input is missing"),
+    "text": ("hello", ForgetSetError, "is a str, not an image"),
+    "NaN": (torch.tensor([[[float("nan"), 0.0]]]), NonFiniteError, "NaN or infinity"),
+    "infinity": (np.array([[[np.inf, 0.0]]]), NonFiniteError, "NaN or infinity"),
+}
+GOOD = png(np.zeros((1, 2), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_an_error_that_names_it(case):
+    value, kind, message = BAD[case]
+    with pytest.raises(kind, match=f"row 'id1': .*{message}"):
+        task(image_mode="L").collate(rows(GOOD, value, GOOD))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_can_be_left_out_and_is_listed(case):
+    batch = task(image_mode="L", on_bad_row="skip").collate(rows(GOOD, BAD[case][0], GOOD, labels=[1, 2, 3]))
+    assert batch.ids == ["id0", "id2"]
+    assert batch.labels_B.tolist() == [1, 3]
+    assert [bad.sample_id for bad in batch.bad_rows] == ["id1"]
+
+
+def test_no_row_content_stands_in_an_error():
+    with pytest.raises(ForgetSetError) as caught:
+        task().collate(rows(b"secret words"))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_label_outside_the_classes_is_refused_even_when_bad_rows_are_skipped():
+    with pytest.raises(ForgetSetError, match="row 'id0' has label 5; expected 0 to 4"):
+        task(on_bad_row="skip").collate(rows(GOOD, labels=[5]))
+
+
+def test_samples_of_different_shapes_are_refused():
+    with pytest.raises(ForgetSetError, match="differ in shape.*forget_set.image_size"):
+        task().collate(rows(png(np.zeros((2, 2), np.uint8)), png(np.zeros((3, 2), np.uint8))))
+
+
+def test_a_mean_that_does_not_fit_the_channels_is_refused():
+    with pytest.raises(ConfigError, match="forget_set.mean has 2 values"):
+        task(mean=(0.1, 0.2)).collate(rows(GOOD))
+
+
+def test_a_palette_image_with_transparency_decodes():
+    buffer = io.BytesIO()
+    Image.new("P", (2, 2)).save(buffer, format="PNG", transparency=0)
+    assert task().collate(rows(buffer.getvalue())).inputs.shape == (1, 3, 2, 2)
+
+
+def test_features_are_the_input_of_the_head():
+    model = named("heads.head")
+    inputs, labels = tensors(4)
+    source = open_forget_set(Pairs(inputs, labels), ForgetSetConfig())
+    made = ClassificationTask.for_model(model, source, ForgetSetConfig())
+    with torch.no_grad():
+        outputs = made.forward(model, made.collate(source.read(0, 4)))
+        assert torch.equal(outputs.features_BD, model.body(inputs))
+        assert torch.equal(outputs.logits_BC, model(inputs))
+
+
+def test_the_head_is_found_though_the_first_rows_are_bad():
+    table = pa.table({"image": [b"bad", GOOD, b"bad"], "label": [0, 1, 2]})
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 5))
+    config = ForgetSetConfig(image_mode="L")
+    assert ClassificationTask.for_model(model, open_forget_set(table, config), config).head == "1"
+
+
+def test_a_model_that_cannot_take_the_samples_is_refused_with_their_shape():
+    source = open_forget_set(image_table(3), ForgetSetConfig())
+    with pytest.raises(ForgetSetError, match=r"cannot take a sample of shape \[3, 6, 6\].*forget_set.image_mode"):
+        ClassificationTask.for_model(named("fc"), source, ForgetSetConfig())

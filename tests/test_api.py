@@ -1,0 +1,281 @@
+"""The public functions on one Ray session, in process with one worker."""
+
+import json
+import stat
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from architectures import NoLinear, named
+from safetensors.torch import load_file
+from samples import Pairs, image_table, pairs, tensors
+
+from imu_ray import (
+    CheckpointError,
+    ConfigError,
+    ForgetSetError,
+    ModelSpec,
+    NonFiniteError,
+    UnlearnConfig,
+    UnsupportedModelError,
+    ascend,
+    audit,
+    score,
+    unlearn,
+)
+from imu_ray.checkpoint import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+SETTINGS = {
+    "influence.block_rows": 16,
+    "influence.blocks_per_shard": 2,
+    "ascent.batch_size": 16,
+    "ascent.learning_rate": 0.05,
+    "ascent.epochs": 4,
+    "ascent.stop.every_steps": 2,
+    "ascent.stop.forget_accuracy": None,
+}
+
+
+def config(**changes):
+    return UnlearnConfig().with_overrides(SETTINGS | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def sets():
+    return {"retain": pairs(70, seed=1), "test": pairs(60, seed=2)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run on a live model in train mode."""
+    model = named("heads.head").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = unlearn(model, pairs(50), evaluation=sets(), config=config(), run_dir=tmp_path_factory.mktemp("run") / "out")
+    return model, before, result
+
+
+def test_the_run_directory_holds_what_it_should_and_nothing_else(finished):
+    run_dir = finished[2].run_dir
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {
+        "intensities.parquet", "manifest.json", "metrics.json", "model.safetensors", "report.html", "trajectory.parquet",
+    }  # fmt: skip
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in run_dir.iterdir()} == {0o600}
+
+
+def test_the_checkpoint_loads_and_differs_in_the_heads_tensors_only(finished):
+    _, before, result = finished
+    saved = load_file(result.run_dir / "model.safetensors")
+    assert {key for key in before if not torch.equal(before[key], saved[key])} == {"heads.head.weight", "heads.head.bias"}
+    assert named("heads.head").load_state_dict(saved)
+    assert all(torch.equal(saved[key], value) for key, value in result.model.state_dict().items())
+
+
+def test_the_callers_model_is_not_modified(finished):
+    model, before, result = finished
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert result.model is not model
+
+
+def test_the_audit_is_that_of_the_saved_model(finished):
+    _, _, result = finished
+    for name, samples in {"forget": pairs(50), **sets()}.items():
+        inputs, labels = samples.inputs, samples.labels
+        with torch.no_grad():
+            logits = result.model.eval()(inputs)
+        figures = result.metrics["after"][name]
+        assert figures["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+        assert figures["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert json.loads((result.run_dir / "metrics.json").read_text()) == result.metrics
+
+
+def test_the_manifest_says_what_was_done(finished):
+    manifest = json.loads((finished[2].run_dir / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["config"]["ascent"]["epochs"] == 4
+    assert manifest["forget_set"]["rows_used"] == 50
+    assert manifest["ascent"]["status"] == "epochs_done"
+    assert manifest["model"]["hash_before"] != manifest["model"]["hash_after"]
+    assert set(manifest["seconds"]) == {"features", "scores", "ascent", "audit"}
+    assert manifest["versions"]["ray"] == ray.__version__
+
+
+def test_the_tables_have_a_row_per_sample_and_per_check(finished):
+    run_dir = finished[2].run_dir
+    table = pq.read_table(run_dir / "intensities.parquet")
+    assert table.column_names == ["sample_id", "label", "loss", "influence", "intensity"]
+    assert table["sample_id"].to_pylist() == [str(i) for i in range(50)]
+    assert ((table["intensity"].to_numpy() > 0) == (table["influence"].to_numpy() < 0)).all()
+    assert np.diff(pq.read_table(run_dir / "trajectory.parquet")["step"].to_numpy()).min() > 0
+
+
+def test_the_report_stands_alone_and_shows_no_sample_id(finished):
+    page = (finished[2].run_dir / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "src=" not in page
+    assert "sample_id" not in page
+
+
+def test_the_stages_one_by_one_give_what_unlearn_gives(finished, tmp_path):
+    _, _, result = finished
+    model = named("heads.head")
+    table = score(model, pairs(50), config=config())
+    assert table.equals(result.intensities)
+    ascended = ascend(model, pairs(50), table, evaluation=sets(), config=config(), run_dir=tmp_path / "a")
+    assert all(torch.equal(value, result.model.state_dict()[key]) for key, value in ascended.model.state_dict().items())
+    metrics = audit(ascended.model, pairs(50), original=model, evaluation=sets(), config=config(), run_dir=tmp_path / "b")
+    assert metrics == result.metrics
+    assert (tmp_path / "b" / "report.html").exists()
+
+
+class Counting(torch.nn.Module):
+    """Writes one byte to a file per forward call, in whatever process."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.inner, self.path = named("fc"), str(path)
+
+    def forward(self, x):
+        with open(self.path, "a") as file:
+            file.write(".")
+        return self.inner(x)
+
+
+def test_the_whole_job_makes_one_forward_pass_over_each_set(tmp_path):
+    unlearn(Counting(tmp_path / "calls"), pairs(50), evaluation=sets(), config=config(), run_dir=tmp_path / "run")
+    blocks = sum(-(-rows // 16) for rows in (50, 70, 60))
+    finding_the_head = 1
+    assert len((tmp_path / "calls").read_text()) == blocks + finding_the_head
+
+
+def test_rows_left_out_are_listed_in_the_manifest(tmp_path):
+    inputs, labels = tensors(40)
+    inputs[7] = float("nan")
+    result = unlearn(named("fc"), Pairs(inputs, labels), config=config(forget_set__on_bad_row="skip"), run_dir=tmp_path / "run")
+    assert result.manifest["forget_set"]["bad_rows"] == [{"sample_id": "7", "reason": "the input holds NaN or infinity"}]
+    assert len(result.intensities) == 39
+
+
+def nan_input():
+    inputs, labels = tensors(40)
+    inputs[7] = float("nan")
+    return Pairs(inputs, labels)
+
+
+def occupied(tmp):
+    (tmp / "file").write_text("x")
+    return tmp / "file" / "run"
+
+
+def foreign(tmp):
+    (tmp / "run").mkdir()
+    (tmp / "run" / "thesis.tex").write_text("x")
+    return tmp / "run"
+
+
+BAD = {
+    "missing path": ({"forget_set": "/nowhere/x.parquet"}, ForgetSetError, "/nowhere/x.parquet does not exist"),
+    "missing column": ({"forget_set": image_table(4).drop_columns("image")}, ForgetSetError, "no column 'image'"),
+    "label out of range": ({"forget_set": pairs(40, classes=9)}, ForgetSetError, "expected 0 to 4"),
+    "NaN input": ({"forget_set": nan_input()}, NonFiniteError, "row '7'"),
+    "bad evaluation set": ({"evaluation": {"test": "/nowhere"}}, ForgetSetError, "evaluation set 'test' /nowhere"),
+    "reserved name": ({"evaluation": {"forget": pairs(3)}}, ConfigError, "named 'forget'"),
+    "no linear layer": ({"model": NoLinear()}, UnsupportedModelError, "no nn.Linear"),
+    "missing checkpoint": ({"model": ModelSpec("architectures:named", checkpoint="/nowhere")}, CheckpointError, "/nowhere"),
+    "unknown task": ({"task": "clasification"}, ConfigError, "did you mean classification"),
+    "recipe and config": ({"recipe": "paper"}, ConfigError, "both given"),
+    "unknown curvature": ({"config": config(influence__curvature="fisher")}, ConfigError, "influence.curvature is 'fisher'; .*diagonal_fisher"),
+    "unknown scheme": ({"config": config(intensity__scheme="unifrom")}, ConfigError, "did you mean uniform"),
+    "unknown objective": ({"config": config(ascent__objective="asent")}, ConfigError, "did you mean ascent"),
+    "too many workers": ({"config": config(resources__workers=99)}, ConfigError, "resources.workers is 99 .* at most 4"),
+    "too many GPUs": ({"config": config(resources__gpus_per_worker=1)}, ConfigError, "1 GPU each"),
+    "run_dir under a file": ({"run_dir": occupied}, CheckpointError, "file is a file"),
+    "run_dir with other files": ({"run_dir": foreign}, CheckpointError, r"no manifest\.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_nothing_is_written(case, tmp_path, monkeypatch):
+    changes, kind, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    arguments = {"model": named("fc"), "forget_set": pairs(40), "config": config(), "run_dir": lambda tmp: tmp / "run", **changes}
+    run_dir = arguments.pop("run_dir")(tmp_path)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises(kind, match=message):
+        unlearn(arguments.pop("model"), arguments.pop("forget_set"), run_dir=run_dir, **arguments)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_finished_run_is_not_overwritten(finished):
+    _, _, result = finished
+    stamp = (result.run_dir / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match="holds a finished run"):
+        unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=config(), run_dir=result.run_dir)
+    with pytest.raises(CheckpointError, match="holds a run with other settings"):
+        unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=config(seed=5), run_dir=result.run_dir)
+    assert (result.run_dir / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A run that Ctrl-C stopped after its third state."""
+    count = 0
+    save = RunDirectory.save_state
+
+    def save_then_stop(self, state):
+        nonlocal count
+        save(self, state)
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save_state", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=config(), run_dir=tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_an_interrupted_run_says_so_and_has_no_model(interrupted):
+    assert json.loads((interrupted / "manifest.json").read_text())["status"] == "interrupted"
+    assert not (interrupted / "model.safetensors").exists()
+    assert not list(interrupted.rglob(".part-*"))
+
+
+def test_the_same_call_goes_on_from_the_state_to_the_same_model(interrupted, finished):
+    result = unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=config(), run_dir=interrupted)
+    assert all(torch.equal(value, finished[2].model.state_dict()[key]) for key, value in result.model.state_dict().items())
+    assert result.trajectory["step"].to_pylist() == finished[2].trajectory["step"].to_pylist()
+    assert not (interrupted / "state").exists()
+
+
+@pytest.mark.parametrize(("model_seed", "data_seed", "message"), [(0, 9, "another forget set"), (9, 0, "another model")])
+def test_an_interrupted_run_is_not_continued_on_other_samples_or_another_model(interrupted, model_seed, data_seed, message):
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
+    model, samples = named("heads.head", seed=model_seed), pairs(50, seed=data_seed)
+    with pytest.raises(CheckpointError, match=message):
+        unlearn(model, samples, evaluation=sets(), config=config(), run_dir=interrupted)
+    assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
+
+
+def test_intensities_of_other_samples_are_refused(tmp_path):
+    table = score(named("fc"), pairs(20), config=config())
+    with pytest.raises(ForgetSetError, match="are not those of the 30 samples"):
+        ascend(named("fc"), pairs(30), table, config=config(), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ray_is_left_running_when_it_was_running(finished):
+    assert ray.is_initialized()
+
+
+def test_the_default_run_directory_is_under_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = unlearn(named("fc"), pairs(20), config=config())
+    assert result.run_dir.parent == Path(tmp_path, "runs")

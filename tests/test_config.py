@@ -1,0 +1,106 @@
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+
+from imu_ray import errors
+from imu_ray.config import RECIPES, UnlearnConfig, parse_assignment, read_yaml, settings_of
+from imu_ray.errors import ConfigError
+
+
+def test_the_paper_recipe_has_the_papers_settings():
+    config = UnlearnConfig.from_recipe("paper")
+    ascent = config.ascent
+    assert (config.influence.damping, config.intensity.clip_quantile, config.intensity.keep_fraction) == (0.01, 0.93, 1.0)
+    assert (ascent.learning_rate, ascent.momentum, ascent.weight_decay, ascent.l1) == (0.01, 0.9, 5e-4, 5e-4)
+    assert (ascent.batch_size, ascent.epochs, ascent.stop.forget_accuracy) == (256, 10, "auto")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_made_of_valid_settings(name):
+    assert UnlearnConfig.from_recipe(name).recipe == name
+
+
+def test_overrides_take_dotted_keys_and_nested_mappings_and_leave_the_original_alone():
+    config = UnlearnConfig()
+    changed = config.with_overrides({"ascent.stop.every_steps": 3, "influence": {"damping": 1, "block_rows": 8}})
+    assert (changed.ascent.stop.every_steps, changed.influence.damping, changed.influence.block_rows) == (3, 1.0, 8)
+    assert config == UnlearnConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("intensity.clip_quantile", 1.3, r"intensity.clip_quantile is 1.3; expected a number in \(0, 1\]"),
+        ("intensity.clip_quantile", 0, r"expected a number in \(0, 1\]"),
+        ("ascent.epochs", 0, "ascent.epochs is 0; expected a whole number >= 1"),
+        ("ascent.epochs", 2.5, "expected a whole number"),
+        ("ascent.epochs", True, "ascent.epochs is True"),
+        ("ascent.learning_rate", "fast", "ascent.learning_rate is 'fast'; expected a number > 0"),
+        ("ascent.learning_rate", float("nan"), "ascent.learning_rate is nan"),
+        ("ascent.stop.forget_accuracy", "never", 'ascent.stop.forget_accuracy is \'never\'; expected a number in .0, 1., or "auto", or null'),
+        ("forget_set.on_bad_row", "ignore", 'forget_set.on_bad_row is \'ignore\'; expected "error" or "skip"'),
+        ("forget_set.mean", 0.5, "forget_set.mean is 0.5; expected a list of numbers, or null"),
+        ("influence.blocks_per_shard", 3, "influence.blocks_per_shard is 3; expected a power of two"),
+        ("resources.gpus_per_worker", 1.5, "resources.gpus_per_worker is 1.5"),
+        ("seed", None, "seed is None; expected a whole number >= 0"),
+        ("ascent", 3, "unknown setting 'ascent'"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_by_name(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        UnlearnConfig().with_overrides({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("ascent.epoch", "ascent.epochs"), ("influence.dampin", "influence.damping"), ("learning_rate", "ascent.learning_rate")],
+)
+def test_an_unknown_setting_names_the_nearest(key, near):
+    with pytest.raises(ConfigError, match=f"unknown setting '{key}'.*{re.escape(near)}"):
+        UnlearnConfig().with_overrides({key: 1})
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="recipe is 'papper'; did you mean paper"):
+        UnlearnConfig.from_recipe("papper")
+
+
+def test_assignments_are_read_as_yaml_and_scientific_notation_is_a_number():
+    key, value = parse_assignment("ascent.l1=1e-3")
+    assert UnlearnConfig().with_overrides({key: value}).ascent.l1 == 1e-3
+    assert parse_assignment("forget_set.mean=[0.5]") == ("forget_set.mean", [0.5])
+    with pytest.raises(ConfigError, match="expected dotted.key=value"):
+        parse_assignment("ascent.l1")
+
+
+def test_yaml_cannot_run_code_and_must_be_a_mapping(tmp_path):
+    path = tmp_path / "job.yaml"
+    for text in ("!!python/object/apply:os.system ['true']", "- 1", "a: [", ""):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="job.yaml"):
+            read_yaml(path)
+
+
+def test_identity_ignores_what_cannot_change_a_result_and_nothing_else():
+    base = UnlearnConfig()
+    assert base.with_overrides({"resources.workers": 4, "influence.blocks_per_shard": 16}).identity() == base.identity()
+    for key, value in {"seed": 1, "influence.block_rows": 8, "resources.cpus_per_worker": 2, "ascent.l1": 0}.items():
+        assert base.with_overrides({key: value}).identity() != base.identity()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ImuError)])
+def test_every_error_survives_pickling(kind):
+    error = pickle.loads(pickle.dumps(kind("what, expected, remedy")))
+    assert type(error) is kind
+    assert str(error) == "what, expected, remedy"
+
+
+def test_the_readme_lists_every_setting_with_its_default():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for key, item in settings_of(UnlearnConfig).items():
+        row = re.search(rf"^\| `{re.escape(key)}` \| (.*?) \|", readme, re.MULTILINE)
+        assert row, f"README.md has no row for {key}"
+        shown = "null" if item.default is None else str(item.default).lower() if isinstance(item.default, bool) else str(item.default)
+        assert row[1] == f"`{shown}`", key

@@ -1,0 +1,157 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from samples import Pairs, image_table, pairs, tensors, write_images
+from torch.utils.data import IterableDataset
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.errors import ForgetSetError
+from imu_ray.forget_set import open_forget_set
+
+CONFIG = ForgetSetConfig()
+
+
+def same(rows, table, start, stop):
+    part = table.slice(start, stop - start)
+    assert rows.ids == part["id"].to_pylist()
+    assert rows.labels.tolist() == part["label"].to_pylist()
+    assert rows.inputs == part["image"].to_pylist()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 40), (6, 8), (13, 30), (39, 40)])
+def test_parquet_row_ranges_cross_files_and_row_groups(tmp_path, start, stop):
+    parts = [image_table(20, seed=1), image_table(20, seed=2)]
+    for number, part in enumerate(parts):
+        pq.write_table(part, tmp_path / f"part-{number}.parquet", row_group_size=7)
+    source = open_forget_set(tmp_path, CONFIG)
+    assert source.num_rows == 40
+    same(source.read(start, stop), pa.concat_tables(parts), start, stop)
+
+
+def test_shards_are_aligned_runs_of_blocks_that_cover_every_row_once():
+    source = open_forget_set(pairs(103), CONFIG)
+    shards = source.shards(block_rows=10, blocks_per_shard=4)
+    assert [(shard.start, shard.stop) for shard in shards] == [(0, 40), (40, 80), (80, 103)]
+    assert list(shards[2].blocks()) == [(80, 90), (90, 100), (100, 103)]
+
+
+def test_an_arrow_table_and_a_parquet_file_read_alike_and_have_one_fingerprint(tmp_path):
+    table = write_images(tmp_path / "set.parquet", 11)
+    from_file, from_table = open_forget_set(str(tmp_path / "set.parquet"), CONFIG), open_forget_set(table, CONFIG)
+    same(from_table.read(2, 9), table, 2, 9)
+    assert from_file.read(2, 9).digest() == from_table.read(2, 9).digest()
+
+
+def test_the_fingerprint_sees_ids_labels_and_content():
+    rows = open_forget_set(pairs(4), CONFIG).read(0, 4)
+    base = rows.digest()
+    inputs, labels = tensors(4)
+    inputs[2, 0, 0, 0] += 1e-6
+    assert open_forget_set(Pairs(inputs, labels), CONFIG).read(0, 4).digest() != base
+    rows.labels[1] += 1
+    assert rows.digest() != base
+
+
+def test_arrays_come_from_list_and_tensor_columns():
+    numbers = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(numbers)
+    for column in (tensor, pa.array(numbers.tolist())):
+        read = open_forget_set(pa.table({"image": column, "label": [0, 1, 2]}), CONFIG).read(1, 3)
+        np.testing.assert_array_equal(np.stack(read.inputs), numbers[1:])
+        assert read.ids == ["1", "2"], "rows without an id column are numbered"
+
+
+def image_folder(root, folders):
+    table = image_table(6)
+    for place, name in enumerate(folders):
+        (root / name).mkdir(parents=True)
+        for row in range(2):
+            (root / name / f"{row}.png").write_bytes(table["image"][2 * place + row].as_py())
+    return root
+
+
+def test_a_folder_is_labelled_by_the_listed_classes_not_by_its_place_in_the_alphabet(tmp_path):
+    source = open_forget_set(image_folder(tmp_path, ["truck"]), ForgetSetConfig(classes=("cat", "dog", "truck")))
+    rows = source.read(0, 2)
+    assert rows.ids == ["truck/0.png", "truck/1.png"]
+    assert rows.labels.tolist() == [2, 2]
+
+
+def test_folders_named_by_index_need_no_list(tmp_path):
+    assert open_forget_set(image_folder(tmp_path, ["4", "10"]), CONFIG).read(0, 4).labels.tolist() == [10, 10, 4, 4]
+
+
+def test_folders_with_names_and_no_list_are_refused(tmp_path):
+    with pytest.raises(ForgetSetError, match="named truck.*forget_set.classes"):
+        open_forget_set(image_folder(tmp_path, ["truck"]), CONFIG)
+
+
+def test_labels_by_name_are_looked_up():
+    table = pa.table({"image": [[1.0], [2.0]], "label": ["b", "a"]})
+    assert open_forget_set(table, ForgetSetConfig(classes=("a", "b"))).read(0, 2).labels.tolist() == [1, 0]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+BAD = {
+    "a missing path": (lambda tmp: tmp / "nowhere.parquet", "nowhere.parquet does not exist"),
+    "an empty folder": (lambda tmp: tmp, "is empty"),
+    "an empty table": (lambda tmp: image_table(5).slice(0, 0), "is empty"),
+    "an empty Dataset": (lambda tmp: pairs(0), "is empty"),
+    "a Dataset without length": (lambda tmp: Stream(), "Stream has no length"),
+    "something else": (lambda tmp: [1, 2], "is a list; expected a path"),
+    "a missing column": (lambda tmp: image_table(5).drop_columns("label"), "no column 'label'; it has id, image.*forget_set.label_column"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_opened_is_refused(case, tmp_path):
+    make, message = BAD[case]
+    with pytest.raises(ForgetSetError, match=message):
+        open_forget_set(make(tmp_path), CONFIG)
+
+
+def test_a_file_that_is_not_parquet_is_refused_by_name(tmp_path):
+    (tmp_path / "x.parquet").write_text("no")
+    with pytest.raises(ForgetSetError, match="x.parquet cannot be read as Parquet"):
+        open_forget_set(tmp_path, CONFIG)
+
+
+def column(name, values):
+    table = image_table(5)
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+
+
+BAD_KEYS = {
+    "duplicate ids": (column("id", ["a", "b", "a", "c", "d"]), "sample id 'a' stands 2 times"),
+    "a missing id": (column("id", ["a", None, "b", "c", "d"]), "1 rows .* have no 'id'"),
+    "a label that is too large": (column("label", [0, 1, 5, 2, 3]), "row 's002' .* has label 5; expected 0 to 4"),
+    "a negative label": (column("label", [0, 1, -1, 2, 3]), "row 's002' .* has label -1"),
+    "a label that is not whole": (column("label", [0.5, 1, 1, 2, 3]), "has label 0.5; expected a whole number"),
+    "a missing label": (column("label", [0, None, 1, 2, 3]), "has label None"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+@pytest.mark.parametrize("where", ["table", "file"])
+def test_bad_ids_and_labels_are_refused_before_any_image_is_read(case, where, tmp_path):
+    table, message = BAD_KEYS[case]
+    if where == "file":
+        pq.write_table(table, tmp_path / "set.parquet")
+    source = open_forget_set(table if where == "table" else tmp_path / "set.parquet", CONFIG)
+    with pytest.raises(ForgetSetError, match=message):
+        source.check(5)
+
+
+def test_a_dataset_row_that_is_no_pair_is_refused():
+    class Triples(Pairs):
+        def __getitem__(self, row):
+            return (*super().__getitem__(row), 1)
+
+    with pytest.raises(ForgetSetError, match="row 2 of Triples is a tuple; expected an .input, label. pair"):
+        open_forget_set(Triples(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long)), CONFIG).read(2, 4)
