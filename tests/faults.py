@@ -2,9 +2,13 @@
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
+from architectures import named
 from samples import Pairs
+
+from imu_ray.ascent.stopping import StopTarget
 
 
 def kill_once(folder, key):
@@ -38,3 +42,61 @@ class KillBefore:
     def __call__(self, value):
         kill_once(self.folder, self.key)
         return self.function(value)
+
+
+@dataclass(frozen=True)
+class KillingTarget(StopTarget):
+    """A stop target that kills the worker which first looks at it at a given step."""
+
+    folder: str = ""
+    step: int = 0
+
+    def reached(self, record):
+        if record["step"] == self.step:
+            kill_once(self.folder, f"step{self.step}")
+        return super().reached(record)
+
+
+def announce(folder):
+    """Tell whoever reads the named pipe ``announce`` that we are here, then wait on ``never`` until killed."""
+    with open(Path(folder) / "announce", "w"):
+        pass
+    with open(Path(folder) / "never"):
+        pass
+
+
+class HangingPairs(Pairs):
+    """Announces itself and hangs at row 20."""
+
+    def __init__(self, inputs, labels, folder):
+        super().__init__(inputs, labels)
+        self.folder = str(folder)
+
+    def __getitem__(self, row):
+        if row == 20:
+            announce(self.folder)
+        return super().__getitem__(row)
+
+
+@dataclass(frozen=True)
+class HangingTarget(StopTarget):
+    """Announces itself and hangs at step 6."""
+
+    folder: str = ""
+
+    def reached(self, record):
+        if record["step"] == 6:
+            announce(self.folder)
+        return False
+
+
+def failing_model(**options):
+    """A model that fails on whole blocks, after its head was found with one sample."""
+    model = named(**options)
+    model.register_forward_pre_hook(fail_on_blocks)
+    return model
+
+
+def fail_on_blocks(module, inputs):
+    if len(inputs[0]) > 1:
+        raise RuntimeError("out of luck")

@@ -1,0 +1,57 @@
+"""Ctrl-C in any stage: nothing half-written, and no Ray left running."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def processes_with(mark):
+    """Ids of the processes that inherited a mark in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def wait_until_gone(pid):
+    subprocess.run(["tail", f"--pid={pid}", "-f", "/dev/null"], timeout=60, check=True)
+
+
+@pytest.mark.parametrize("stage", ["features", "ascent in process", "ascent on Ray Train"])
+def test_an_interrupt_leaves_neither_half_a_file_nor_ray(stage, tmp_path, python_environment):
+    for name in ("announce", "never"):
+        os.mkfifo(tmp_path / name)
+    mark = f"IMU_RAY_TEST_{uuid.uuid4().hex}"
+    log = open(tmp_path / "log", "w")  # noqa: SIM115 - the driver writes to it until it ends
+    driver = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("interrupt_driver.py")), stage, str(tmp_path)],
+        env={**python_environment, "RAY_TMPDIR": "/tmp", mark: "1"}, stdout=log, stderr=log, start_new_session=True,
+    )  # fmt: skip
+    with open(tmp_path / "announce"):  # returns when the stage is under way
+        pass
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(timeout=90) != 0
+    log.close()
+    for pid in processes_with(mark):
+        wait_until_gone(pid)
+    left = [path.relative_to(tmp_path / "out" / "run") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in left if path.name.startswith(".part-")]
+    if stage == "features":
+        assert left == []
+    else:
+        assert json.loads((tmp_path / "out" / "run" / "manifest.json").read_text())["status"] == "interrupted"
+        ours = {str(path) for path in left if not str(path).startswith("state/train/")}
+        assert ours == {"manifest.json", "intensities.parquet", "state/ascent.safetensors"}
