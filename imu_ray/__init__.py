@@ -1,6 +1,6 @@
 """Make a trained PyTorch model forget: influence-guided machine unlearning on Ray."""
 
-from imu_ray.api import UnlearnResult, ascend, audit, score, unlearn
+from imu_ray.api import ascend, audit, score, unlearn
 from imu_ray.config import UnlearnConfig
 from imu_ray.errors import (
     CheckpointError,
@@ -14,6 +14,7 @@ from imu_ray.errors import (
 )
 from imu_ray.job import JobConfig, run_job
 from imu_ray.models import ModelSpec
+from imu_ray.pipeline import UnlearnResult
 
 __version__ = "0.1.0"
 

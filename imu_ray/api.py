@@ -1,59 +1,15 @@
-"""The whole pipeline: score, ascend, audit."""
+"""The public functions: score, ascend, audit, and unlearn, which is all three."""
 
-import copy
-import functools
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from imu_ray.ascent.loop import AscentOutcome, AscentProblem
-from imu_ray.ascent.objectives import OBJECTIVES
-from imu_ray.ascent.stopping import forget_accuracy_target
-from imu_ray.audit.accuracy import Predictions, predict_shard, summarise
-from imu_ray.audit.membership import membership_inference
-from imu_ray.audit.report import render_report
-from imu_ray.checkpoint import MANIFEST, RunDirectory, default_run_dir
-from imu_ray.config import UnlearnConfig, nearest
-from imu_ray.distributed import ascent_job, influence_job
-from imu_ray.distributed.influence_job import FeatureSet
-from imu_ray.distributed.session import ray_session
-from imu_ray.errors import ConfigError, ForgetSetError
-from imu_ray.forget_set import open_forget_set
-from imu_ray.influence.curvature import CURVATURES
-from imu_ray.influence.intensity import SCHEMES
-from imu_ray.manifest import Manifest, describe_samples, label_counts
-from imu_ray.models import Head, ModelSpec, model_hash, with_head
-from imu_ray.tasks.classification import TASKS
-
-logger = logging.getLogger("imu_ray")
-
-
-@dataclass(frozen=True)
-class UnlearnResult:
-    """What a run gives back.
-
-    Attributes:
-        model: an unlearned copy of the model; the original is not modified.
-        run_dir: where the artifacts lie.
-        metrics: accuracy, loss and membership inference, before and after.
-        intensities: ``sample_id, label, loss, influence, intensity``, a row per sample of the forget set.
-        trajectory: a row per check of the ascent.
-        manifest: the record of what was done.
-    """
-
-    model: nn.Module
-    run_dir: Path
-    metrics: dict[str, Any]
-    intensities: pa.Table
-    trajectory: pa.Table
-    manifest: dict[str, Any]
+from imu_ray.config import UnlearnConfig
+from imu_ray.models import Head, ModelSpec, with_head
+from imu_ray.pipeline import Pipeline, UnlearnResult, resolve_settings
 
 
 def unlearn(
@@ -85,8 +41,8 @@ def unlearn(
     Raises:
         ImuError: see ``imu_ray.errors``; nothing is overwritten.
     """
-    settings = _settings(recipe, config)
-    with _Job.open(model, forget_set, task, evaluation, settings, run_dir) as job:
+    settings = resolve_settings(recipe, config)
+    with Pipeline.open(model, forget_set, task, evaluation, settings, run_dir) as job:
         intensities = job.score()
         outcome = job.ascend(intensities)
         changed = with_head(job.live_model, outcome.head)
@@ -110,7 +66,7 @@ def score(
     Returns:
         ``sample_id, label, loss, influence, intensity`` in the order of the forget set; intensity is 0 where not kept.
     """
-    with _Job.open(model, forget_set, task, None, _settings(recipe, config), run_dir, write=run_dir is not None) as job:
+    with Pipeline.open(model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None) as job:
         intensities = job.score()
         job.complete()
         return intensities
@@ -132,7 +88,7 @@ def ascend(
     Raises:
         ForgetSetError: the intensities are not those of the samples of the forget set.
     """
-    with _Job.open(model, forget_set, task, evaluation, _settings(recipe, config), run_dir) as job:
+    with Pipeline.open(model, forget_set, task, evaluation, resolve_settings(recipe, config), run_dir) as job:
         job.take_intensities(intensities)
         outcome = job.ascend(intensities)
         return job.finish(with_head(job.live_model, outcome.head), {}, intensities, outcome)
@@ -156,178 +112,13 @@ def audit(
     Returns:
         ``before`` (of ``original``) and ``after`` (of ``model``): figures per set, and membership inference.
     """
-    settings = _settings(recipe, config)
+    settings = resolve_settings(recipe, config)
     metrics: dict[str, Any] = {}
     if original is not None:
-        with _Job.open(original, forget_set, task, evaluation, settings, None, write=False) as job:
+        with Pipeline.open(original, forget_set, task, evaluation, settings, None, write=False) as job:
             metrics["before"] = job.measure(job.head)
-    with _Job.open(model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None) as job:
+    with Pipeline.open(model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None) as job:
         metrics["after"] = job.measure(job.head)
         job.write_audit(metrics, None, None)
         job.complete()
     return metrics
-
-
-def _settings(recipe: str | None, config: UnlearnConfig | None) -> UnlearnConfig:
-    if recipe is not None and config is not None:
-        raise ConfigError(
-            f"recipe={recipe!r} and config were both given; expected one of them; combine them with "
-            "UnlearnConfig.from_recipe(name).with_overrides({...})"
-        )
-    settings = config or UnlearnConfig.from_recipe(recipe or "paper")
-    for key, name, registry in (
-        ("influence.curvature", settings.influence.curvature, CURVATURES),
-        ("intensity.scheme", settings.intensity.scheme, SCHEMES),
-        ("ascent.objective", settings.ascent.objective, OBJECTIVES),
-    ):
-        if name not in registry:
-            raise ConfigError(f"{key} is {name!r}; {nearest(name, registry)}")
-    return settings
-
-
-class _Job:
-    """One run: the model, its samples, their features and the record."""
-
-    def __init__(
-        self, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
-        config: UnlearnConfig, run_dir: str | Path | None, write: bool,
-    ) -> None:  # fmt: skip
-        if task not in TASKS:
-            raise ConfigError(f"task is {task!r}; {nearest(task, TASKS)}")
-        self.config, self.write = config, write
-        self.run = RunDirectory(run_dir or default_run_dir())
-        self.unfinished = self.run.check(config.identity()) if write else None
-        self.sources = {"forget": open_forget_set(forget_set, config.forget_set)}
-        for name, source in (evaluation or {}).items():
-            if name == "forget":
-                raise ConfigError("an evaluation set is named 'forget'; expected another name, which the forget set does not have")
-            self.sources[name] = open_forget_set(source, config.forget_set, f"evaluation set {name!r}")
-        self.live_model = model.build() if isinstance(model, ModelSpec) else model
-        # The copy that travels is on the CPU and in eval mode; the caller's model stays as it is.
-        self.model = copy.deepcopy(self.live_model).cpu().eval()
-        named_head = model.head if isinstance(model, ModelSpec) else None
-        self.task = TASKS[task].for_model(self.model, self.sources["forget"], config.forget_set, named_head)
-        self.head = Head.of(self.model, self.task.head)
-        for source in self.sources.values():
-            source.check(self.task.num_classes)
-        self.manifest = Manifest(config, self.model, self.head.name)
-        self.features: dict[str, FeatureSet] = {}
-
-    @classmethod
-    @contextmanager
-    def open(cls, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
-             config: UnlearnConfig, run_dir: str | Path | None, write: bool = True) -> Iterator["_Job"]:  # fmt: skip
-        """Check everything that can be checked, make the features, and record how the run ended."""
-        job = cls(model, forget_set, task, evaluation, config, run_dir, write)
-        with ray_session(config.resources):
-            try:
-                job.extract()
-                yield job
-            except BaseException as error:
-                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                job.record(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}")
-                raise
-
-    def extract(self) -> None:
-        """One forward pass over every sample set."""
-        for name, source in self.sources.items():
-            with self.manifest.stage("features"):
-                self.features[name] = influence_job.extract(source, self.task, self.model, self.config, f"features of {name}")
-            if not self.features[name].rows:
-                raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
-        described = {name: describe_samples(self.sources[name], made.reports) for name, made in self.features.items()}
-        self.manifest.values |= {"forget_set": described.pop("forget"), "evaluation": described}
-        if self.unfinished is not None:
-            recorded = self.manifest.values
-            self.run.check_same(self.unfinished, recorded["model"]["hash_before"], recorded["forget_set"]["fingerprint"])
-
-    def score(self) -> pa.Table:
-        """Influence and intensity of every sample; begins the run directory."""
-        with self.manifest.stage("scores"):
-            scored, _ = influence_job.score(self.features["forget"], self.head, self.config)
-        weigh = SCHEMES[self.config.intensity.scheme]
-        weights = weigh(scored["influence"].to_numpy(), self.config.intensity, self.config.seed)
-        return self.take_intensities(scored.append_column("intensity", pa.array(weights)))
-
-    def take_intensities(self, intensities: pa.Table) -> pa.Table:
-        """Check that the table is that of the forget set, and write it."""
-        ids = self.features["forget"].ids()
-        if intensities["sample_id"].to_pylist() != ids:
-            raise ForgetSetError(
-                f"the intensities ({len(intensities)} rows) are not those of the {len(ids)} samples of {self.sources['forget'].name}; "
-                "expected the table that score() gave for this forget set, in its order"
-            )
-        self.manifest.values["forget_set"]["label_counts"] = label_counts(intensities["label"].to_pylist())
-        self.record()
-        if self.write:
-            self.run.write_table("intensities.parquet", intensities)
-        return intensities
-
-    def ascend(self, intensities: pa.Table) -> AscentOutcome:
-        """The ascent on the head, from where an unfinished run stopped."""
-        counts = self.manifest.values["forget_set"]["label_counts"]
-        unseen = summarise(self._predict("test", self.head))["accuracy"] if "test" in self.features else None
-        target = forget_accuracy_target(self.config.ascent.stop, counts, self.task.num_classes, unseen)
-        weights = intensities["intensity"].to_numpy()
-        problem = AscentProblem(self.head, weights, self.config.ascent, self.config.seed, target)
-        measured = {name: features for name, features in self.features.items() if name != "forget"}
-        with self.manifest.stage("ascent"):
-            outcome = ascent_job.ascend(problem, self.features["forget"], measured, self.config.resources, self.run)
-        if outcome.status in ("not_reached", "stopped_by_guard"):
-            logger.warning("the ascent ended %s: %s", outcome.status, outcome.reason)
-        self.manifest.values["ascent"] = {
-            "status": outcome.status,
-            "reason": outcome.reason,
-            "steps": int(outcome.trajectory[-1]["step"]),
-            "kept_samples": int(np.count_nonzero(weights)),
-            "target": vars(target) if target else None,
-        }
-        return outcome
-
-    def audit(self, changed: Head) -> dict[str, Any]:
-        """Figures before and after. Only the head differs, so that no forward pass is needed."""
-        with self.manifest.stage("audit"):
-            return {"before": self.measure(self.head), "after": self.measure(changed)}
-
-    def measure(self, head: Head) -> dict[str, Any]:
-        """Figures of one head on every set, and membership inference."""
-        predictions = {name: self._predict(name, head) for name in self.features}
-        figures: dict[str, Any] = {name: summarise(of_set) for name, of_set in predictions.items()}
-        if "test" in predictions:
-            membership = membership_inference(predictions["forget"], predictions["test"], self.config.audit, self.config.seed)
-        else:
-            membership = {"skipped": "no evaluation['test'] with unseen samples was given"}
-        return {**figures, "membership": membership}
-
-    def _predict(self, name: str, head: Head) -> Predictions:
-        parts = self.features[name].map(f"audit of {name}", functools.partial(predict_shard, head=head))
-        return Predictions.concatenate(parts)
-
-    def finish(self, changed: nn.Module, metrics: dict[str, Any], intensities: pa.Table, outcome: AscentOutcome) -> UnlearnResult:
-        """Write what is left to write and close the record."""
-        trajectory = pa.Table.from_pylist(outcome.trajectory)
-        self.manifest.values["model"]["hash_after"] = model_hash(changed)
-        self.run.write_table("trajectory.parquet", trajectory)
-        self.write_audit(metrics, intensities, trajectory)
-        self.run.write_model("model.safetensors", changed)
-        self.run.clear_state()
-        self.complete()
-        return UnlearnResult(changed, self.run.path, metrics, intensities, trajectory, self.manifest.values)
-
-    def write_audit(self, metrics: dict[str, Any], intensities: pa.Table | None, trajectory: pa.Table | None) -> None:
-        """``metrics.json`` and the report."""
-        if self.write:
-            self.run.write_json("metrics.json", metrics)
-            if self.config.audit.report:
-                self.run.write_text("report.html", render_report(self.manifest.values, metrics, intensities, trajectory))
-
-    def complete(self) -> None:
-        """Close the record of a run that ended well."""
-        self.record(status="complete")
-
-    def record(self, **changes: Any) -> None:
-        """Write the manifest, once there is something to record: a run that failed before leaves nothing behind."""
-        self.manifest.values |= changes
-        begun = "label_counts" in self.manifest.values.get("forget_set", {}) or changes.get("status") == "complete"
-        if self.write and begun:
-            self.run.write_json(MANIFEST, self.manifest.values)

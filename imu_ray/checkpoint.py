@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from imu_ray.ascent.loop import AscentState
 from imu_ray.errors import CheckpointError, StageFailedError
+from imu_ray.models import Head
 
 MANIFEST = "manifest.json"
 STATE = "state/ascent.safetensors"
@@ -124,6 +125,10 @@ class RunDirectory:
         """All parameters and buffers of a model as safetensors; tensors that share memory are written each."""
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
         self.write(name, lambda path: save_file(tensors, path))
+
+    def save_head(self, step: int, head: Head) -> None:
+        """The head of one check (``ascent.keep=all``), float64, the bias as last column."""
+        self.write(f"heads/step-{step:08d}.safetensors", lambda path: save_file({head.name: head.matrix_CD}, path))
 
     def save_state(self, state: AscentState) -> None:
         """The state of an ascent, as one file."""

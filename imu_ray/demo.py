@@ -16,9 +16,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from imu_ray.api import UnlearnResult, audit, unlearn
+from imu_ray.api import audit, unlearn
 from imu_ray.config import UnlearnConfig
 from imu_ray.models import ModelSpec
+from imu_ray.pipeline import UnlearnResult
 
 FORGOTTEN_CLASS = 3
 FORGOTTEN_SHARE = 0.05
@@ -30,7 +31,7 @@ SETTINGS = {
     "influence.blocks_per_shard": 1,
     "ascent.batch_size": 32,
     "ascent.learning_rate": 0.03,
-    "ascent.epochs": 30,
+    "ascent.stop.max_epochs": 30,
     "ascent.stop.every_steps": 1,
     "resources.workers": 2,
 }

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from imu_ray.checkpoint import default_run_dir
-from imu_ray.config import UnlearnConfig, flatten, nearest, parse_assignment, read_yaml, settings_of
+from imu_ray.config import UnlearnConfig
 from imu_ray.errors import ConfigError, EmptySelectionError, ImuError, StageFailedError
 from imu_ray.models import ModelSpec
+from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, settings_of
 
 _JOB_KEYS = ("model", "original", "forget_set.path", "evaluation", "run_dir", "task", "recipe")
 

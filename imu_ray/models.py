@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from imu_ray.config import nearest
 from imu_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from imu_ray.influence.gradients import HEAD_DTYPE, layer_inputs
+from imu_ray.settings import nearest
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from faults import HangingPairs, HangingTarget
 from samples import pairs, tensors
 
 import imu_ray
-from imu_ray import api
+from imu_ray import pipeline
 
 if __name__ == "__main__":
     stage, folder = sys.argv[1:]
@@ -16,5 +16,5 @@ if __name__ == "__main__":
         settings["resources.workers"] = 2
     samples = HangingPairs(*tensors(50), folder) if stage == "features" else pairs(50)
     if stage.startswith("ascent"):
-        api.forget_accuracy_target = lambda *_: HangingTarget("forget_accuracy", -1.0, "test", folder)
+        pipeline.stop_targets = lambda *_: [HangingTarget("forget_accuracy", -1.0, "test", folder=folder)]
     imu_ray.unlearn(named("fc"), samples, config=imu_ray.UnlearnConfig().with_overrides(settings), run_dir=f"{folder}/out/run")

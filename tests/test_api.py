@@ -34,7 +34,7 @@ SETTINGS = {
     "influence.blocks_per_shard": 2,
     "ascent.batch_size": 16,
     "ascent.learning_rate": 0.05,
-    "ascent.epochs": 4,
+    "ascent.stop.max_epochs": 4,
     "ascent.stop.every_steps": 2,
     "ascent.stop.forget_accuracy": None,
 }
@@ -97,11 +97,11 @@ def test_the_audit_is_that_of_the_saved_model(finished):
 def test_the_manifest_says_what_was_done(finished):
     manifest = json.loads((finished[2].run_dir / "manifest.json").read_text())
     assert manifest["status"] == "complete"
-    assert manifest["config"]["ascent"]["epochs"] == 4
+    assert manifest["config"]["ascent"]["stop"]["max_epochs"] == 4
     assert manifest["forget_set"]["rows_used"] == 50
     assert manifest["ascent"]["status"] == "epochs_done"
     assert manifest["model"]["hash_before"] != manifest["model"]["hash_after"]
-    assert set(manifest["seconds"]) == {"features", "scores", "ascent", "audit"}
+    assert set(manifest["seconds"]) == {"features", "scores", "preconditioner", "ascent", "audit"}
     assert manifest["versions"]["ray"] == ray.__version__
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from imu_ray import errors
-from imu_ray.config import RECIPES, UnlearnConfig, parse_assignment, read_yaml, settings_of
+from imu_ray.config import RECIPES, UnlearnConfig
 from imu_ray.errors import ConfigError
+from imu_ray.settings import parse_assignment, read_yaml, settings_of
 
 
 def test_the_paper_recipe_has_the_papers_settings():
@@ -14,7 +15,7 @@ def test_the_paper_recipe_has_the_papers_settings():
     ascent = config.ascent
     assert (config.influence.damping, config.intensity.clip_quantile, config.intensity.keep_fraction) == (0.01, 0.93, 1.0)
     assert (ascent.learning_rate, ascent.momentum, ascent.weight_decay, ascent.l1) == (0.01, 0.9, 5e-4, 5e-4)
-    assert (ascent.batch_size, ascent.epochs, ascent.stop.forget_accuracy) == (256, 10, "auto")
+    assert (ascent.batch_size, ascent.stop.max_epochs, ascent.stop.forget_accuracy) == (256, 10, "auto")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -34,9 +35,9 @@ def test_overrides_take_dotted_keys_and_nested_mappings_and_leave_the_original_a
     [
         ("intensity.clip_quantile", 1.3, r"intensity.clip_quantile is 1.3; expected a number in \(0, 1\]"),
         ("intensity.clip_quantile", 0, r"expected a number in \(0, 1\]"),
-        ("ascent.epochs", 0, "ascent.epochs is 0; expected a whole number >= 1"),
-        ("ascent.epochs", 2.5, "expected a whole number"),
-        ("ascent.epochs", True, "ascent.epochs is True"),
+        ("ascent.stop.max_epochs", 0, "ascent.stop.max_epochs is 0; expected a whole number >= 1"),
+        ("ascent.stop.max_epochs", 2.5, "expected a whole number"),
+        ("ascent.stop.max_epochs", True, "ascent.stop.max_epochs is True"),
         ("ascent.learning_rate", "fast", "ascent.learning_rate is 'fast'; expected a number > 0"),
         ("ascent.learning_rate", float("nan"), "ascent.learning_rate is nan"),
         ("ascent.stop.forget_accuracy", "never", 'ascent.stop.forget_accuracy is \'never\'; expected a number in .0, 1., or "auto", or null'),
@@ -55,7 +56,11 @@ def test_a_value_out_of_range_is_refused_by_name(key, value, message):
 
 @pytest.mark.parametrize(
     ("key", "near"),
-    [("ascent.epoch", "ascent.epochs"), ("influence.dampin", "influence.damping"), ("learning_rate", "ascent.learning_rate")],
+    [
+        ("ascent.stop.max_epoch", "ascent.stop.max_epochs"),
+        ("influence.dampin", "influence.damping"),
+        ("learning_rate", "ascent.learning_rate"),
+    ],
 )
 def test_an_unknown_setting_names_the_nearest(key, near):
     with pytest.raises(ConfigError, match=f"unknown setting '{key}'.*{re.escape(near)}"):

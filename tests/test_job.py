@@ -28,15 +28,15 @@ def job_file(tmp_path):
         "evaluation": {"test": str(tmp_path / "test.parquet")},
         "run_dir": str(tmp_path / "run"),
         "recipe": "paper",
-        "ascent": {"stop": {"forget_accuracy": None}, "epochs": 2},
+        "ascent": {"stop": {"forget_accuracy": None, "max_epochs": 2}},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "job.yaml"
 
 
 def test_a_job_file_is_read_with_its_assignments_last(job_file):
-    job = JobConfig.load(job_file, ["ascent.epochs=7", "run_dir=/elsewhere", "model.kwargs.name=head"])
-    assert job.config.ascent.epochs == 7
+    job = JobConfig.load(job_file, ["ascent.stop.max_epochs=7", "run_dir=/elsewhere", "model.kwargs.name=head"])
+    assert job.config.ascent.stop.max_epochs == 7
     assert job.config.forget_set.image_mode == "L"
     assert job.config.ascent.stop.forget_accuracy is None
     assert (str(job.run_dir), job.model.kwargs["name"], job.original) == ("/elsewhere", "head", None)
@@ -45,7 +45,7 @@ def test_a_job_file_is_read_with_its_assignments_last(job_file):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("ascent.epoch=7", "did you mean ascent.epochs"),
+        ("ascent.stop.max_epoch=7", "did you mean ascent.stop.max_epochs"),
         ("modell.factory=x", "unknown setting 'modell.factory'"),
         ("model.factori=x", "unknown setting 'model.factori'.*did you mean factory"),
         ("forget_set.path=3", "no forget_set.path"),
@@ -91,7 +91,7 @@ def test_the_jobs_run_one_after_the_other_and_end_in_a_json_line(job_file, pytho
 @pytest.mark.parametrize(
     ("assignment", "status", "message"),
     [
-        ("ascent.epochs=0", 2, "ConfigError: ascent.epochs is 0"),
+        ("ascent.stop.max_epochs=0", 2, "ConfigError: ascent.stop.max_epochs is 0"),
         ("forget_set.path=/nowhere", 2, "ForgetSetError: the forget set /nowhere does not exist"),
         ("resources.workers=999", 2, "ConfigError: resources.workers is 999"),
         ("model.kwargs.fault=true", 2, "refused kwargs"),

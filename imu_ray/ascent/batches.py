@@ -53,6 +53,14 @@ class FeatureStore:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def blocks(self) -> list[tuple[FeatureShard, slice]]:
+        """Every block as a shard and its rows."""
+        return [(shard, rows) for shard in self.shards for rows in shard.block_rows()]
+
+    def classes(self) -> Positions:
+        """Labels that occur."""
+        return np.unique(np.concatenate([shard.labels_n for shard in self.shards]))
+
     @property
     def block_starts(self) -> Positions:
         """First position of each block."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from imu_ray.ascent.batches import FeatureStore, Positions, epoch_batches
+from imu_ray.ascent.measure import Record, measure
 from imu_ray.ascent.objectives import OBJECTIVES
-from imu_ray.ascent.step import HeadOptimiser, Workers, batch_gradient
-from imu_ray.ascent.stopping import StopTarget
+from imu_ray.ascent.step import HeadOptimiser, Workers, batch_gradient, learning_rate
+from imu_ray.ascent.stopping import StopTarget, guard_violation
 from imu_ray.config import AscentConfig
-from imu_ray.influence.scores import sample_losses
+from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.models import Head
 from imu_ray.progress import Progress
 
-Record = dict[str, float]
+HALVINGS = 40
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class AscentProblem:
     weights: npt.NDArray[np.float64]
     config: AscentConfig
     seed: int
-    target: StopTarget | None
+    targets: Sequence[StopTarget] = ()
+    preconditioner: FittedCurvature | None = None
     forget: FeatureStore = field(default_factory=lambda: FeatureStore(()))
     evaluation: Mapping[str, FeatureStore] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class AscentState:
     """All that the next step depends on, and the trajectory so far."""
 
@@ -55,67 +57,107 @@ class AscentOutcome:
 
 
 class Ascent:
-    """One worker's view of an ascent."""
+    """One worker's view of an ascent: steps, checks and snapshots. Every worker takes the same decisions."""
 
     def __init__(self, problem: AscentProblem, workers: Workers) -> None:
         self.problem, self.workers, self.config = problem, workers, problem.config
-        self.optimiser = HeadOptimiser(problem.head, problem.config, workers.device)
+        self.optimiser = HeadOptimiser(problem.head, problem.config, problem.preconditioner, workers.device)
         self.kept = np.flatnonzero(problem.weights > 0)
         self.steps_per_epoch = math.ceil(len(self.kept) / self.config.batch_size)
-        self.total_steps = self.steps_per_epoch * self.config.epochs
-        self.step, self.gradient_norm = 0, 0.0
+        steps = self.steps_per_epoch * self.config.stop.max_epochs
+        self.total_steps = min(steps, self.config.stop.max_steps or steps)
+        self.step, self.gradient_norm, self.scale = 0, 0.0, 1.0
+        self.started = time.monotonic()
         self._epoch = -1
         self._batches: list[list[Positions]] = []
 
     def take_step(self) -> None:
-        """One global step."""
+        """One global step, halved as long as it leaves the trust region, if there is one."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if epoch != self._epoch:
             starts = self.problem.forget.block_starts
             self._epoch, self._batches = epoch, epoch_batches(self.kept, starts, self.config, self.problem.seed, epoch)
-        gradient = batch_gradient(
-            self._batches[place],
-            self.problem.forget,
-            self.problem.weights,
-            OBJECTIVES[self.config.objective],
-            self.optimiser.matrix,
-            self.problem.head,
-            self.workers,
-        )
+        matrix = self.optimiser.matrix
+        objective = OBJECTIVES[self.config.objective]
+        problem = self.problem
+        gradient = batch_gradient(self._batches[place], problem.forget, problem.weights, objective, matrix, problem.head, self.workers)
         self.gradient_norm = float(gradient.norm())
-        self.optimiser.step(gradient)
+        rate = learning_rate(self.config, self.step, self.total_steps)
+        control = self.config.step_control
+        if control.max_accuracy_change is None and control.max_loss_change is None:
+            self.optimiser.step(gradient, rate)
+        else:
+            self._controlled_step(gradient, rate)
         self.step += 1
 
-    def check(self) -> Record:
-        """Loss and accuracy on every set with the present head; each worker measures its share of the blocks."""
+    def _controlled_step(self, gradient_CD: Tensor, rate: float) -> None:
+        before, state = self._measure_forget(), self.optimiser.state()
+        for _ in range(HALVINGS):
+            self.optimiser.step(gradient_CD, rate * self.scale)
+            if self._within_trust_region(before, self._measure_forget()):
+                self.scale = min(1.0, 2 * self.scale)
+                return
+            self.optimiser.load_state(state)
+            self.scale /= 2
+
+    def _within_trust_region(self, before: Record, after: Record) -> bool:
+        control = self.config.step_control
+        loss = abs(after["forget_loss"] - before["forget_loss"])
+        accuracy = abs(after["forget_accuracy"] - before["forget_accuracy"])
+        # One sample more or less must be allowed, or a small set could never move.
+        limit = math.inf if control.max_accuracy_change is None else max(control.max_accuracy_change, 1 / len(self.problem.forget))
+        return math.isfinite(loss) and accuracy <= limit + 1e-12 and loss <= (control.max_loss_change or math.inf)
+
+    def _measure_forget(self) -> Record:
+        return measure({"forget": self.problem.forget}, self.problem.head, self.optimiser.matrix, self.workers)
+
+    def check(self, step: float | None = None) -> Record:
+        """Every figure of the trajectory with the present head; ``step`` when it lies between two steps."""
+        at = float(self.step if step is None else step)
+        original, weights = self.problem.head, self.problem.weights
         sets = {"forget": self.problem.forget, **self.problem.evaluation}
-        sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=self.workers.device)
-        for row, store in zip(sums, sets.values(), strict=True):
-            blocks = (block for shard in store.shards for block in shard.blocks())
-            for index, (features, labels) in enumerate(blocks):
-                if index % self.workers.world == self.workers.rank and len(labels):
-                    labels = labels.to(self.workers.device)
-                    logits = self.problem.head.inputs(features.to(self.workers.device)) @ self.optimiser.matrix.T
-                    row += torch.stack([sample_losses(logits, labels).sum(), (logits.argmax(1) == labels).sum().double()])
-        self.workers.sum(sums)
-        record: Record = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
-        for (name, store), (loss, hits) in zip(sets.items(), sums.tolist(), strict=True):
-            record |= {f"{name}_loss": loss / len(store), f"{name}_accuracy": hits / len(store)}
-        original = self.problem.head.matrix_CD
-        weights = self.problem.weights
-        record["parameter_drift"] = float((self.optimiser.matrix.cpu() - original).norm() / original.norm())
-        record["gradient_norm"] = self.gradient_norm
+        record = {"step": at, "epoch": at / self.steps_per_epoch, **measure(sets, original, self.optimiser.matrix, self.workers)}
+        drift = float((self.optimiser.matrix.cpu() - original.matrix_CD).norm() / original.matrix_CD.norm())
+        record |= {"parameter_drift": drift, f"parameter_drift.{original.name}": drift, "gradient_norm": self.gradient_norm}
         record["effective_sample_size"] = float(weights.sum() ** 2 / (weights**2).sum())
-        return record
+        return {**record, "seconds": time.monotonic() - self.started}
 
-    def snapshot(self) -> tuple[int, dict[str, Tensor]]:
+    def snapshot(self) -> dict[str, Tensor]:
         """Copies of all that the next step depends on."""
-        return self.step, self.optimiser.state()
+        counters = {"at_step": torch.tensor(self.step), "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        return {**self.optimiser.state(), **counters}
 
-    def restore(self, snapshot: tuple[int, dict[str, Tensor]]) -> None:
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot."""
-        self.step = snapshot[0]
-        self.optimiser.load_state(snapshot[1])
+        self.step, self.scale = int(snapshot["at_step"]), float(snapshot["scale"])
+        self.optimiser.load_state({key: value for key, value in snapshot.items() if key not in ("at_step", "scale")})
+
+    def back_to(self, target: StopTarget, good: Mapping[str, Tensor]) -> Record:
+        """From the last check before an overshoot, go to the first point of the path that meets the target.
+
+        Steps are taken again one by one; within the step that crosses, the least fraction is found by bisection.
+        """
+        self.restore(good)
+        while True:
+            before = self.optimiser.matrix.clone()
+            self.take_step()
+            record = self.check()
+            if target.reached(record):
+                break
+        after = self.optimiser.matrix.clone()
+        low, high = 0.0, 1.0
+        for _ in range(HALVINGS):
+            if target.overshoot(record) <= target.tolerance:
+                break
+            middle = (low + high) / 2
+            self.optimiser.matrix.copy_(before + middle * (after - before))
+            tried = self.check(self.step - 1 + middle)
+            if target.reached(tried):
+                high, record = middle, tried
+            else:
+                low = middle
+        self.optimiser.matrix.copy_(before + high * (after - before))
+        return record
 
 
 def run_ascent(
@@ -124,64 +166,84 @@ def run_ascent(
     *,
     resume: AscentState | None = None,
     save: Callable[[AscentState], None] = lambda state: None,
+    save_head: Callable[[int, Head], None] = lambda step, head: None,
 ) -> AscentOutcome:
-    """Ascend until the target is reached, the epochs are done, or the next stretch would leave finite numbers.
+    """Ascend until a target is met, steps run out, or a guard speaks.
 
     Args:
         problem: what is ascended.
         workers: this worker and the others.
         resume: state to go on from.
-        save: called with the state after every check.
+        save: called with the state after every ``state_every_checks`` checks.
+        save_head: called with the head of every check when ``ascent.keep`` is ``all``.
 
     Returns:
-        Status ``reached``, ``not_reached`` (a target, but the epochs ended first), ``epochs_done`` (no target) or
-        ``stopped_by_guard`` (loss or head were no longer finite; the head is that of the last good check).
+        Status ``reached``, ``not_reached`` (no target was met, or one was jumped over), ``epochs_done`` (there was no target)
+        or ``stopped_by_guard`` (the head is that of the last good check).
     """
-    ascent = Ascent(problem, workers)
-    started = time.monotonic()
-
-    def checked() -> Record:
-        return {**ascent.check(), "seconds": time.monotonic() - started}
-
-    if resume is None:
-        trajectory = [checked()]
-    else:
-        ascent.restore((resume.step, resume.tensors))
-        trajectory = list(resume.trajectory)
-        started -= trajectory[-1]["seconds"]
+    ascent, config = Ascent(problem, workers), problem.config
+    trajectory = [ascent.check()] if resume is None else list(resume.trajectory)
+    best: dict[str, Tensor] = {}
+    if resume is not None:
+        best = {"matrix": resume.tensors["best"]} if "best" in resume.tensors else {}
+        ascent.restore({key: value for key, value in resume.tensors.items() if key != "best"})
+        ascent.started -= trajectory[-1]["seconds"]
     good = ascent.snapshot()
-    status, reason = _verdict(problem.target, trajectory[-1], ended=False)
+    status, reason = _verdict(problem.targets, trajectory[-1])
+    checks = 0
     with Progress("ascent", ascent.total_steps, "steps", quiet=workers.rank > 0) as progress:
         progress.advance(ascent.step)
         while not status and ascent.step < ascent.total_steps:
-            stretch = min(problem.config.stop.every_steps, ascent.total_steps - ascent.step)
+            stretch = min(config.stop.every_steps, ascent.total_steps - ascent.step)
             for _ in range(stretch):
                 ascent.take_step()
-            record = checked()
-            if not math.isfinite(record["forget_loss"] + record["parameter_drift"]):
-                status, reason = "stopped_by_guard", f"loss or head not finite after step {ascent.step}"
+            record = ascent.check()
+            violation = guard_violation(record, config.guard)
+            if violation:
+                status, reason = "stopped_by_guard", f"{violation} at step {ascent.step}; went back to step {int(good['at_step'])}"
                 ascent.restore(good)
                 break
+            target = next((target for target in problem.targets if target.reached(record)), None)
+            if target is not None and target.overshoot(record) > target.tolerance:
+                record = ascent.back_to(target, good)
             trajectory.append(record)
             good = ascent.snapshot()
-            save(AscentState(ascent.step, good[1], trajectory))
-            status, reason = _verdict(problem.target, record, ended=False)
+            status, reason = _verdict(problem.targets, record)
+            if config.keep == "all":
+                save_head(ascent.step, _head(ascent))
+            if config.keep == "best" and _nearest(problem.targets, trajectory) == len(trajectory) - 1:
+                best = {"matrix": good["matrix"]}
+            checks += 1
+            if not status and checks % config.state_every_checks == 0:
+                save(AscentState(ascent.step, {**good, **({"best": best["matrix"]} if best else {})}, list(trajectory)))
             progress.advance(stretch, note=f"forget accuracy {record['forget_accuracy']:.3f}")
+    if best:
+        ascent.optimiser.matrix.copy_(best["matrix"])
     if not status:
-        status, reason = _verdict(problem.target, trajectory[-1], ended=True)
-    head = Head(problem.head.name, ascent.optimiser.matrix.detach().cpu().clone(), problem.head.has_bias)
-    return AscentOutcome(head, status, reason, trajectory)
+        status, reason = "epochs_done", "there was no target; all steps were taken"
+        if problem.targets:
+            status, reason = "not_reached", "after all steps " + "; ".join(t.describe(trajectory[-1]) for t in problem.targets)
+    return AscentOutcome(_head(ascent), status, reason, trajectory)
 
 
-def _verdict(target: StopTarget | None, record: Record, *, ended: bool) -> tuple[str, str]:
+def _head(ascent: Ascent) -> Head:
+    original = ascent.problem.head
+    return Head(original.name, ascent.optimiser.matrix.detach().cpu().clone(), original.has_bias)
+
+
+def _nearest(targets: Sequence[StopTarget], trajectory: Sequence[Record]) -> int:
+    """Index of the check nearest the first target; the latest when there is none."""
+    if not targets:
+        return len(trajectory) - 1
+    return min(range(len(trajectory)), key=lambda i: (abs(targets[0].overshoot(trajectory[i])), i))
+
+
+def _verdict(targets: Sequence[StopTarget], record: Record) -> tuple[str, str]:
     """Status and reason after a check, or two empty strings to go on."""
-    if target is not None and target.reached(record):
-        return "reached", f"{target.metric} {record[target.metric]:.4f} <= {target.threshold:.4f} ({target.reason})"
-    if not ended:
-        return "", ""
-    if target is None:
-        return "epochs_done", "no stop rule applied; all epochs were run"
-    return (
-        "not_reached",
-        f"{target.metric} is {record[target.metric]:.4f} after all epochs; target {target.threshold:.4f} ({target.reason})",
-    )
+    for target in targets:
+        if target.reached(record):
+            past = target.overshoot(record) > target.tolerance and record["step"] > 0
+            status = "not_reached" if past else "reached"
+            jumped = "the target was jumped over by more than ascent.stop.tolerance: " if past else ""
+            return status, jumped + target.describe(record)
+    return "", ""

@@ -1,9 +1,10 @@
-"""One global step of the ascent: gradient over the global batch, penalties, optimiser.
+"""One global step of the ascent: gradient over the global batch, penalties, preconditioner, optimiser.
 
 Shapes: B samples, C classes, D head inputs with the bias input. Everything is float64; the head is rounded to the model's
 type once, at the end.
 """
 
+import math
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,19 +15,20 @@ from torch import Tensor
 from imu_ray.ascent.batches import FeatureStore, Positions
 from imu_ray.ascent.objectives import LogitGradient
 from imu_ray.config import AscentConfig
+from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.models import Head
 
 T = TypeVar("T")
 
 
 class Workers:
-    """The workers of an ascent: which microbatches are ours, and how sums are brought together."""
+    """The workers of an ascent: which pieces are ours, and how sums are brought together."""
 
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.world = rank, world
         self.device = device or torch.device("cpu")
 
-    def mine(self, pieces: "list[Positions]") -> "list[Positions]":
+    def mine(self, pieces: list[T]) -> list[T]:
         """Pieces dealt to this worker, round-robin."""
         return pieces[self.rank :: self.world]
 
@@ -61,26 +63,52 @@ def batch_gradient(
     A worker without a microbatch adds zeros.
     """
     gradient = torch.zeros_like(matrix_CD)
+    start_CD = original.matrix_CD.to(workers.device)
     for positions in workers.mine(microbatches):
         raw, labels = features.gather(positions)
         inputs, labels = original.inputs(raw.to(workers.device)), labels.to(workers.device)
-        pull = objective(inputs @ matrix_CD.T, labels, inputs @ original.matrix_CD.to(workers.device).T)
+        pull = objective(inputs @ matrix_CD.T, labels, inputs @ start_CD.T)
         pull *= torch.from_numpy(weights[positions]).to(workers.device).unsqueeze(1)
         gradient += pull.T @ inputs
     return workers.sum(gradient) / float(sum(weights[positions].sum() for positions in microbatches))
 
 
+def learning_rate(config: AscentConfig, step: int, total_steps: int) -> float:
+    """Learning rate of a step (from 0), a function of the step alone."""
+    done = step / total_steps
+    if config.schedule == "cosine":
+        return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    if config.schedule == "step":
+        return config.learning_rate * 10.0 ** -((done >= 0.5) + (done >= 0.75))
+    return config.learning_rate
+
+
 class HeadOptimiser:
-    """The head's matrix and its optimiser; a step is a function of (state, gradient, step) alone."""
+    """The head's matrix and its optimiser; a step is a function of (state, gradient, learning rate) alone."""
 
-    def __init__(self, original: Head, config: AscentConfig, device: torch.device) -> None:
-        self.config = config
-        self.matrix = original.matrix_CD.to(device, copy=True)
-        self.optimiser = torch.optim.SGD([self.matrix], lr=config.learning_rate, momentum=config.momentum)
+    def __init__(self, original: Head, config: AscentConfig, preconditioner: FittedCurvature | None, device: torch.device) -> None:
+        self.config, self.preconditioner = config, preconditioner
+        self.original = original.matrix_CD.to(device)
+        self.matrix = self.original.clone()
+        self.optimiser: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            self.optimiser = torch.optim.SGD([self.matrix], lr=config.learning_rate, momentum=config.momentum)
+        else:
+            betas = (config.momentum, 0.999)
+            self.optimiser = torch.optim.AdamW([self.matrix], lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
 
-    def step(self, gradient_CD: Tensor) -> None:
-        r"""Add weight decay and the L1 subgradient :math:`\alpha\,\mathrm{sign}(W)`, once, and take the step."""
-        self.matrix.grad = gradient_CD + self.config.weight_decay * self.matrix + self.config.l1 * self.matrix.sign()
+    def step(self, gradient_CD: Tensor, rate: float) -> None:
+        r"""Take a step along :math:`P(\nabla + \text{penalties})`.
+
+        Penalties are added once, after the workers' sums: weight decay (SGD), the L1 subgradient
+        :math:`\alpha\,\mathrm{sign}(W)` and the anchor :math:`\mu (W - W_0)`.
+        """
+        config = self.config
+        total = gradient_CD + config.l1 * self.matrix.sign() + config.anchor * (self.matrix - self.original)
+        if config.optimizer == "sgd":
+            total = total + config.weight_decay * self.matrix
+        self.matrix.grad = self.preconditioner.apply_inverse(total) if self.preconditioner is not None else total
+        self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -93,5 +121,6 @@ class HeadOptimiser:
         """Go back to what ``state`` returned."""
         device = self.matrix.device
         self.matrix.copy_(state["matrix"])
-        inner = {key: value.to(device, copy=True) for key, value in state.items() if key != "matrix"}
+        # AdamW counts its steps in a tensor that stays on the CPU.
+        inner = {key: value.to("cpu" if key == "step" else device, copy=True) for key, value in state.items() if key != "matrix"}
         self.optimiser.state[self.matrix] = inner

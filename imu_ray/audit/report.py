@@ -1,7 +1,7 @@
 """A self-contained HTML page of what a run did: tables, trajectory and distributions. It shows no sample and no id."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def render_report(
     """The page as text; parts without data are left out."""
     figures = []
     if trajectory is not None:
-        figures.append(("Trajectory", _draw_trajectory(trajectory, (manifest.get("ascent") or {}).get("target"))))
+        figures.append(("Trajectory", _draw_trajectory(trajectory, (manifest.get("ascent") or {}).get("targets", []))))
     if intensities is not None:
         figures.append(("Influence and intensity", _draw_distributions(intensities)))
     sides = [side for side in ("before", "after") if side in metrics]
@@ -45,7 +45,7 @@ def _svg(figure: Figure) -> Markup:
     return Markup(svg[svg.index("<svg") :])
 
 
-def _draw_trajectory(trajectory: pa.Table, target: Mapping[str, Any] | None) -> Markup:
+def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]]) -> Markup:
     figure, (left, right) = _figure(2)
     steps = trajectory["step"].to_numpy()
     for name in trajectory.column_names:
@@ -53,8 +53,9 @@ def _draw_trajectory(trajectory: pa.Table, target: Mapping[str, Any] | None) -> 
             left.plot(steps, 100 * trajectory[name].to_numpy(), label=name.removesuffix("_accuracy"))
         elif name.endswith("_loss"):
             right.plot(steps, trajectory[name].to_numpy(), label=name.removesuffix("_loss"))
-    if target:
-        left.axhline(100 * target["threshold"], color="grey", linestyle=":", label="target of forget")
+    for target in targets:
+        if target["metric"] == "forget_accuracy":
+            left.axhline(100 * target["threshold"], color="grey", linestyle=":", label="target of forget")
     left.set(xlabel="step", ylabel="accuracy in %")
     right.set(xlabel="step", ylabel="mean loss in nats")
     left.legend(frameon=False)

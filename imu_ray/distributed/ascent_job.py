@@ -92,8 +92,9 @@ def _run(arguments: Mapping[str, Any], workers: Workers) -> AscentOutcome:
     )
     run = RunDirectory(arguments["run_dir"])
     resume = workers.agree(run.load_state() if workers.rank == 0 else None)
-    save = run.save_state if workers.rank == 0 else (lambda state: None)
-    return run_ascent(problem, workers, resume=resume, save=save)
+    if workers.rank > 0:
+        return run_ascent(problem, workers, resume=resume)
+    return run_ascent(problem, workers, resume=resume, save=run.save_state, save_head=run.save_head)
 
 
 @contextlib.contextmanager

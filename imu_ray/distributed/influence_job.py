@@ -17,7 +17,8 @@ from torch import nn
 from imu_ray.config import UnlearnConfig
 from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.forget_set import ForgetSet, Shard
-from imu_ray.influence.curvature import CURVATURES, Moments, S, damped_direction, merge_tree
+from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature.base import Moments, S, damped_direction, merge_tree
 from imu_ray.influence.features import FeatureShard, ShardReport, extract_features, score_shard, shard_statistics
 from imu_ray.influence.gradients import LayerIO
 from imu_ray.models import Head

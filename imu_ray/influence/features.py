@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from imu_ray.errors import NonFiniteError
 from imu_ray.forget_set import ForgetSet, Shard
-from imu_ray.influence.curvature import S, merge_tree
+from imu_ray.influence.curvature.base import S, merge_tree
 from imu_ray.influence.gradients import LayerIO, classifier_io
 from imu_ray.influence.scores import influence_scores, sample_losses
 from imu_ray.models import Head, evaluation_mode
@@ -31,14 +31,21 @@ class FeatureShard:
     ids: list[str]
     block_sizes: tuple[int, ...]
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float64 features and labels of each block."""
+    def block_rows(self) -> Iterator[slice]:
+        """Rows of each block."""
         start = 0
         for size in self.block_sizes:
-            rows = slice(start, start + size)
-            # The copies make arrays from the object store, which are read-only, safe to hand to torch.
-            yield torch.from_numpy(self.features_nF[rows].astype(np.float64)), torch.from_numpy(self.labels_n[rows].copy())
+            yield slice(start, start + size)
             start += size
+
+    def read(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Float64 features and labels of some rows."""
+        # The copies make arrays from the object store, which are read-only, safe to hand to torch.
+        return torch.from_numpy(self.features_nF[rows].astype(np.float64)), torch.from_numpy(self.labels_n[rows].copy())
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float64 features and labels of each block."""
+        return (self.read(rows) for rows in self.block_rows())
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,15 @@ def output_gradient(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     return gradient.scatter(1, own, -gradient.sum(dim=1, keepdim=True))
 
 
+def probabilities(output_grads_BTC: Tensor) -> Tensor:
+    r"""Softmax probabilities back from output gradients: :math:`p_y = 1 + r_y`, the only negative entry; else :math:`p_c = r_c`.
+
+    Where :math:`r = 0` throughout (a sample beyond the last digit), all are 0, which is right wherever only
+    :math:`p_c (1 - p_c)` or :math:`p_c p_d` counts.
+    """
+    return torch.where(output_grads_BTC < 0, 1 + output_grads_BTC, output_grads_BTC)
+
+
 def classifier_io(inputs_BD: Tensor, logits_BC: Tensor, labels_B: Tensor) -> LayerIO:
     """The ``LayerIO`` of a classifier head: one position per sample."""
     return LayerIO(inputs_BD.unsqueeze(1), output_gradient(logits_BC, labels_B).unsqueeze(1))

@@ -11,7 +11,7 @@ from imu_ray.errors import EmptySelectionError
 Scores = npt.NDArray[np.float64]
 
 
-def imu_intensities(scores: Scores, config: IntensityConfig, seed: int) -> Scores:
+def imu_intensities(scores: Scores, losses: Scores, config: IntensityConfig, seed: int) -> Scores:
     r"""The paper's weights, 0 where a sample is not kept.
 
     .. math:: w_i = \min\bigl(\sqrt{|I_i|},\; Q_{0.93}\{\sqrt{|I_j|} : j \in K\}\bigr), \qquad
@@ -21,6 +21,7 @@ def imu_intensities(scores: Scores, config: IntensityConfig, seed: int) -> Score
 
     Args:
         scores: influence ``[N]``.
+        losses: cross-entropy ``[N]``; not used by this scheme.
         config: ``keep_fraction`` and ``clip_quantile``.
         seed: not used by this scheme.
 
@@ -44,18 +45,24 @@ def imu_intensities(scores: Scores, config: IntensityConfig, seed: int) -> Score
     return weights
 
 
-def uniform_intensities(scores: Scores, config: IntensityConfig, seed: int) -> Scores:
+def uniform_intensities(scores: Scores, losses: Scores, config: IntensityConfig, seed: int) -> Scores:
     """Control: every sample of the forget set with weight 1."""
     return np.ones_like(scores)
 
 
-def permuted_intensities(scores: Scores, config: IntensityConfig, seed: int) -> Scores:
+def permuted_intensities(scores: Scores, losses: Scores, config: IntensityConfig, seed: int) -> Scores:
     """Control: the ``imu`` weights, zeros included, dealt to the samples at random: the same weights, no information."""
-    return np.random.default_rng(seed).permutation(imu_intensities(scores, config, seed))
+    return np.asarray(np.random.default_rng(seed).permutation(imu_intensities(scores, losses, config, seed)), dtype=np.float64)
 
 
-SCHEMES: dict[str, Callable[[Scores, IntensityConfig, int], Scores]] = {
+def loss_intensities(scores: Scores, losses: Scores, config: IntensityConfig, seed: int) -> Scores:
+    """Every sample with its loss as weight: what the model fits worst is pushed hardest."""
+    return np.array(losses)
+
+
+SCHEMES: dict[str, Callable[[Scores, Scores, IntensityConfig, int], Scores]] = {
     "imu": imu_intensities,
+    "loss": loss_intensities,
     "uniform": uniform_intensities,
     "permuted": permuted_intensities,
 }

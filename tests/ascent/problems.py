@@ -33,9 +33,10 @@ def head(seed=1, bias=True):
     return Head("fc", torch.cat(columns, dim=1), bias)
 
 
-def problem(*, target=None, seed=0, dtype=np.float64, rows=90, bias=True, every_steps=2, **settings):
+def problem(*, targets=(), seed=0, dtype=np.float64, rows=90, bias=True, preconditioner=None, stop=None, **settings):
     forget = store(rows, dtype=dtype)
     weights = np.random.default_rng(2).random(rows)
     weights[::5] = 0
-    config = AscentConfig(**{"batch_size": 20, "microbatch_rows": 6, "epochs": 3, "stop": StopConfig(every_steps=every_steps), **settings})
-    return AscentProblem(head(bias=bias), weights, config, seed, target, forget, {"test": store(40, seed=5, dtype=dtype)})
+    stop = StopConfig(**{"every_steps": 2, "max_epochs": 3, **(stop or {})})
+    config = AscentConfig(**{"batch_size": 20, "microbatch_rows": 6, "stop": stop, **settings})
+    return AscentProblem(head(bias=bias), weights, config, seed, targets, preconditioner, forget, {"test": store(40, seed=5, dtype=dtype)})

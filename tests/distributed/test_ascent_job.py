@@ -25,14 +25,14 @@ def ascend(tmp_path, workers, dtype=torch.float32, target=NEVER, retries=2):
     # 75 rows in batches of 20: the last has 15, in microbatches of 6, 6 and 3.
     config = UnlearnConfig().with_overrides(
         {"influence.block_rows": 16, "influence.blocks_per_shard": 1, "resources.workers": workers, "resources.max_retries": retries,
-         "ascent.batch_size": 20, "ascent.microbatch_rows": 6, "ascent.epochs": 3, "ascent.stop.every_steps": 2}
+         "ascent.batch_size": 20, "ascent.microbatch_rows": 6, "ascent.stop.max_epochs": 3, "ascent.stop.every_steps": 2}
     )  # fmt: skip
     model = named("fc").to(dtype)
     source = open_forget_set(pairs(75), config.forget_set)
     task = ClassificationTask.for_model(model, source, config.forget_set)
     features = influence_job.extract(source, task, model, config, "features")
     weights = np.random.default_rng(0).random(75)
-    problem = AscentProblem(Head.of(model, "fc"), weights, config.ascent, 0, target)
+    problem = AscentProblem(Head.of(model, "fc"), weights, config.ascent, 0, [target])
     run = RunDirectory(tmp_path / f"run{workers}")
     outcome = ascent_job.ascend(problem, features, {"test": features}, config.resources, run)
     return outcome, problem.head.matrix_CD, run
@@ -48,7 +48,7 @@ def test_two_workers_take_the_same_steps_as_one(tmp_path, dtype, tolerance):
 
 def test_a_killed_worker_changes_nothing(tmp_path):
     alone, start, _ = ascend(tmp_path, 1)
-    killing = KillingTarget("forget_accuracy", -1.0, "test", str(tmp_path), 6)
+    killing = KillingTarget("forget_accuracy", -1.0, "test", folder=str(tmp_path), step=6)
     survived, *_ = ascend(tmp_path, 2, target=killing)
     assert (tmp_path / "step6").exists(), "a worker was killed"
     assert (survived.head.matrix_CD - alone.head.matrix_CD).norm() <= 1e-9 * (alone.head.matrix_CD - start).norm()
@@ -56,7 +56,7 @@ def test_a_killed_worker_changes_nothing(tmp_path):
 
 
 def test_a_group_that_fails_too_often_ends_with_its_last_good_state_intact(tmp_path):
-    killing = KillingTarget("forget_accuracy", -1.0, "test", str(tmp_path), 6)
+    killing = KillingTarget("forget_accuracy", -1.0, "test", folder=str(tmp_path), step=6)
     with pytest.raises(StageFailedError, match="the last good state is kept"):
         ascend(tmp_path, 2, target=killing, retries=0)
     # The worker that was not killed may have passed the check and saved it.

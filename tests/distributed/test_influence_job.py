@@ -15,7 +15,8 @@ from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import influence_job
 from imu_ray.errors import ForgetSetError, StageFailedError
 from imu_ray.forget_set import open_forget_set
-from imu_ray.influence.curvature import CURVATURES, Moments, damped_direction
+from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature.base import Moments, damped_direction
 from imu_ray.influence.features import score_shard
 from imu_ray.models import Head
 from imu_ray.tasks.classification import ClassificationTask

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from imu_ray.errors import NonFiniteError
-from imu_ray.influence.curvature import CURVATURES, DampedDiagonal, Moments, damped_direction, merge_tree
+from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature.base import Moments, damped_direction, merge_tree
+from imu_ray.influence.curvature.diagonal import DampedDiagonal
 
 
 def moments(count, seed):

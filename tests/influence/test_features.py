@@ -10,7 +10,8 @@ from samples import Pairs, tensors
 from imu_ray.config import ForgetSetConfig
 from imu_ray.errors import NonFiniteError
 from imu_ray.forget_set import open_forget_set
-from imu_ray.influence.curvature import CURVATURES, Moments, damped_direction, merge_tree
+from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature.base import Moments, damped_direction, merge_tree
 from imu_ray.influence.features import extract_features, score_shard, shard_statistics
 from imu_ray.models import Head
 from imu_ray.tasks.classification import ClassificationTask

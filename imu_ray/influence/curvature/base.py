@@ -1,14 +1,14 @@
 """Curvature of the forget-set loss in the head: additive statistics, their merge, and the damped inverse.
 
 A curvature is fitted by ``reduce``, which maps a pure function over feature blocks and merges the results in a binary tree
-over block index; it runs in a loop or on Ray. One class and one registry line make a new curvature.
+over block index; it runs in a loop or on Ray.
 
 Shapes: C classes, D head inputs with the bias input.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,41 +83,15 @@ class FittedCurvature(Protocol):
 
 
 class Curvature(Protocol):
-    """A kind of curvature: ``fit`` gathers its statistics."""
+    """A kind of curvature. ``influence`` applies its inverse to the mean gradient, the ascent to the gradient of each step."""
 
-    def fit(self, reduce: Reduce[Moments], damping: float) -> FittedCurvature:
-        """Gather the statistics and return the damped inverse."""
+    def memory(self, classes: int, width: int) -> int:
+        """Bytes that fitting and applying it take in one process."""
         ...
 
-
-@dataclass(frozen=True)
-class DampedDiagonal:
-    """A positive diagonal ``[C, D]`` and its inverse."""
-
-    diagonal_CD: Tensor
-
-    def apply_inverse(self, gradient_CD: Tensor) -> Tensor:
-        """Elementwise quotient."""
-        return gradient_CD / self.diagonal_CD
-
-
-class DiagonalFisher:
-    r"""The paper's curvature: :math:`F + \lambda`, :math:`F = \frac1n \sum_i g_i \circ g_i` (arXiv:2508.01620)."""
-
-    def fit(self, reduce: Reduce[Moments], damping: float) -> DampedDiagonal:
-        """Fit on the forget set; the damping is added, not used as a floor."""
-        return DampedDiagonal(reduce(Moments.of).fisher_CD + damping)
-
-
-class Identity:
-    """No curvature: the direction is the mean gradient itself, so that the influence is a plain gradient product."""
-
-    def fit(self, reduce: Reduce[Moments], damping: float) -> DampedDiagonal:
-        """Nothing to fit, and nothing to damp."""
-        return DampedDiagonal(torch.ones((), dtype=torch.float64))
-
-
-CURVATURES: dict[str, Curvature] = {"diagonal_fisher": DiagonalFisher(), "identity": Identity()}
+    def fit(self, reduce: Reduce[Any], damping: float) -> FittedCurvature:
+        """Gather the statistics and return the damped inverse."""
+        ...
 
 
 def damped_direction(fitted: FittedCurvature, moments: Moments) -> Tensor:

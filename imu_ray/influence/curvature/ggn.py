@@ -1,0 +1,134 @@
+r"""Curvature of the softmax cross-entropy in a linear head that steers a step: feature second moment and Gauss-Newton.
+
+The generalised Gauss-Newton matrix of a linear head is its exact Hessian: :math:`\frac1n \sum_i (\mathrm{diag}(p_i) - p_i
+p_i^\top) \otimes h_i h_i^\top`. Each kind is scaled by its mean eigenvalue, damped by a share of that, inverted, and scaled by
+the mean eigenvalue of the inverse, so that a learning rate means about the same under each.
+
+Shapes: C classes, D head inputs with the bias input.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imu_ray.influence.curvature.base import Reduce
+from imu_ray.influence.gradients import LayerIO, probabilities
+
+
+@dataclass(frozen=True)
+class MatrixSum:
+    """Count and sum of per-sample matrices; float64."""
+
+    count: int
+    total: Tensor
+
+    def merge(self, other: "MatrixSum") -> "MatrixSum":
+        """The sum of both."""
+        return MatrixSum(self.count + other.count, self.total + other.total)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean matrix."""
+        return self.total / self.count
+
+
+def second_moment_sum(layer_io: LayerIO) -> MatrixSum:
+    r""":math:`\sum_i h_i h_i^\top`, ``[D, D]``."""
+    inputs = layer_io.inputs_BTD.flatten(0, 1)
+    return MatrixSum(len(inputs), inputs.T @ inputs)
+
+
+def block_ggn_sum(layer_io: LayerIO) -> MatrixSum:
+    r""":math:`\sum_i p_{ic} (1 - p_{ic}) h_i h_i^\top` for each class, ``[C, D, D]``."""
+    inputs = layer_io.inputs_BTD.flatten(0, 1)
+    p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
+    blocks = [inputs.T @ (inputs * variance.unsqueeze(1)) for variance in (p * (1 - p)).unbind(1)]
+    return MatrixSum(len(inputs), torch.stack(blocks))
+
+
+def full_ggn_sum(layer_io: LayerIO) -> MatrixSum:
+    r""":math:`\sum_i (\mathrm{diag}(p_i) - p_i p_i^\top) \otimes h_i h_i^\top`, ``[C D, C D]``."""
+    inputs = layer_io.inputs_BTD.flatten(0, 1)
+    p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
+    classes, width = p.shape[1], inputs.shape[1]
+    total = inputs.new_zeros(classes, width, classes, width)
+    for c in range(classes):
+        for d in range(classes):
+            weight = p[:, c] * ((1.0 if c == d else 0.0) - p[:, d])
+            total[c, :, d, :] = inputs.T @ (inputs * weight.unsqueeze(1))
+    return MatrixSum(len(inputs), total.reshape(classes * width, classes * width))
+
+
+def scaled_inverse(blocks: Tensor, damping: float) -> Tensor:
+    """Scale by the mean eigenvalue over all blocks, damp, invert, and scale the inverses by their mean eigenvalue.
+
+    Args:
+        blocks: positive semi-definite matrices ``[..., K, K]``; one number scales them all, because scaling each by its own
+            trace would point elsewhere.
+        damping: share of the mean eigenvalue.
+    """
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
+    mean = blocks.diagonal(dim1=-2, dim2=-1).mean()
+    # Nothing to be steered by, for instance when every sample is fitted beyond the last digit.
+    scaled = blocks / mean if mean > 0 else torch.zeros_like(blocks)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + damping * identity))
+    return inverse / inverse.diagonal(dim1=-2, dim2=-1).mean()
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """One inverse for every row of the head: ``[C, D, D]``, or ``[1, D, D]`` for the same one."""
+
+    inverse_CDD: Tensor
+
+    def apply_inverse(self, gradient_CD: Tensor) -> Tensor:
+        """Row c of the gradient times block c."""
+        return (self.inverse_CDD.to(gradient_CD.device) @ gradient_CD.unsqueeze(2)).squeeze(2)
+
+
+@dataclass(frozen=True)
+class FullMatrix:
+    """One inverse for the whole head, ``[C D, C D]``."""
+
+    inverse: Tensor
+
+    def apply_inverse(self, gradient_CD: Tensor) -> Tensor:
+        """The inverse times the flattened gradient."""
+        return (self.inverse.to(gradient_CD.device) @ gradient_CD.reshape(-1)).reshape(gradient_CD.shape)
+
+
+class FeatureSecondMoment:
+    r""":math:`\frac1n \sum_i h_i h_i^\top` for every row alike."""
+
+    def memory(self, classes: int, width: int) -> int:
+        """Bytes of the inverse and of one block's statistics."""
+        return 2 * 8 * width**2
+
+    def fit(self, reduce: Reduce[MatrixSum], damping: float) -> RowBlocks:
+        """Fit on the forget set; ``damping`` is a share of the mean eigenvalue."""
+        return RowBlocks(scaled_inverse(reduce(second_moment_sum).mean.unsqueeze(0), damping))
+
+
+class BlockGGN:
+    """Gauss-Newton matrix without the coupling between classes."""
+
+    def memory(self, classes: int, width: int) -> int:
+        """Bytes of the inverse and of one block's statistics."""
+        return 2 * 8 * classes * width**2
+
+    def fit(self, reduce: Reduce[MatrixSum], damping: float) -> RowBlocks:
+        """Fit on the forget set; ``damping`` is a share of the mean eigenvalue over all blocks."""
+        return RowBlocks(scaled_inverse(reduce(block_ggn_sum).mean, damping))
+
+
+class FullGGN:
+    """The whole Gauss-Newton matrix; for small heads."""
+
+    def memory(self, classes: int, width: int) -> int:
+        """Bytes of the inverse and of one block's statistics."""
+        return 2 * 8 * (classes * width) ** 2
+
+    def fit(self, reduce: Reduce[MatrixSum], damping: float) -> FullMatrix:
+        """Fit on the forget set; ``damping`` is a share of the mean eigenvalue."""
+        return FullMatrix(scaled_inverse(reduce(full_ggn_sum).mean, damping))
