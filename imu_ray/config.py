@@ -83,7 +83,7 @@ class StopConfig(Section):
     tolerance: float = setting(
         0.005, "how far past a target a run may end, in the target's unit; an overshoot is bisected back (at least one sample)", above=0
     )
-    every_steps: int = setting(5, "steps between checks", low=1)
+    every_steps: int = setting(10, "steps between checks", low=1)
     max_epochs: int = setting(10, "passes over the kept rows at most", low=1)
     max_steps: int | None = setting(None, "steps at most; null: as many as the epochs have", low=1)
 

@@ -226,9 +226,12 @@ class Head:
         """Head inputs ``[B, D]`` of features without the bias input ``[B, F]``; float64."""
         return layer_inputs(features_BF, self.has_bias)
 
-    def logits(self, features_BF: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of cached features; float64."""
-        return self.inputs(features_BF) @ self.matrix_CD.T
+    def logits(self, features_BF: Tensor, matrix_CD: Tensor | None = None) -> Tensor:
+        """Logits ``[B, C]`` of cached features, under another matrix if one is given; float64, without copying the features."""
+        matrix = self.matrix_CD if matrix_CD is None else matrix_CD
+        width = features_BF.shape[1]
+        product = features_BF.to(HEAD_DTYPE) @ matrix[:, :width].T
+        return product + matrix[:, -1] if self.has_bias else product
 
 
 def with_head(model: nn.Module, head: Head) -> nn.Module:

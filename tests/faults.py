@@ -1,6 +1,7 @@
 """Deterministic faults: a process kills itself once, marked by a token file, with no timer and no race."""
 
 import os
+import resource
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,3 +101,14 @@ def failing_model(**options):
 def fail_on_blocks(module, inputs):
     if len(inputs[0]) > 1:
         raise RuntimeError("out of luck")
+
+
+@dataclass(frozen=True)
+class FullDiskTarget(StopTarget):
+    """From step 4 on, no file of this process may grow past 500 bytes."""
+
+    def reached(self, record):
+        if record["step"] == 4:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+        return False

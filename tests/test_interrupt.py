@@ -30,14 +30,14 @@ def wait_until_gone(pid):
     subprocess.run(["tail", f"--pid={pid}", "-f", "/dev/null"], timeout=60, check=True)
 
 
-@pytest.mark.parametrize("stage", ["features", "ascent in process", "ascent on Ray Train"])
-def test_an_interrupt_leaves_neither_half_a_file_nor_ray(stage, tmp_path, python_environment):
+@pytest.mark.parametrize(("fault", "workers"), [("hang in the features", "1"), ("hang in the ascent", "1"), ("hang in the ascent", "2")])
+def test_an_interrupt_leaves_neither_half_a_file_nor_ray(fault, workers, tmp_path, python_environment):
     for name in ("announce", "never"):
         os.mkfifo(tmp_path / name)
     mark = f"IMU_RAY_TEST_{uuid.uuid4().hex}"
     log = open(tmp_path / "log", "w")  # noqa: SIM115 - the driver writes to it until it ends
     driver = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("interrupt_driver.py")), stage, str(tmp_path)],
+        [sys.executable, str(Path(__file__).with_name("fault_driver.py")), fault, str(tmp_path), workers],
         env={**python_environment, "RAY_TMPDIR": "/tmp", mark: "1"}, stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     with open(tmp_path / "announce"):  # returns when the stage is under way
@@ -49,7 +49,7 @@ def test_an_interrupt_leaves_neither_half_a_file_nor_ray(stage, tmp_path, python
         wait_until_gone(pid)
     left = [path.relative_to(tmp_path / "out" / "run") for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not [path for path in left if path.name.startswith(".part-")]
-    if stage == "features":
+    if fault == "hang in the features":
         assert left == []
     else:
         assert json.loads((tmp_path / "out" / "run" / "manifest.json").read_text())["status"] == "interrupted"

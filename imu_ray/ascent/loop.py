@@ -68,6 +68,7 @@ class Ascent:
         self.total_steps = min(steps, self.config.stop.max_steps or steps)
         self.step, self.gradient_norm, self.scale = 0, 0.0, 1.0
         self.started = time.monotonic()
+        self._now: Record | None = None  # the forget set under the present head, where known
         self._epoch = -1
         self._batches: list[list[Positions]] = []
 
@@ -91,11 +92,14 @@ class Ascent:
         self.step += 1
 
     def _controlled_step(self, gradient_CD: Tensor, rate: float) -> None:
-        before, state = self._measure_forget(), self.optimiser.state()
+        if self._now is None:
+            self._now = self._measure_forget()
+        state = self.optimiser.state()
         for _ in range(HALVINGS):
             self.optimiser.step(gradient_CD, rate * self.scale)
-            if self._within_trust_region(before, self._measure_forget()):
-                self.scale = min(1.0, 2 * self.scale)
+            after = self._measure_forget()
+            if self._within_trust_region(self._now, after):
+                self.scale, self._now = min(1.0, 2 * self.scale), after
                 return
             self.optimiser.load_state(state)
             self.scale /= 2
@@ -129,7 +133,7 @@ class Ascent:
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot."""
-        self.step, self.scale = int(snapshot["at_step"]), float(snapshot["scale"])
+        self.step, self.scale, self._now = int(snapshot["at_step"]), float(snapshot["scale"]), None
         self.optimiser.load_state({key: value for key, value in snapshot.items() if key not in ("at_step", "scale")})
 
     def back_to(self, target: StopTarget, good: Mapping[str, Tensor]) -> Record:

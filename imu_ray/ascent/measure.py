@@ -32,7 +32,7 @@ def measure(sets: Mapping[str, FeatureStore], head: Head, matrix_CD: Tensor, wor
     for total, store in zip(sums, sets.values(), strict=True):
         for shard, rows in workers.mine(store.blocks()):
             features, labels = (part.to(workers.device) for part in shard.read(rows))
-            logits = head.inputs(features) @ matrix_CD.T
+            logits = head.logits(features, matrix_CD)
             losses = sample_losses(logits, labels)
             total[0] += losses.sum()
             total[1] += (logits.argmax(1) == labels).sum()
