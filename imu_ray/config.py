@@ -235,6 +235,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "intensity.scheme": "uniform",
         "ascent.objective": "bounded_ascent",
         "ascent.preconditioner": "block_ggn",
+        # The preconditioner's inverse is scaled to a mean eigenvalue of 1, so that steps along the curvature are small.
+        "ascent.learning_rate": 1.0,
+        # The preconditioner would amplify the penalty where the forget set has no curvature.
         "ascent.l1": 0.0,
         "ascent.stop.every_steps": 1,
         "ascent.step_control.max_accuracy_change": 0.02,

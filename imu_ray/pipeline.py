@@ -1,5 +1,6 @@
 """One run: the model, its samples, their features, every stage on them, and the record."""
 
+import contextlib
 import copy
 import functools
 import logging
@@ -24,7 +25,7 @@ from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import ascent_job, influence_job
 from imu_ray.distributed.influence_job import FeatureSet
 from imu_ray.distributed.session import ray_session
-from imu_ray.errors import ConfigError, ForgetSetError
+from imu_ray.errors import ConfigError, ForgetSetError, StageFailedError
 from imu_ray.forget_set import open_forget_set
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import FittedCurvature
@@ -123,7 +124,8 @@ class Pipeline:
                 yield job
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                job.record(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}")
+                with contextlib.suppress(StageFailedError):  # on a full disk the error that is on its way says so
+                    job.record(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}")
                 raise
 
     def extract(self) -> None:

@@ -2,8 +2,10 @@
 
 import sys
 
+import ray
 from architectures import named
-from faults import FullDiskTarget, HangingPairs, HangingTarget, KillingTarget
+from faults import FullDiskTarget, HangingPairs, HangingTarget, KillingTarget, NodeLosingTarget
+from ray.cluster_utils import Cluster
 from samples import pairs, tensors
 
 import imu_ray
@@ -14,8 +16,19 @@ TARGETS = {
     "hang in the ascent": lambda folder: HangingTarget("forget_accuracy", -1.0, "test", folder=folder),
     "kill in the ascent": lambda folder: KillingTarget("forget_accuracy", -1.0, "test", folder=folder, step=6),
     "full disk": lambda folder: FullDiskTarget("forget_accuracy", -1.0, "test"),
+    "lose a node": lambda folder: NodeLosingTarget("forget_accuracy", -1.0, "test", folder=folder, step=6),
     "none": lambda folder: StopTarget("forget_accuracy", -1.0, "test"),
 }
+
+
+def start_cluster():
+    """A driver's node without CPUs to offer, and two others with room for the whole group each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    return cluster
+
 
 if __name__ == "__main__":
     fault, folder, workers = sys.argv[1:]
@@ -26,4 +39,8 @@ if __name__ == "__main__":
     samples = HangingPairs(*tensors(50), folder) if fault == "hang in the features" else pairs(50)
     target = TARGETS.get(fault, TARGETS["none"])(folder)
     pipeline.stop_targets = lambda *_: [target]
+    cluster = start_cluster() if fault == "lose a node" else None
     imu_ray.unlearn(named("fc"), samples, config=imu_ray.UnlearnConfig().with_overrides(settings), run_dir=f"{folder}/out/run")
+    if cluster is not None:
+        ray.shutdown()
+        cluster.shutdown()

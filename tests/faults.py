@@ -112,3 +112,17 @@ class FullDiskTarget(StopTarget):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
         return False
+
+
+@dataclass(frozen=True)
+class NodeLosingTarget(KillingTarget):
+    """Kills the node (the raylet, which is the parent of every worker) of whoever first gets to a given step."""
+
+    def reached(self, record):
+        if record["step"] == self.step:
+            try:
+                os.close(os.open(Path(self.folder) / "node", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return False
+            os.kill(os.getppid(), signal.SIGKILL)
+        return False

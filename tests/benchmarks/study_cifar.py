@@ -146,6 +146,7 @@ def study(job: tuple) -> dict:
         settings = UnlearnConfig().with_overrides(
             {"seed": seed, "intensity.scheme": scheme, "ascent.objective": objective, "ascent.preconditioner": preconditioner,
              "ascent.learning_rate": rate, "ascent.stop.max_epochs": 1000, "ascent.stop.max_steps": 250, "ascent.stop.every_steps": 1,
+             "ascent.l1": 5e-4 if preconditioner == "none" else 0.0,  # a preconditioner amplifies it where there is no curvature
              "ascent.keep": "all", "ascent.guard.max_forget_loss": 1e6}
         )  # fmt: skip
         started = time.time()
@@ -174,7 +175,9 @@ def rate_sweep(job: tuple) -> dict:
     torch.set_num_threads(1)
     key, recipe, rate = job
     world = WORLD["original", key]
-    settings = UnlearnConfig.from_recipe(recipe).with_overrides({"ascent.learning_rate": rate, "ascent.stop.max_epochs": 30})
+    settings = UnlearnConfig.from_recipe(recipe).with_overrides(
+        {"ascent.learning_rate": rate, "ascent.stop.max_epochs": 200, "ascent.stop.max_steps": 4000}
+    )
     head, forget = world["head"], FeatureStore([world["forget"]])
     unseen = figures(world, head)["test"] / 100
     targets = stop_targets(settings.ascent.stop, label_counts(world["forget"].labels_n.tolist()), 10, unseen)
@@ -292,7 +295,7 @@ def main() -> None:
             runs.append(run)
             if number % 20 == 0:
                 print(f"{number} of {len(jobs)} runs", flush=True)
-        rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+        rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0]
         sweeps = [("class0", "classes", rate) for rate in rates] + [("random10", "samples", rate) for rate in rates]
         swept = pool.map(rate_sweep, sweeps)
     results = Path(__file__).parent / "results"
