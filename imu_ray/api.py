@@ -42,7 +42,7 @@ def unlearn(
         ImuError: see ``imu_ray.errors``; nothing is overwritten.
     """
     settings = resolve_settings(recipe, config)
-    with Pipeline.open(model, forget_set, task, evaluation, settings, run_dir) as job:
+    with Pipeline.open("unlearn", model, forget_set, task, evaluation, settings, run_dir) as job:
         intensities = job.score()
         outcome = job.ascend(intensities)
         changed = with_head(job.live_model, outcome.head)
@@ -66,7 +66,7 @@ def score(
     Returns:
         ``sample_id, label, loss, influence, intensity`` in the order of the forget set; intensity is 0 where not kept.
     """
-    with Pipeline.open(model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None) as job:
+    with Pipeline.open("score", model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None) as job:
         intensities = job.score()
         job.complete()
         return intensities
@@ -88,7 +88,7 @@ def ascend(
     Raises:
         ForgetSetError: the intensities are not those of the samples of the forget set.
     """
-    with Pipeline.open(model, forget_set, task, evaluation, resolve_settings(recipe, config), run_dir) as job:
+    with Pipeline.open("ascend", model, forget_set, task, evaluation, resolve_settings(recipe, config), run_dir) as job:
         job.take_intensities(intensities)
         outcome = job.ascend(intensities)
         return job.finish(with_head(job.live_model, outcome.head), {}, intensities, outcome)
@@ -115,9 +115,9 @@ def audit(
     settings = resolve_settings(recipe, config)
     metrics: dict[str, Any] = {}
     if original is not None:
-        with Pipeline.open(original, forget_set, task, evaluation, settings, None, write=False) as job:
+        with Pipeline.open("audit", original, forget_set, task, evaluation, settings, None, write=False) as job:
             metrics["before"] = job.measure(job.head)
-    with Pipeline.open(model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None) as job:
+    with Pipeline.open("audit", model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None) as job:
         metrics["after"] = job.measure(job.head)
         job.write_audit(metrics, None, None)
         job.complete()

@@ -25,6 +25,7 @@ from imu_ray.models import Head
 
 MANIFEST = "manifest.json"
 STATE = "state/ascent.safetensors"
+PART = ".part-"
 
 
 def default_run_dir() -> Path:
@@ -38,8 +39,8 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
 
-    def check(self, identity: str) -> dict[str, Any] | None:
-        """The manifest of an unfinished run of the same settings to go on from, or None for a new run.
+    def check(self, stage: str, identity: str) -> dict[str, Any] | None:
+        """The manifest of an unfinished run of the same stage and settings to go on from, or None for a new run.
 
         Raises:
             CheckpointError: the directory cannot be made, or holds another or a finished run, or other files.
@@ -50,26 +51,28 @@ class RunDirectory:
                 f"run_dir {self.path} cannot be made: {ancestor} is {'not writable' if ancestor.is_dir() else 'a file'}; expected a "
                 "path under a writable directory"
             )
-        if not self.path.exists() or not any(self.path.iterdir()):
+        # Parts of files are all that a process killed before its first artifact leaves.
+        if not self.path.exists() or all(entry.name.startswith(PART) for entry in self.path.iterdir()):
             return None
         manifest = self.read_manifest()
-        if manifest.get("config_identity") != identity:
+        if (manifest.get("stage"), manifest.get("config_identity")) != (stage, identity):
             raise CheckpointError(
-                f"run_dir {self.path} holds a run with other settings; expected the same settings to go on from, or a new directory"
+                f"run_dir {self.path} holds a run of {manifest.get('stage')} with other settings; expected {stage} with the same "
+                "settings to go on from, or a new directory"
             )
         if manifest.get("status") == "complete":
             raise CheckpointError(f"run_dir {self.path} holds a finished run; expected a new directory, so that nothing is overwritten")
         return manifest
 
-    def check_same(self, manifest: dict[str, Any], model_hash: str, fingerprint: str) -> None:
-        """Refuse to go on with another model or other samples than those that the run began with."""
-        if manifest["model"]["hash_before"] != model_hash:
-            raise CheckpointError(f"run_dir {self.path} holds a run on another model; expected the same weights, or a new directory")
-        if manifest["forget_set"]["fingerprint"] != fingerprint:
-            raise CheckpointError(
-                f"run_dir {self.path} holds a run on another forget set (fingerprint {manifest['forget_set']['fingerprint'][:12]}, "
-                f"now {fingerprint[:12]}); expected the same samples, or a new directory"
-            )
+    def check_inputs(self, manifest: dict[str, Any], inputs: dict[str, str]) -> None:
+        """Refuse to go on with another model, other samples or other weights than those that the run began with."""
+        for name, digest in inputs.items():
+            begun = manifest.get("inputs", {}).get(name)
+            if begun != digest:
+                raise CheckpointError(
+                    f"run_dir {self.path} holds a run on another {name} (digest {str(begun)[:12]}, now {digest[:12]}); expected the same, "
+                    "or a new directory"
+                )
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; ``CheckpointError`` when there is none or it is not one."""
@@ -88,8 +91,9 @@ class RunDirectory:
         target = self.path / name
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)  # also when it was made beforehand
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=PART)
             os.close(handle)  # mkstemp makes the file with mode 0600
             try:
                 fill(Path(temporary))

@@ -26,8 +26,10 @@ class ForgetSetConfig(Section):
     classes: tuple[str, ...] | None = setting(None, "class names in the order of the model's outputs")
     image_mode: Literal["RGB", "L"] = setting("RGB", "decode images as colour or as grey")
     image_size: int | None = setting(None, "resize images to this many pixels square; null: leave as stored", low=1)
-    mean: tuple[float, ...] | None = setting(None, "mean per channel, subtracted after scaling pixels to [0, 1]")
-    std: tuple[float, ...] | None = setting(None, "standard deviation per channel, divided by after the mean")
+    mean: tuple[float, ...] | None = setting(
+        None, "mean per channel, subtracted after decoded images are scaled to [0, 1] (numbers are taken as they are)"
+    )
+    std: tuple[float, ...] | None = setting(None, "standard deviation per channel, divided by after the mean", above=0)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class IntensityConfig(Section):
     prefix = "intensity."
 
     scheme: str = setting("imu", "how weights are made: `imu` (paper), `loss`, or a control (`uniform`, `permuted`)")
-    keep_fraction: float = setting(1.0, "share of the selected samples kept, the largest scores first", above=0, high=1)
-    clip_quantile: float = setting(0.93, "quantile of the kept weights at which they are clipped", above=0, high=1)
+    keep_fraction: float = setting(
+        1.0, "share of the samples with negative influence kept, the strongest first (`imu`, `permuted`)", above=0, high=1
+    )
+    clip_quantile: float = setting(0.93, "quantile of the kept weights at which they are clipped (`imu`, `permuted`)", above=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,9 @@ class UnlearnConfig(Section):
     """All settings of a run. Make one with ``from_recipe`` and ``with_overrides``."""
 
     seed: int = setting(0, "seed of every random choice", low=0)
-    recipe: str = setting("paper", "named set of settings that this configuration started from")
+    recipe: str = setting(
+        "paper", "named set of settings that this configuration started from; chosen with `from_recipe` or a job's `recipe:`"
+    )
     forget_set: ForgetSetConfig = field(default_factory=ForgetSetConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     intensity: IntensityConfig = field(default_factory=IntensityConfig)
@@ -191,7 +197,7 @@ class UnlearnConfig(Section):
         """The settings of a recipe (``RECIPES``); ``ConfigError`` names the nearest one when there is none."""
         if name not in RECIPES:
             raise ConfigError(f"recipe is {name!r}; {nearest(name, RECIPES)}")
-        return cls().with_overrides({"recipe": name, **RECIPES[name]})
+        return dataclasses.replace(cls(), recipe=name).with_overrides(RECIPES[name])
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "UnlearnConfig":
         """A copy with settings replaced, named by dotted key (``"ascent.stop.every_steps"``) or by nested mapping.
@@ -200,6 +206,11 @@ class UnlearnConfig(Section):
             ConfigError: a key is unknown (the nearest valid one is named) or a value is out of range.
         """
         flat = dict(flatten(overrides))
+        if flat.get("recipe", self.recipe) != self.recipe:
+            raise ConfigError(
+                f"recipe cannot be overridden (now {self.recipe!r}, wanted {flat['recipe']!r}); expected UnlearnConfig.from_recipe(name), "
+                "which sets everything that the recipe stands for, and overrides after it"
+            )
         valid = settings_of(type(self))
         for key in flat:
             if key not in valid:

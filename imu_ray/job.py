@@ -16,7 +16,7 @@ from imu_ray.errors import ConfigError, EmptySelectionError, ImuError, StageFail
 from imu_ray.models import ModelSpec
 from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, settings_of
 
-_JOB_KEYS = ("model", "original", "forget_set.path", "evaluation", "run_dir", "task", "recipe")
+_JOB_KEYS = ("forget_set.path", "run_dir", "task", "recipe")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class JobConfig:
             ConfigError: a key is unknown or missing, or a value is out of range.
         """
         values = dict(flatten(read_yaml(path))) | dict(parse_assignment(text) for text in assignments or [])
+        texts = ("model.factory", "model.checkpoint", "original.checkpoint", "forget_set.path", "run_dir", "task", "recipe")
+        for key, value in values.items():
+            if (key in texts or key.startswith("evaluation.")) and not isinstance(value, str):
+                raise ConfigError(f"{key} in {path} is {value!r}; expected text")
+            if key in ("model", "original", "evaluation", "forget_set") or (key.startswith("evaluation.") and key.count(".") > 1):
+                expected = {"evaluation": "a path per name, evaluation: {test: /path}", "forget_set": "forget_set: {path: /path}"}
+                raise ConfigError(f"{key} in {path} is {value!r}; expected {expected.get(key.split('.')[0], key + ': {factory: ...}')}")
         parts: dict[str, dict[str, Any]] = {"model": {}, "original": {}, "evaluation": {}}
         plain: dict[str, Any] = {}
         settings: dict[str, Any] = {}

@@ -41,12 +41,18 @@ def describe_samples(source: ForgetSet, reports: Sequence[ShardReport]) -> dict[
     }
 
 
+def digest_of(values: Any) -> str:
+    """SHA-256 of an array's bytes or of a text."""
+    return hashlib.sha256(values.encode() if isinstance(values, str) else values.tobytes()).hexdigest()
+
+
 class Manifest:
     """Gathers the record while a run goes on; ``values`` is what ``manifest.json`` holds."""
 
-    def __init__(self, config: UnlearnConfig, model: nn.Module, head: str) -> None:
+    def __init__(self, stage: str, config: UnlearnConfig, model: nn.Module, head: str) -> None:
         self.values: dict[str, Any] = {
             "status": "running",
+            "stage": stage,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "config": config.to_dict(),
             "config_identity": config.identity(),

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -91,7 +90,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"checkpoint {path} holds pickled code, which is never run, or is no checkpoint; expected tensors only; save "
             "model.state_dict() with safetensors.torch.save_file or torch.save"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file can raise anything
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -168,9 +167,10 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
         )
     if name is not None and name not in layers:
         raise UnsupportedModelError(f"model.head is {name!r}, which is no nn.Linear of the model; {nearest(name, layers)}")
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {key: [] for key in layers}
     hooks = [
-        layer.register_forward_hook(lambda _module, _inputs, output, key=key: seen.__setitem__(key, output))
+        # A copy, because what follows may change the output in place.
+        layer.register_forward_hook(lambda _module, _inputs, output, key=key: seen[key].append(output.clone()))
         for key, layer in layers.items()
     ]
     try:
@@ -183,7 +183,8 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UnsupportedModelError(f"{type(model).__name__} returned {shape}; expected logits [samples, classes]; linear layers: {listed}")
-    matches = [key for key, output in seen.items() if output.shape == logits.shape and torch.equal(output, logits)]
+    # A layer that is called more than once in a forward pass has no one input to cache.
+    matches = [key for key, outputs in seen.items() if len(outputs) == 1 and torch.equal(outputs[0], logits)]
     if name is not None:
         matches = [key for key in matches if key == name]
     if len(matches) != 1:

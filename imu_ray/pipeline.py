@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +27,12 @@ from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import ascent_job, influence_job
 from imu_ray.distributed.influence_job import FeatureSet
 from imu_ray.distributed.session import ray_session
-from imu_ray.errors import ConfigError, ForgetSetError, StageFailedError
+from imu_ray.errors import ConfigError, EmptySelectionError, ForgetSetError, NonFiniteError, StageFailedError
 from imu_ray.forget_set import open_forget_set
-from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.intensity import SCHEMES
-from imu_ray.manifest import Manifest, describe_samples, label_counts
+from imu_ray.manifest import Manifest, describe_samples, digest_of, label_counts
 from imu_ray.models import Head, ModelSpec, model_hash
 from imu_ray.settings import nearest
 from imu_ray.tasks.classification import TASKS
@@ -66,12 +68,14 @@ def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> Unlear
             f"recipe={recipe!r} and config were both given; expected one of them; combine them with "
             "UnlearnConfig.from_recipe(name).with_overrides({...})"
         )
+    if config is not None and not isinstance(config, UnlearnConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; expected an UnlearnConfig: UnlearnConfig().with_overrides({{...}})")
     settings = config or UnlearnConfig.from_recipe(recipe or "paper")
     for key, name, registry in (
         ("influence.curvature", settings.influence.curvature, CURVATURES),
         ("intensity.scheme", settings.intensity.scheme, SCHEMES),
         ("ascent.objective", settings.ascent.objective, OBJECTIVES),
-        ("ascent.preconditioner", settings.ascent.preconditioner, {"none": None, **CURVATURES}),
+        ("ascent.preconditioner", settings.ascent.preconditioner, {"none": None, **PRECONDITIONERS}),
     ):
         if name not in registry:
             raise ConfigError(f"{key} is {name!r}; {nearest(name, registry)}")
@@ -82,18 +86,24 @@ class Pipeline:
     """One run: the model, its samples, their features and the record."""
 
     def __init__(
-        self, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
+        self, stage: str, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
         config: UnlearnConfig, run_dir: str | Path | None, write: bool,
     ) -> None:  # fmt: skip
+        if not isinstance(model, nn.Module | ModelSpec):
+            raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module or an imu_ray.ModelSpec")
+        if not isinstance(evaluation, Mapping | None):
+            raise ConfigError(f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets")
         if task not in TASKS:
             raise ConfigError(f"task is {task!r}; {nearest(task, TASKS)}")
         self.config, self.write = config, write
         self.run = RunDirectory(run_dir or default_run_dir())
-        self.unfinished = self.run.check(config.identity()) if write else None
+        self.unfinished = self.run.check(stage, config.identity()) if write else None
         self.sources = {"forget": open_forget_set(forget_set, config.forget_set)}
         for name, source in (evaluation or {}).items():
-            if name == "forget":
-                raise ConfigError("an evaluation set is named 'forget'; expected another name, which the forget set does not have")
+            if name in ("forget", "membership"):
+                raise ConfigError(
+                    f"an evaluation set is named {name!r}; expected another name, because results under it are of the forget set"
+                )
             self.sources[name] = open_forget_set(source, config.forget_set, f"evaluation set {name!r}")
         self.live_model = model.build() if isinstance(model, ModelSpec) else model
         # The copy that travels is on the CPU and in eval mode; the caller's model stays as it is.
@@ -103,7 +113,7 @@ class Pipeline:
         self.head = Head.of(self.model, self.task.head)
         for source in self.sources.values():
             source.check(self.task.num_classes)
-        self.manifest = Manifest(config, self.model, self.head.name)
+        self.manifest = Manifest(stage, config, self.model, self.head.name)
         guarded = config.ascent.guard
         if guarded.min_accuracy is not None and guarded.evaluation_set not in self.sources:
             raise ConfigError(
@@ -111,13 +121,14 @@ class Pipeline:
                 f"{sorted(self.sources)}; give it, or name another in ascent.guard.evaluation_set"
             )
         self.features: dict[str, FeatureSet] = {}
+        self.begun = False
 
     @classmethod
     @contextmanager
-    def open(cls, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
+    def open(cls, stage: str, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
              config: UnlearnConfig, run_dir: str | Path | None, write: bool = True) -> Iterator["Pipeline"]:  # fmt: skip
         """Check everything that can be checked, make the features, and record how the run ended."""
-        job = cls(model, forget_set, task, evaluation, config, run_dir, write)
+        job = cls(stage, model, forget_set, task, evaluation, config, run_dir, write)
         with ray_session(config.resources):
             try:
                 job.extract()
@@ -137,9 +148,11 @@ class Pipeline:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
         described = {name: describe_samples(self.sources[name], made.reports) for name, made in self.features.items()}
         self.manifest.values |= {"forget_set": described.pop("forget"), "evaluation": described}
-        if self.unfinished is not None:
-            recorded = self.manifest.values
-            self.run.check_same(self.unfinished, recorded["model"]["hash_before"], recorded["forget_set"]["fingerprint"])
+        self.manifest.values["inputs"] = {
+            "model": self.manifest.values["model"]["hash_before"],
+            "forget set": self.manifest.values["forget_set"]["fingerprint"],
+            "set of evaluation sets": digest_of(json.dumps({name: part["fingerprint"] for name, part in described.items()})),
+        }
 
     def score(self) -> pa.Table:
         """Influence and intensity of every sample; begins the run directory."""
@@ -152,13 +165,23 @@ class Pipeline:
 
     def take_intensities(self, intensities: pa.Table) -> pa.Table:
         """Check that the table is that of the forget set, and write it."""
-        ids = self.features["forget"].ids()
-        if intensities["sample_id"].to_pylist() != ids:
+        missing = {"sample_id", "label", "intensity"} - set(intensities.column_names)
+        if missing or intensities["sample_id"].to_pylist() != self.features["forget"].ids():
             raise ForgetSetError(
-                f"the intensities ({len(intensities)} rows) are not those of the {len(ids)} samples of {self.sources['forget'].name}; "
-                "expected the table that score() gave for this forget set, in its order"
+                f"the intensities ({len(intensities)} rows, columns {', '.join(intensities.column_names)}) are not those of the "
+                f"{self.features['forget'].rows} samples of {self.sources['forget'].name}; expected the table that score() gave for this "
+                "forget set, in its order"
             )
+        weights = intensities["intensity"].to_numpy()
+        if not (np.isfinite(weights).all() and (weights >= 0).all()):
+            raise NonFiniteError(f"{int((~(weights >= 0)).sum())} intensities are negative or NaN; expected finite weights of 0 or more")
+        if not weights.any():
+            raise EmptySelectionError(f"all {len(weights)} intensities are 0; expected at least one above; see intensity.scheme")
+        self.manifest.values["inputs"]["set of intensities"] = digest_of(weights)
+        if self.unfinished is not None:
+            self.run.check_inputs(self.unfinished, self.manifest.values["inputs"])
         self.manifest.values["forget_set"]["label_counts"] = label_counts(intensities["label"].to_pylist())
+        self.begun = True
         self.record()
         if self.write:
             self.run.write_table("intensities.parquet", intensities)
@@ -170,8 +193,10 @@ class Pipeline:
         warning = recipe_warning(self.config.recipe, counts, self.task.num_classes)
         if warning:
             logger.warning(warning)
-        unseen = summarise(self._predict("test", self.head))["accuracy"] if "test" in self.features else None
-        targets = stop_targets(self.config.ascent.stop, counts, self.task.num_classes, unseen)
+        labels = {name: {int(label) for label in self._predict(name, self.head).labels} for name in self.features if name != "forget"}
+        unseen = summarise(self._predict("test", self.head))["accuracy"] if "test" in labels else None
+        kept = set().union(*(found for name, found in labels.items() if name != "test"))
+        targets = stop_targets(self.config.ascent.stop, counts, self.task.num_classes, unseen, labels.get("test", ()), kept)
         weights = intensities["intensity"].to_numpy()
         with self.manifest.stage("preconditioner"):
             preconditioner = self._fit_preconditioner()
@@ -179,13 +204,13 @@ class Pipeline:
         measured = {name: features for name, features in self.features.items() if name != "forget"}
         with self.manifest.stage("ascent"):
             outcome = ascent_job.ascend(problem, self.features["forget"], measured, self.config.resources, self.run)
-        if outcome.status in ("not_reached", "stopped_by_guard"):
+        if outcome.status in ("not_reached", "stopped_by_guard") or outcome.record["step"] == 0:
             logger.warning("the ascent ended %s: %s", outcome.status, outcome.reason)
         self.manifest.values["ascent"] = {
             "status": outcome.status,
             "reason": outcome.reason,
-            "steps": int(outcome.trajectory[-1]["step"]),
-            "kept_samples": int(np.count_nonzero(weights)),
+            "steps": math.ceil(outcome.record["step"]),
+            "kept_samples": int((weights > 0).sum()),
             "targets": [vars(target) for target in targets],
             "recipe_warning": warning,
         }
@@ -196,7 +221,7 @@ class Pipeline:
         settings = self.config.ascent
         if settings.preconditioner == "none":
             return None
-        kind = CURVATURES[settings.preconditioner]
+        kind = PRECONDITIONERS[settings.preconditioner]
         needed = kind.memory(*self.head.matrix_CD.shape) / 2**30
         if needed > settings.preconditioner_memory:
             raise ConfigError(
@@ -251,6 +276,5 @@ class Pipeline:
     def record(self, **changes: Any) -> None:
         """Write the manifest, once there is something to record: a run that failed before leaves nothing behind."""
         self.manifest.values |= changes
-        begun = "label_counts" in self.manifest.values.get("forget_set", {}) or changes.get("status") == "complete"
-        if self.write and begun:
+        if self.write and (self.begun or changes.get("status") == "complete"):
             self.run.write_json(MANIFEST, self.manifest.values)

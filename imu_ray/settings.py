@@ -85,6 +85,8 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 def _in_range(value: Any, bounds: Mapping[str, Any]) -> bool:
+    if isinstance(value, tuple):
+        return all(_in_range(item, bounds) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return bool(bounds["low"] <= value <= bounds["high"] and value > bounds["above"] and math.isfinite(value))
     return True

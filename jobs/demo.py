@@ -8,5 +8,5 @@ from imu_ray.checkpoint import default_run_dir
 from imu_ray.demo import run_demo
 
 if __name__ == "__main__":
-    with ray.init(num_cpus=2, logging_level="warning", log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, logging_level="warning", log_to_driver=False):
         print(json.dumps(run_demo(default_run_dir())))

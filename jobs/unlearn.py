@@ -1,4 +1,4 @@
-"""Make a model forget: ``python jobs/unlearn.py --config job.yaml --set ascent.epochs=5``."""
+"""Make a model forget: ``python jobs/unlearn.py --config job.yaml --set ascent.stop.max_epochs=5``."""
 
 from typing import Any
 

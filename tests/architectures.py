@@ -61,3 +61,39 @@ class LogProbabilities(nn.Module):
 
     def forward(self, x):
         return self.fc(self.body(x)).log_softmax(1)
+
+
+class Scaled(nn.Module):
+    """Changes the head's output in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = named("fc")
+
+    def forward(self, x):
+        z = self.inner(x)
+        z /= 3
+        return z
+
+
+class Twice(nn.Module):
+    """Calls its head twice in a forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = named("fc")
+
+    def forward(self, x):
+        self.inner(x + 1)
+        return self.inner(x)
+
+
+class CosineLinear(nn.Linear):
+    def forward(self, x):
+        return 5 * nn.functional.normalize(x) @ nn.functional.normalize(self.weight).T
+
+
+def cosine():
+    model = named("fc")
+    model.fc = CosineLinear(12, 5)
+    return model

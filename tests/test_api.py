@@ -9,13 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from architectures import NoLinear, named
+from architectures import NoLinear, Scaled, Twice, cosine, named
 from safetensors.torch import load_file
 from samples import Pairs, image_table, pairs, tensors
 
 from imu_ray import (
     CheckpointError,
     ConfigError,
+    EmptySelectionError,
     ForgetSetError,
     ModelSpec,
     NonFiniteError,
@@ -186,6 +187,15 @@ BAD = {
     "NaN input": ({"forget_set": nan_input()}, NonFiniteError, "row '7'"),
     "bad evaluation set": ({"evaluation": {"test": "/nowhere"}}, ForgetSetError, "evaluation set 'test' /nowhere"),
     "reserved name": ({"evaluation": {"forget": pairs(3)}}, ConfigError, "named 'forget'"),
+    "another reserved name": ({"evaluation": {"membership": pairs(3)}}, ConfigError, "named 'membership'"),
+    "evaluation no mapping": ({"evaluation": "/data/test.parquet"}, ConfigError, "evaluation is a str; expected a mapping"),
+    "model by name": ({"model": "resnet18"}, ConfigError, "model is a str; expected"),
+    "config as a dict": ({"config": {"seed": 1}}, ConfigError, "config is a dict; expected an UnlearnConfig"),
+    "classes that do not fit": ({"config": config(forget_set__classes=["dog"])}, ConfigError, "lists 1 names .* 5 outputs"),
+    "temperature after the head": ({"model": Scaled()}, UnsupportedModelError, "no linear layer gives the output"),
+    "head called twice": ({"model": Twice()}, UnsupportedModelError, "no linear layer gives the output"),
+    "head that is not linear": ({"model": cosine()}, UnsupportedModelError, "differs by .* plain linear head"),
+    "preconditioner of another kind": ({"config": config(ascent__preconditioner="diagonal_fisher")}, ConfigError, "ascent.preconditioner is"),
     "no linear layer": ({"model": NoLinear()}, UnsupportedModelError, "no nn.Linear"),
     "missing checkpoint": ({"model": ModelSpec("architectures:named", checkpoint="/nowhere")}, CheckpointError, "/nowhere"),
     "unknown task": ({"task": "clasification"}, ConfigError, "did you mean classification"),
@@ -194,7 +204,7 @@ BAD = {
     "unknown scheme": ({"config": config(intensity__scheme="unifrom")}, ConfigError, "did you mean uniform"),
     "unknown objective": ({"config": config(ascent__objective="asent")}, ConfigError, "did you mean ascent"),
     "too many workers": ({"config": config(resources__workers=99)}, ConfigError, "resources.workers is 99 .* at most 4"),
-    "too many GPUs": ({"config": config(resources__gpus_per_worker=1)}, ConfigError, "1 GPU each"),
+    "too many GPUs": ({"config": config(resources__gpus_per_worker=1)}, ConfigError, "1 GPU each; expected at most 0"),
     "run_dir under a file": ({"run_dir": occupied}, CheckpointError, "file is a file"),
     "run_dir with other files": ({"run_dir": foreign}, CheckpointError, r"no manifest\.json"),
 }  # fmt: skip
@@ -217,7 +227,7 @@ def test_a_finished_run_is_not_overwritten(finished):
     stamp = (result.run_dir / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(CheckpointError, match="holds a finished run"):
         unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=config(), run_dir=result.run_dir)
-    with pytest.raises(CheckpointError, match="holds a run with other settings"):
+    with pytest.raises(CheckpointError, match="holds a run of unlearn with other settings"):
         unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=config(seed=5), run_dir=result.run_dir)
     assert (result.run_dir / "model.safetensors").stat().st_mtime_ns == stamp
 
@@ -269,6 +279,61 @@ def test_intensities_of_other_samples_are_refused(tmp_path):
     with pytest.raises(ForgetSetError, match="are not those of the 30 samples"):
         ascend(named("fc"), pairs(30), table, config=config(), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def with_weights(table, weights):
+    return table.set_column(table.column_names.index("intensity"), "intensity", [weights])
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind", "message"),
+    [(float("nan"), NonFiniteError, "1 intensities are negative or NaN"), (-1.0, NonFiniteError, "1 intensities are negative"),
+     (None, EmptySelectionError, "all 20 intensities are 0")],
+)  # fmt: skip
+def test_intensities_that_are_no_weights_are_refused(weight, kind, message, tmp_path):
+    table = score(named("fc"), pairs(20), config=config())
+    weights = [0.0] * 20 if weight is None else [weight] + [1.0] * 19
+    with pytest.raises(kind, match=message):
+        ascend(named("fc"), pairs(20), with_weights(table, weights), config=config(), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_is_not_continued_with_other_evaluation_sets_or_by_another_stage(interrupted):
+    with pytest.raises(CheckpointError, match="another set of evaluation sets"):
+        unlearn(named("heads.head"), pairs(50), evaluation={"test": pairs(60, seed=2)}, config=config(), run_dir=interrupted)
+    with pytest.raises(CheckpointError, match="holds a run of unlearn"):
+        audit(named("heads.head"), pairs(50), config=config(), run_dir=interrupted)
+    assert json.loads((interrupted / "manifest.json").read_text())["status"] == "interrupted"
+
+
+def test_a_model_that_is_at_the_target_already_is_left_alone_with_a_warning(tmp_path, caplog):
+    settings = config(ascent__stop__forget_accuracy=1.0)
+    result = unlearn(named("fc"), pairs(20), config=settings, run_dir=tmp_path / "run")
+    assert result.manifest["model"]["hash_after"] == result.manifest["model"]["hash_before"]
+    assert "the original model is there already" in caplog.text
+
+
+@pytest.mark.parametrize("keep", ["best", "all"])
+def test_other_heads_can_be_kept(keep, tmp_path):
+    settings = config(ascent__keep=keep, ascent__stop__forget_accuracy=0.0, ascent__anchor=1.0)
+    result = unlearn(named("fc"), pairs(50), config=settings, run_dir=tmp_path / "run")
+    accuracies = result.trajectory["forget_accuracy"].to_pylist()
+    if keep == "best":
+        assert result.metrics["after"]["forget"]["accuracy"] == min(accuracies)
+    else:
+        assert len(list((tmp_path / "run" / "heads").iterdir())) == len(accuracies) - 1
+
+
+def test_a_row_of_another_shape_is_named_or_left_out(tmp_path):
+    class Ragged(Pairs):
+        def __getitem__(self, row):
+            value, label = super().__getitem__(row)
+            return (value[:, :5] if row == 3 else value), label
+
+    with pytest.raises(ForgetSetError, match=r"row '3': its shape is \[1, 5, 6\]"):
+        unlearn(named("fc"), Ragged(*tensors(20)), config=config(), run_dir=tmp_path / "run")
+    table = score(named("fc"), Ragged(*tensors(20)), config=config(forget_set__on_bad_row="skip"))
+    assert "3" not in table["sample_id"].to_pylist()
 
 
 def test_ray_is_left_running_when_it_was_running(finished):

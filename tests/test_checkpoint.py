@@ -90,19 +90,31 @@ def test_a_full_disk_is_a_clear_error_the_last_state_stays_and_it_goes_on_after_
 def test_a_read_only_place_is_refused_before_anything_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(CheckpointError, match="is not writable"):
-        RunDirectory(tmp_path / "run").check("identity")
+        RunDirectory(tmp_path / "run").check("unlearn", "identity")
 
 
 def test_an_unfinished_run_of_the_same_settings_is_taken_up(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    assert run.check("a") is None
-    run.write_json("manifest.json", {"config_identity": "a", "status": "failed"})
-    assert run.check("a")["status"] == "failed"
-    with pytest.raises(CheckpointError, match="other settings"):
-        run.check("b")
+    assert run.check("unlearn", "a") is None
+    run.write_json("manifest.json", {"stage": "unlearn", "config_identity": "a", "status": "failed"})
+    assert run.check("unlearn", "a")["status"] == "failed"
+    for stage, identity in (("unlearn", "b"), ("audit", "a")):
+        with pytest.raises(CheckpointError, match="holds a run of unlearn with other settings"):
+            run.check(stage, identity)
+
+
+def test_a_directory_with_nothing_but_parts_of_files_is_new(tmp_path):
+    (tmp_path / ".part-abc").write_text("x")
+    assert RunDirectory(tmp_path).check("unlearn", "a") is None
+
+
+def test_a_directory_made_beforehand_becomes_private(tmp_path):
+    tmp_path.chmod(0o755)
+    RunDirectory(tmp_path).write_text("a.txt", "x")
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
 
 
 def test_a_manifest_that_is_no_manifest_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match=r"no manifest\.json of a run"):
-        RunDirectory(tmp_path).check("a")
+        RunDirectory(tmp_path).check("unlearn", "a")

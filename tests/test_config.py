@@ -43,6 +43,8 @@ def test_overrides_take_dotted_keys_and_nested_mappings_and_leave_the_original_a
         ("ascent.stop.forget_accuracy", "never", 'ascent.stop.forget_accuracy is \'never\'; expected a number in .0, 1., or "auto", or null'),
         ("forget_set.on_bad_row", "ignore", 'forget_set.on_bad_row is \'ignore\'; expected "error" or "skip"'),
         ("forget_set.mean", 0.5, "forget_set.mean is 0.5; expected a list of numbers, or null"),
+        ("forget_set.std", [0.0], "forget_set.std is .0.0.; expected a list of numbers"),
+        ("forget_set.mean", [float("nan")], "forget_set.mean is .nan."),
         ("influence.blocks_per_shard", 3, "influence.blocks_per_shard is 3; expected a power of two"),
         ("resources.gpus_per_worker", 1.5, "resources.gpus_per_worker is 1.5"),
         ("seed", None, "seed is None; expected a whole number >= 0"),
@@ -70,6 +72,11 @@ def test_an_unknown_setting_names_the_nearest(key, near):
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="recipe is 'papper'; did you mean paper"):
         UnlearnConfig.from_recipe("papper")
+
+
+def test_a_recipe_is_chosen_and_not_overridden():
+    with pytest.raises(ConfigError, match="recipe cannot be overridden .*from_recipe"):
+        UnlearnConfig().with_overrides({"recipe": "classes"})
 
 
 def test_assignments_are_read_as_yaml_and_scientific_notation_is_a_number():

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.errors import ForgetSetError
-from imu_ray.forget_set import open_forget_set
+from imu_ray.forget_set import Rows, open_forget_set
 
 CONFIG = ForgetSetConfig()
 
@@ -86,6 +88,59 @@ def test_folders_named_by_index_need_no_list(tmp_path):
 def test_folders_with_names_and_no_list_are_refused(tmp_path):
     with pytest.raises(ForgetSetError, match="named truck.*forget_set.classes"):
         open_forget_set(image_folder(tmp_path, ["truck"]), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "notes.txt"])
+def test_a_file_in_a_folder_that_is_no_image_is_refused_not_passed_over(tmp_path, name):
+    (image_folder(tmp_path, ["4"]) / "4" / name).write_text("x")
+    with pytest.raises(ForgetSetError, match=f"{name} is no image that is read"):
+        open_forget_set(tmp_path, CONFIG)
+
+
+def test_a_linked_folder_and_a_mixed_folder_are_refused(tmp_path):
+    root = image_folder(tmp_path / "images", ["4"])
+    (root / "5").symlink_to(root / "4")
+    with pytest.raises(ForgetSetError, match="5 is a link to a folder"):
+        open_forget_set(root, CONFIG)
+    (root / "5").unlink()
+    write_images(root / "more.parquet", 3)
+    with pytest.raises(ForgetSetError, match="holds Parquet files and images"):
+        open_forget_set(root, CONFIG)
+
+
+def test_files_with_other_columns_are_refused_by_name(tmp_path):
+    write_images(tmp_path / "a.parquet", 3)
+    pq.write_table(image_table(3).drop_columns("id"), tmp_path / "b.parquet")
+    with pytest.raises(ForgetSetError, match="b.parquet has columns image: binary, label: int64, .*a.parquet has"):
+        open_forget_set(tmp_path, CONFIG)
+
+
+def test_a_missing_input_has_the_same_fingerprint_everywhere():
+    rows = Rows(["a"], np.array([0]), [None])
+    assert rows.digest() == hashlib.sha256(b"1:a0:4:none").hexdigest()
+
+
+def test_a_dataset_label_that_is_not_whole_is_refused():
+    class Halves(Pairs):
+        def __getitem__(self, row):
+            return self.inputs[row], 2.5
+
+    with pytest.raises(ForgetSetError, match="row 0 of Halves has label 2.5"):
+        open_forget_set(Halves(*tensors(3)), CONFIG).read(0, 1)
+
+
+def test_the_text_of_a_label_is_not_shown():
+    table = pa.table({"image": [[1.0]], "label": ["Jane Doe, born 1970"]})
+    for config in (CONFIG, ForgetSetConfig(classes=("a", "b"))):
+        with pytest.raises(ForgetSetError) as caught:
+            open_forget_set(table, config).read(0, 1)
+        assert "Jane" not in str(caught.value)
+
+
+def test_dictionary_labels_are_checked_too():
+    table = pa.table({"image": [[1.0]] * 2, "label": pa.array([1, 9]).dictionary_encode()})
+    with pytest.raises(ForgetSetError, match="has label 9"):
+        open_forget_set(table, CONFIG).check(5)
 
 
 def test_labels_by_name_are_looked_up():

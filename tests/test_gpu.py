@@ -11,7 +11,7 @@ from imu_ray.ascent.loop import AscentProblem, run_ascent
 from imu_ray.ascent.step import Workers
 from imu_ray.config import AscentConfig, ForgetSetConfig, StopConfig
 from imu_ray.forget_set import open_forget_set
-from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import Moments, damped_direction, merge_tree
 from imu_ray.influence.features import extract_features, score_shard, shard_statistics
 from imu_ray.models import Head
@@ -48,7 +48,7 @@ def test_the_ascent_on_the_gpu_takes_the_steps_of_the_cpu(preconditioner):
     fitted = None
     if preconditioner:
         reduce = lambda statistics: merge_tree([shard_statistics(shard, head, statistics) for shard in shards])
-        fitted = CURVATURES[preconditioner].fit(reduce, 0.01)
+        fitted = PRECONDITIONERS[preconditioner].fit(reduce, 0.01)
     config = AscentConfig(batch_size=20, stop=StopConfig(max_epochs=3, every_steps=2))
     problem = AscentProblem(head, np.ones(75), config, 0, (), fitted, FeatureStore(shards))
     cpu, gpu = (run_ascent(problem, Workers(device=torch.device(device))).head.matrix_CD for device in ("cpu", "cuda"))

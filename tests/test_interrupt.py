@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_an_interrupt_leaves_neither_half_a_file_nor_ray(fault, workers, tmp_pat
     log = open(tmp_path / "log", "w")  # noqa: SIM115 - the driver writes to it until it ends
     driver = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("fault_driver.py")), fault, str(tmp_path), workers],
-        env={**python_environment, "RAY_TMPDIR": "/tmp", mark: "1"}, stdout=log, stderr=log, start_new_session=True,
+        env={**python_environment, "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp"), mark: "1"}, stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     with open(tmp_path / "announce"):  # returns when the stage is under way
         pass

@@ -48,9 +48,14 @@ def test_a_job_file_is_read_with_its_assignments_last(job_file):
         ("ascent.stop.max_epoch=7", "did you mean ascent.stop.max_epochs"),
         ("modell.factory=x", "unknown setting 'modell.factory'"),
         ("model.factori=x", "unknown setting 'model.factori'.*did you mean factory"),
-        ("forget_set.path=3", "no forget_set.path"),
+        ("forget_set.path=3", "forget_set.path in .* is 3; expected text"),
         ("original.checkpoint=x", "no original.factory"),
         ("recipe=papper", "did you mean paper"),
+        ("recipe=null", "recipe in .* is None; expected text"),
+        ("run_dir=5", "run_dir in .* is 5; expected text"),
+        ("evaluation=/x", "evaluation in .* expected a path per name"),
+        ("evaluation.test.path=/x", "evaluation.test.path in .* expected a path per name"),
+        ("original=/x", "original in .* expected original: {factory"),
     ],
 )
 def test_a_bad_job_file_is_refused_by_name(job_file, assignment, message):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def drive(fault, folder, environment, workers=1):
     script = str(Path(__file__).with_name("fault_driver.py"))
     return subprocess.run(
         [sys.executable, script, fault, str(folder), str(workers)],
-        env={**environment, "RAY_TMPDIR": "/tmp"}, capture_output=True, text=True, timeout=200,
+        env={**environment, "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp")}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
 
 

@@ -48,9 +48,10 @@ class AscentState:
 
 @dataclass(frozen=True)
 class AscentOutcome:
-    """The head at the end, why it ended there, and the trajectory (a row per check)."""
+    """The head kept and its record, why the ascent ended, and the trajectory (a row per check)."""
 
     head: Head
+    record: Record
     status: str
     reason: str
     trajectory: list[Record]
@@ -187,9 +188,9 @@ def run_ascent(
     """
     ascent, config = Ascent(problem, workers), problem.config
     trajectory = [ascent.check()] if resume is None else list(resume.trajectory)
-    best: dict[str, Tensor] = {}
+    best = ascent.optimiser.matrix.clone()
     if resume is not None:
-        best = {"matrix": resume.tensors["best"]} if "best" in resume.tensors else {}
+        best = resume.tensors["best"]
         ascent.restore({key: value for key, value in resume.tensors.items() if key != "best"})
         ascent.started -= trajectory[-1]["seconds"]
     good = ascent.snapshot()
@@ -202,32 +203,37 @@ def run_ascent(
             for _ in range(stretch):
                 ascent.take_step()
             record = ascent.check()
+            target = next((target for target in problem.targets if target.reached(record)), None)
+            if target is not None and target.overshoot(record) > target.tolerance and math.isfinite(record["forget_loss"]):
+                record = ascent.back_to(target, good)
             violation = guard_violation(record, config.guard)
             if violation:
-                status, reason = "stopped_by_guard", f"{violation} at step {ascent.step}; went back to step {int(good['at_step'])}"
+                status, reason = "stopped_by_guard", f"{violation} at step {record['step']:g}; went back to step {int(good['at_step'])}"
                 ascent.restore(good)
                 break
-            target = next((target for target in problem.targets if target.reached(record)), None)
-            if target is not None and target.overshoot(record) > target.tolerance:
-                record = ascent.back_to(target, good)
             trajectory.append(record)
             good = ascent.snapshot()
             status, reason = _verdict(problem.targets, record)
             if config.keep == "all":
                 save_head(ascent.step, _head(ascent))
-            if config.keep == "best" and _nearest(problem.targets, trajectory) == len(trajectory) - 1:
-                best = {"matrix": good["matrix"]}
+            if _nearest(problem.targets, trajectory) == len(trajectory) - 1:
+                best = ascent.optimiser.matrix.clone()
             checks += 1
             if not status and checks % config.state_every_checks == 0:
-                save(AscentState(ascent.step, {**good, **({"best": best["matrix"]} if best else {})}, list(trajectory)))
+                save(AscentState(ascent.step, {**good, "best": best.cpu()}, list(trajectory)))
             progress.advance(stretch, note=f"forget accuracy {record['forget_accuracy']:.3f}")
-    if best:
-        ascent.optimiser.matrix.copy_(best["matrix"])
+    kept = trajectory[-1]
+    if config.keep == "best":
+        ascent.optimiser.matrix.copy_(best)
+        kept = trajectory[_nearest(problem.targets, trajectory)]
     if not status:
         status, reason = "epochs_done", "there was no target; all steps were taken"
         if problem.targets:
-            status, reason = "not_reached", "after all steps " + "; ".join(t.describe(trajectory[-1]) for t in problem.targets)
-    return AscentOutcome(_head(ascent), status, reason, trajectory)
+            status, reason = (
+                "not_reached",
+                f"of all steps, at step {kept['step']:g} " + "; ".join(t.describe(kept) for t in problem.targets),
+            )
+    return AscentOutcome(_head(ascent), kept, status, reason, trajectory)
 
 
 def _head(ascent: Ascent) -> Head:
@@ -246,8 +252,9 @@ def _verdict(targets: Sequence[StopTarget], record: Record) -> tuple[str, str]:
     """Status and reason after a check, or two empty strings to go on."""
     for target in targets:
         if target.reached(record):
-            past = target.overshoot(record) > target.tolerance and record["step"] > 0
-            status = "not_reached" if past else "reached"
-            jumped = "the target was jumped over by more than ascent.stop.tolerance: " if past else ""
-            return status, jumped + target.describe(record)
+            if record["step"] == 0:
+                return "reached", f"the original model is there already and is left as it is: {target.describe(record)}"
+            if target.overshoot(record) > target.tolerance:
+                return "not_reached", f"the target was jumped over by more than ascent.stop.tolerance: {target.describe(record)}"
+            return "reached", target.describe(record)
     return "", ""

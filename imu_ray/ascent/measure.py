@@ -3,6 +3,7 @@
 Everything is a sum over blocks, so that each worker measures its share and one reduction brings all together.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -58,5 +59,5 @@ def membership_auc(forget: Tensor, unseen: Tensor) -> float:
     """Probability that a forget sample has a smaller loss than an unseen one, ties counted half, from two histograms."""
     above = unseen.sum() - unseen.cumsum(0)
     pairs = forget.sum() * unseen.sum()
-    # No unseen sample of these classes: nothing to be told apart from.
-    return float((forget * (above + unseen / 2)).sum() / pairs) if pairs else 0.5
+    # No unseen sample of these classes: nothing to be told apart from, and no target is met by NaN.
+    return float((forget * (above + unseen / 2)).sum() / pairs) if pairs else math.nan

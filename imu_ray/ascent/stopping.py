@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from imu_ray.config import GuardConfig, StopConfig
@@ -40,20 +40,28 @@ class StopTarget:
         return f"{self.metric} is {record[self.metric]:.4f}; target {self.threshold:.4f} ({self.reason})"
 
 
-def looks_like_whole_classes(label_counts: Mapping[int, int], num_classes: int) -> bool:
+def looks_like_whole_classes(label_counts: Mapping[int, int], num_classes: int, kept_labels: Collection[int] = ()) -> bool:
     """Whether a forget set is whole classes rather than a random draw.
 
+    False when samples of these classes are kept, as far as the evaluation sets show (``kept_labels``).
     True when a random draw of as many rows from equally frequent classes would leave out as many classes as this one does
     with a probability below 1e-3 (union bound). Equally frequent classes are an assumption; the manifest records the verdict.
     """
     rows, present = sum(label_counts.values()), len(label_counts)
-    if present == num_classes:
+    if present == num_classes or not label_counts.keys().isdisjoint(kept_labels):
         return False
     log_bound = math.log(math.comb(num_classes, present)) + rows * math.log(present / num_classes)
     return log_bound < math.log(CHANCE)
 
 
-def stop_targets(config: StopConfig, label_counts: Mapping[int, int], num_classes: int, unseen_accuracy: float | None) -> list[StopTarget]:
+def stop_targets(
+    config: StopConfig,
+    label_counts: Mapping[int, int],
+    num_classes: int,
+    unseen_accuracy: float | None,
+    unseen_labels: Collection[int] = (),
+    kept_labels: Collection[int] = (),
+) -> list[StopTarget]:
     """The targets of a run; the first that is met ends it.
 
     Args:
@@ -61,6 +69,8 @@ def stop_targets(config: StopConfig, label_counts: Mapping[int, int], num_classe
         label_counts: rows of the forget set per class.
         num_classes: classes of the model.
         unseen_accuracy: accuracy of the original model on ``evaluation["test"]``, if given.
+        unseen_labels: labels that occur there.
+        kept_labels: labels that occur in evaluation sets other than ``"test"``.
 
     Raises:
         ConfigError: a rule needs ``evaluation["test"]``, which was not given.
@@ -69,7 +79,8 @@ def stop_targets(config: StopConfig, label_counts: Mapping[int, int], num_classe
     # An accuracy moves in steps of one sample, so no run can be asked to end nearer than that.
     nearest = max(config.tolerance, 1 / sum(label_counts.values()))
     if config.forget_accuracy == "auto":
-        targets += _automatic_target(label_counts, num_classes, unseen_accuracy, nearest)
+        whole = looks_like_whole_classes(label_counts, num_classes, kept_labels)
+        targets += _automatic_target(label_counts, whole, unseen_accuracy, nearest)
     elif config.forget_accuracy is not None:
         targets.append(StopTarget("forget_accuracy", config.forget_accuracy, "ascent.stop.forget_accuracy", nearest))
     if config.forget_loss is not None:
@@ -78,18 +89,22 @@ def stop_targets(config: StopConfig, label_counts: Mapping[int, int], num_classe
         reason = "auto: loss of a uniform guess" if automatic else "ascent.stop.forget_loss"
         targets.append(StopTarget("forget_loss", threshold, reason, config.tolerance, rising=True))
     if config.membership:
-        if unseen_accuracy is None:
+        if unseen_accuracy is None or label_counts.keys().isdisjoint(unseen_labels):
             raise ConfigError(
-                "ascent.stop.membership is true without evaluation['test']; expected unseen samples to compare with; give them"
+                "ascent.stop.membership is true without unseen samples of the forgotten classes; expected evaluation['test'] with some; give it"
             )
         targets.append(StopTarget("membership_auc", 0.5, "ascent.stop.membership", config.tolerance))
     return targets
 
 
-def _automatic_target(
-    label_counts: Mapping[int, int], num_classes: int, unseen_accuracy: float | None, tolerance: float
-) -> list[StopTarget]:
-    if looks_like_whole_classes(label_counts, num_classes):
+def _automatic_target(label_counts: Mapping[int, int], whole: bool, unseen_accuracy: float | None, tolerance: float) -> list[StopTarget]:
+    if whole:
+        logger.warning(
+            "ascent.stop.forget_accuracy is auto: the %d forget samples look like all of class %s, which will be forgotten whole; if "
+            "other samples of it are kept, set ascent.stop.forget_accuracy to a number",
+            sum(label_counts.values()),
+            ", ".join(str(label) for label in label_counts),
+        )
         return [StopTarget("forget_accuracy", WHOLE_CLASS_ACCURACY, "auto: the forget set is whole classes", tolerance)]
     if unseen_accuracy is not None:
         reason = "auto: accuracy of the original model on evaluation['test']"
@@ -103,7 +118,7 @@ def _automatic_target(
 
 def recipe_warning(recipe: str, label_counts: Mapping[int, int], num_classes: int) -> str | None:
     """What to tell a user whose forget set contradicts the recipe, or None."""
-    whole = looks_like_whole_classes(label_counts, num_classes)
+    whole = looks_like_whole_classes(label_counts, num_classes) or (len(label_counts) == 1 and recipe == "samples")
     found = f"a forget set with samples of {len(label_counts)} of {num_classes} classes, which looks like"
     if recipe == "samples" and whole:
         return f"recipe 'samples' on {found} whole classes; recipe 'classes' is made for those"

@@ -41,15 +41,21 @@ def _source(ref: "ray.ObjectRef[ForgetSet]") -> ForgetSet:
     return ray.get(ref)
 
 
+def _fix_arithmetic(threads: int) -> None:
+    """What the bits of a result depend on, in this worker process."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 features are float32, on a GPU as on the CPU
+
+
 @ray.remote
 def _extract(refs: Sequence[Any], shard: Shard, task: Task, threads: int, device: str) -> tuple[FeatureShard, ShardReport]:
-    torch.set_num_threads(threads)
+    _fix_arithmetic(threads)
     return extract_features(_source(refs[0]), shard, task, _model(refs[1], device), torch.device(device))
 
 
 @ray.remote
 def _map(function: Callable[[FeatureShard], R], shard: FeatureShard, threads: int) -> R:
-    torch.set_num_threads(threads)
+    _fix_arithmetic(threads)
     return function(shard)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from imu_ray.errors import NonFiniteError
+from imu_ray.errors import NonFiniteError, UnsupportedModelError
 from imu_ray.forget_set import ForgetSet, Shard
 from imu_ray.influence.curvature.base import S, merge_tree
 from imu_ray.influence.gradients import LayerIO, classifier_io
@@ -73,9 +73,12 @@ def extract_features(
     features, labels, ids, digests = [], [], [], []
     bad: list[BadRow] = []
     seconds = 0.0
+    head = Head.of(model, task.head)
+    matrix = head.matrix_CD.to(device)
+    everything = source.read(shard.start, shard.stop)
     with evaluation_mode(model):
         for start, stop in shard.blocks():
-            rows = source.read(start, stop)
+            rows = everything.part(start - shard.start, stop - shard.start)
             digests.append(rows.digest())
             batch = task.collate(rows)
             bad += batch.bad_rows
@@ -84,7 +87,9 @@ def extract_features(
             if batch.ids:
                 started = time.perf_counter()
                 outputs = task.forward(model, _to(batch, device))
-                features.append(_finite(outputs.features_BD, outputs.logits_BC, batch.ids).cpu().numpy())
+                kept = _finite(outputs.features_BD, outputs.logits_BC, batch.ids)
+                _check_linear(head.logits(kept, matrix), outputs.logits_BC, model)
+                features.append(kept.cpu().numpy())
                 seconds += time.perf_counter() - started
     width = task.target_layers(model)[task.head].in_features
     stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
@@ -110,6 +115,21 @@ def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
     return features_BF if features_BF.dtype == torch.float64 else features_BF.float()
 
 
+# How far logits recomputed from the features in float64 may be from the model's own, as a share of the largest.
+LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module) -> None:
+    """Refuse a model whose output is not the plain linear head of the cached features."""
+    tolerance = LOGIT_TOLERANCE.get(logits_BC.dtype, 0.05)
+    difference = (recomputed_BC - logits_BC).abs().max()
+    if difference > tolerance * max(1.0, float(logits_BC.abs().max())):
+        raise UnsupportedModelError(
+            f"the output of {type(model).__name__} differs by {float(difference):.3g} from weight x features + bias of its head; expected a "
+            "plain linear head with nothing after it; score and ascent would be those of another model"
+        )
+
+
 def block_io(features_BF: Tensor, labels_B: Tensor, head: Head) -> LayerIO:
     """What the head sees and how the loss pulls on its outputs, for one block."""
     inputs = head.inputs(features_BF)
@@ -118,7 +138,7 @@ def block_io(features_BF: Tensor, labels_B: Tensor, head: Head) -> LayerIO:
 
 def shard_statistics(shard: FeatureShard, head: Head, statistics: Callable[[LayerIO], S]) -> S:
     """``statistics`` of each block, merged in a binary tree."""
-    return merge_tree([statistics(block_io(features, labels, head)) for features, labels in shard.blocks()])
+    return merge_tree(statistics(block_io(features, labels, head)) for features, labels in shard.blocks())
 
 
 SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("label", pa.int64()), ("loss", pa.float64()), ("influence", pa.float64())])

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError
+from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, UnsupportedModelError
 from imu_ray.forget_set import ForgetSet, Rows
 from imu_ray.models import find_head, linear_layers
 from imu_ray.tasks.base import BadRow, Batch, Outputs
@@ -26,12 +26,14 @@ class ClassificationTask:
         head: name of the head in the model.
         num_classes: outputs of the head.
         dtype: floating type of the model's inputs.
+        shape: shape of a sample; None before it is known.
     """
 
     config: ForgetSetConfig
     head: str = ""
     num_classes: int = 0
     dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] | None = None
 
     @classmethod
     def for_model(cls, model: nn.Module, samples: ForgetSet, config: ForgetSetConfig, head: str | None = None) -> "ClassificationTask":
@@ -48,7 +50,13 @@ class ClassificationTask:
                 f"{type(model).__name__} cannot take a sample of shape {list(batch.inputs.shape[1:])}: {error}; expected inputs as "
                 "the model was trained on; see forget_set.image_mode and forget_set.image_size"
             ) from None
-        return cls(config, name, linear_layers(model)[name].out_features, parameter.dtype)
+        outputs = linear_layers(model)[name].out_features
+        if config.classes is not None and (len(config.classes) != outputs or len(set(config.classes)) != outputs):
+            raise ConfigError(
+                f"forget_set.classes lists {len(config.classes)} names ({len(set(config.classes))} different) for a model with {outputs} "
+                "outputs; expected every class once, in the order of the outputs"
+            )
+        return cls(config, name, outputs, parameter.dtype, tuple(batch.inputs.shape[1:]))
 
     def target_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The head."""
@@ -76,9 +84,6 @@ class ClassificationTask:
                         "it out and list it in the manifest"
                     ) from None
                 bad.append(BadRow(sample_id, str(error)))
-        shapes = {tuple(value.shape) for value in inputs}
-        if len(shapes) > 1:
-            raise ForgetSetError(f"samples differ in shape: {sorted(shapes)}; expected one shape; set forget_set.image_size")
         stacked = torch.stack(inputs) if inputs else torch.empty(0)
         return Batch(stacked, torch.from_numpy(rows.labels[kept]), [rows.ids[place] for place in kept], bad)
 
@@ -88,6 +93,8 @@ class ClassificationTask:
         if isinstance(value, bytes):
             value = _decode(value)
         if isinstance(value, Image.Image):
+            if value.mode.startswith("I") or value.mode == "F":
+                raise _UnusableRowError(f"the image has mode {value.mode}, more than 8 bits a channel, which would be cut off")
             image = value.convert(self.config.image_mode)
             if self.config.image_size:
                 image = image.resize((self.config.image_size,) * 2, Image.Resampling.BILINEAR)
@@ -99,7 +106,12 @@ class ClassificationTask:
             raise _UnusableRowError(f"the input is a {type(value).__name__}, not an image or an array of numbers") from None
         if not torch.isfinite(numbers).all():
             raise _UnusableRowError("the input holds NaN or infinity", non_finite=True)
-        return self._standardise(numbers)
+        numbers = self._standardise(numbers)
+        if self.shape is not None and tuple(numbers.shape) != self.shape:
+            raise _UnusableRowError(
+                f"its shape is {list(numbers.shape)}, that of the first sample {list(self.shape)} (see forget_set.image_size)"
+            )
+        return numbers
 
     def _standardise(self, numbers: Tensor) -> Tensor:
         for name, sign in (("mean", -1), ("std", 1)):
@@ -122,6 +134,8 @@ class ClassificationTask:
             logits = model(batch.inputs)
         finally:
             hook.remove()
+        if len(caught) != 1:
+            raise UnsupportedModelError(f"the head {self.head!r} was called {len(caught)} times in a forward pass; expected once")
         return Outputs(logits, batch.labels_B, caught[0])
 
 

@@ -127,6 +127,7 @@ def test_an_overshot_target_is_bisected_back_to_within_the_tolerance(target, rat
     outcome = run_ascent(task, Workers())
     assert outcome.status == "reached"
     assert 0 <= target.overshoot(outcome.trajectory[-1]) <= target.tolerance
+    assert outcome.record is outcome.trajectory[-1]
     at_the_end = measure({"forget": task.forget, **task.evaluation}, task.head, outcome.head.matrix_CD, Workers())
     assert at_the_end[target.metric] == pytest.approx(outcome.trajectory[-1][target.metric], abs=1e-9)
 

@@ -27,14 +27,21 @@ def test_whole_classes_are_told_from_random_draws(counts, classes, whole):
 RANDOM = dict.fromkeys(range(10), 50)
 
 
-def test_auto_aims_at_one_per_cent_for_whole_classes():
-    (target,) = stop_targets(StopConfig(), {1: 50}, 10, 0.9)
+def test_auto_aims_at_one_per_cent_for_whole_classes_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        (target,) = stop_targets(StopConfig(), {1: 50}, 10, 0.9)
+    assert "look like all of class 1" in caplog.text
     assert (target.metric, target.threshold) == ("forget_accuracy", 0.01)
     assert target.tolerance == 1 / 50, "an accuracy moves in steps of one sample"
 
 
 def test_auto_aims_at_the_accuracy_on_unseen_samples_for_random_ones():
     assert [target.threshold for target in stop_targets(StopConfig(), RANDOM, 10, 0.83)] == [0.83]
+
+
+def test_samples_of_a_class_of_which_others_are_kept_are_not_the_whole_class():
+    (target,) = stop_targets(StopConfig(), {1: 50}, 10, 0.9, kept_labels={0, 1, 2})
+    assert target.threshold == 0.9
 
 
 def test_auto_without_unseen_samples_is_off_and_says_so(caplog):
@@ -57,7 +64,9 @@ def test_the_automatic_loss_target_is_the_loss_of_a_uniform_guess():
 
 def test_the_membership_rule_needs_unseen_samples():
     config = StopConfig(forget_accuracy=None, membership=True)
-    assert stop_targets(config, RANDOM, 10, 0.8)[0].metric == "membership_auc"
+    assert stop_targets(config, RANDOM, 10, 0.8, {3, 4})[0].metric == "membership_auc"
+    with pytest.raises(ConfigError, match="without unseen samples of the forgotten classes"):
+        stop_targets(config, {1: 50}, 10, 0.8, {3, 4})
     with pytest.raises(ConfigError, match="ascent.stop.membership is true without"):
         stop_targets(config, RANDOM, 10, None)
 
@@ -66,6 +75,7 @@ def test_the_membership_rule_needs_unseen_samples():
     ("recipe", "counts", "message"),
     [
         ("samples", {3: 40}, "which looks like whole classes"),
+        ("samples", {3: 1}, "which looks like whole classes"),
         ("classes", dict.fromkeys(range(9), 4), "which looks like a random draw"),
         ("classes", {3: 40}, None),
         ("samples", RANDOM, None),

@@ -33,7 +33,7 @@ from imu_ray.ascent.stopping import StopTarget, stop_targets
 from imu_ray.audit.accuracy import Predictions, predict_shard
 from imu_ray.audit.membership import membership_inference
 from imu_ray.config import UnlearnConfig
-from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import Moments, damped_direction, merge_tree
 from imu_ray.influence.features import FeatureShard, score_shard, shard_statistics
 from imu_ray.influence.intensity import SCHEMES
@@ -128,7 +128,7 @@ def path_of(world: dict, settings: UnlearnConfig, lowest: float) -> tuple[list[H
     curvature = None
     if settings.ascent.preconditioner != "none":
         reduce = lambda statistics: merge_tree([shard_statistics(world["forget"], head, statistics)])
-        curvature = CURVATURES[settings.ascent.preconditioner].fit(reduce, settings.ascent.preconditioner_damping)
+        curvature = PRECONDITIONERS[settings.ascent.preconditioner].fit(reduce, settings.ascent.preconditioner_damping)
     heads = [head]
     target = StopTarget("forget_accuracy", lowest, "study", tolerance=1.0)
     problem = AscentProblem(head, weights, settings.ascent, settings.seed, [target], curvature, forget)
@@ -185,7 +185,7 @@ def rate_sweep(job: tuple) -> dict:
     curvature = None
     if settings.ascent.preconditioner != "none":
         reduce = lambda statistics: shard_statistics(world["forget"], head, statistics)
-        curvature = CURVATURES[settings.ascent.preconditioner].fit(reduce, settings.ascent.preconditioner_damping)
+        curvature = PRECONDITIONERS[settings.ascent.preconditioner].fit(reduce, settings.ascent.preconditioner_damping)
     problem = AscentProblem(head, weights, settings.ascent, 0, targets, curvature, forget)
     outcome = run_ascent(problem, Workers())
     return {"set": key, "recipe": recipe, "learning_rate": rate, "status": outcome.status,

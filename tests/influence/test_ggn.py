@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature import PRECONDITIONERS
 from imu_ray.influence.curvature.base import merge_tree
 from imu_ray.influence.curvature.ggn import scaled_inverse
 from imu_ray.influence.gradients import classifier_io, probabilities
@@ -45,7 +45,7 @@ def dense(name):
 
 @pytest.mark.parametrize("name", ["feature_second_moment", "block_ggn", "full_ggn"])
 def test_the_preconditioner_is_the_dense_inverse(name):
-    applied = CURVATURES[name].fit(reduce, DAMPING).apply_inverse(torch.from_numpy(GRADIENT)).numpy()
+    applied = PRECONDITIONERS[name].fit(reduce, DAMPING).apply_inverse(torch.from_numpy(GRADIENT)).numpy()
     expected = (dense(name) @ GRADIENT.reshape(-1)).reshape(C, D)
     assert np.abs(applied - expected).max() <= 1e-9 * np.abs(expected).max()
 
@@ -61,5 +61,5 @@ def test_a_curvature_of_zero_leaves_the_gradient_as_it_is():
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("feature_second_moment", D * D), ("block_ggn", C * D * D), ("full_ggn", (C * D) ** 2)])
-def test_the_memory_named_is_that_of_the_inverse_and_the_statistics(name, numbers):
-    assert CURVATURES[name].memory(C, D) == 2 * 8 * numbers
+def test_the_memory_named_is_that_of_all_copies(name, numbers):
+    assert PRECONDITIONERS[name].memory(C, D) == 6 * 8 * numbers

@@ -53,12 +53,20 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
+def deep_png():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((1, 2), 30_000, dtype=np.uint16)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 BAD = {
     "broken bytes": (b"no image", ForgetSetError, "does not decode"),
     "a cut image": (png(np.zeros((50, 50), dtype=np.uint8))[:60], ForgetSetError, "does not decode"),
     "a decompression bomb": (bomb(), ForgetSetError, "does not decode .DecompressionBomb"),
     "nothing": (None, ForgetSetError, "the input is missing"),
     "text": ("hello", ForgetSetError, "is a str, not an image"),
+    "16 bits a channel": (deep_png(), ForgetSetError, "has mode I"),
+    "lists of different lengths": (np.asarray(None), ForgetSetError, "not an image or an array of numbers"),
     "NaN": (torch.tensor([[[float("nan"), 0.0]]]), NonFiniteError, "NaN or infinity"),
     "infinity": (np.array([[[np.inf, 0.0]]]), NonFiniteError, "NaN or infinity"),
 }
@@ -91,9 +99,10 @@ def test_a_label_outside_the_classes_is_refused_even_when_bad_rows_are_skipped()
         task(on_bad_row="skip").collate(rows(GOOD, labels=[5]))
 
 
-def test_samples_of_different_shapes_are_refused():
-    with pytest.raises(ForgetSetError, match="differ in shape.*forget_set.image_size"):
-        task().collate(rows(png(np.zeros((2, 2), np.uint8)), png(np.zeros((3, 2), np.uint8))))
+def test_a_sample_of_another_shape_than_the_first_is_refused_by_name():
+    made = ClassificationTask(ForgetSetConfig(image_mode="L"), "fc", 5, shape=(1, 1, 2))
+    with pytest.raises(ForgetSetError, match=r"row 'id1': its shape is \[1, 3, 2\].*forget_set.image_size"):
+        made.collate(rows(GOOD, png(np.zeros((3, 2), np.uint8))))
 
 
 def test_a_mean_that_does_not_fit_the_channels_is_refused():

@@ -1,4 +1,4 @@
-"""Curvature of the forget-set loss in the head: one class per kind, and the registry that every stage reads."""
+"""Curvature of the forget-set loss in the head: one class per kind, and the registries that the stages read."""
 
 from imu_ray.influence.curvature.base import Curvature
 from imu_ray.influence.curvature.diagonal import DiagonalFisher, Identity
@@ -7,6 +7,9 @@ from imu_ray.influence.curvature.ggn import BlockGGN, FeatureSecondMoment, FullG
 CURVATURES: dict[str, Curvature] = {
     "diagonal_fisher": DiagonalFisher(),
     "identity": Identity(),
+}
+# Apart, because their damping is a share of the mean eigenvalue and that of the others is absolute.
+PRECONDITIONERS: dict[str, Curvature] = {
     "feature_second_moment": FeatureSecondMoment(),
     "block_ggn": BlockGGN(),
     "full_ggn": FullGGN(),

@@ -6,7 +6,7 @@ over block index; it runs in a loop or on Ray.
 Shapes: C classes, D head inputs with the bias input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -62,16 +62,22 @@ class Moments:
         return self.squared_sum_CD / self.count
 
 
-def merge_tree(parts: Sequence[S]) -> S:
-    """Merge neighbours, level by level; the last of an odd number is carried up.
+def merge_tree(parts: Iterable[S]) -> S:
+    """Merge neighbours in a binary tree; the last of an odd number is carried up.
 
-    Merging aligned runs of 2^k parts first and their results afterwards gives the same tree, hence the same rounding.
+    Merging aligned runs of 2^k parts first and their results afterwards gives the same tree, hence the same rounding. Parts
+    are taken one by one, and no more than log2 of them are held.
     """
-    level = list(parts)
-    while len(level) > 1:
-        pairs = [level[i].merge(level[i + 1]) for i in range(0, len(level) - 1, 2)]
-        level = pairs + level[len(level) - len(level) % 2 :]
-    return level[0]
+    runs: list[tuple[int, S]] = []  # sizes fall from left to right, each a power of two
+    for part in parts:
+        size, merged = 1, part
+        while runs and runs[-1][0] == size:
+            size, merged = 2 * size, runs.pop()[1].merge(merged)
+        runs.append((size, merged))
+    _, total = runs.pop()
+    while runs:
+        total = runs.pop()[1].merge(total)
+    return total
 
 
 class FittedCurvature(Protocol):

@@ -16,7 +16,7 @@ class DampedDiagonal:
 
     def apply_inverse(self, gradient_CD: Tensor) -> Tensor:
         """Elementwise quotient."""
-        return gradient_CD / self.diagonal_CD
+        return gradient_CD / self.diagonal_CD.to(gradient_CD.device)
 
 
 class DiagonalFisher:

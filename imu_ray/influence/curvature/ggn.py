@@ -15,6 +15,8 @@ from torch import Tensor
 from imu_ray.influence.curvature.base import Reduce
 from imu_ray.influence.gradients import LayerIO, probabilities
 
+COPIES = 6  # of the matrix while it is fitted: one block's, the running sum, the merged sum, scaled, factor, inverse
+
 
 @dataclass(frozen=True)
 class MatrixSum:
@@ -102,8 +104,8 @@ class FeatureSecondMoment:
     r""":math:`\frac1n \sum_i h_i h_i^\top` for every row alike."""
 
     def memory(self, classes: int, width: int) -> int:
-        """Bytes of the inverse and of one block's statistics."""
-        return 2 * 8 * width**2
+        """Bytes of all copies."""
+        return COPIES * 8 * width**2
 
     def fit(self, reduce: Reduce[MatrixSum], damping: float) -> RowBlocks:
         """Fit on the forget set; ``damping`` is a share of the mean eigenvalue."""
@@ -114,8 +116,8 @@ class BlockGGN:
     """Gauss-Newton matrix without the coupling between classes."""
 
     def memory(self, classes: int, width: int) -> int:
-        """Bytes of the inverse and of one block's statistics."""
-        return 2 * 8 * classes * width**2
+        """Bytes of all copies."""
+        return COPIES * 8 * classes * width**2
 
     def fit(self, reduce: Reduce[MatrixSum], damping: float) -> RowBlocks:
         """Fit on the forget set; ``damping`` is a share of the mean eigenvalue over all blocks."""
@@ -126,8 +128,8 @@ class FullGGN:
     """The whole Gauss-Newton matrix; for small heads."""
 
     def memory(self, classes: int, width: int) -> int:
-        """Bytes of the inverse and of one block's statistics."""
-        return 2 * 8 * (classes * width) ** 2
+        """Bytes of all copies."""
+        return COPIES * 8 * (classes * width) ** 2
 
     def fit(self, reduce: Reduce[MatrixSum], damping: float) -> FullMatrix:
         """Fit on the forget set; ``damping`` is a share of the mean eigenvalue."""

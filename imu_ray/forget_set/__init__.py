@@ -1,0 +1,60 @@
+"""Where samples come from: Parquet, images in folders, a torch Dataset or an Arrow table, as blocks of rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+from torch.utils.data import Dataset
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.errors import ForgetSetError
+from imu_ray.forget_set.base import ForgetSet, Rows, Shard
+from imu_ray.forget_set.dataset import DatasetForgetSet
+from imu_ray.forget_set.folder import IMAGE_SUFFIXES, FolderForgetSet
+from imu_ray.forget_set.table import ParquetForgetSet, TableForgetSet
+
+__all__ = ["ForgetSet", "Rows", "Shard", "open_forget_set"]
+
+
+def open_forget_set(source: Any, config: ForgetSetConfig, role: str = "forget set") -> ForgetSet:
+    """A ``ForgetSet`` from a path or URI (Parquet file, folder of Parquet files, folder of images), table or Dataset.
+
+    Raises:
+        ForgetSetError: nothing is there, it is empty, a column is missing or the kind is not known.
+    """
+    if isinstance(source, ForgetSet):
+        found = source
+    elif isinstance(source, pa.Table):
+        found = TableForgetSet(source, config)
+    elif isinstance(source, str | Path):
+        found = _open_path(str(source), config, role)
+    elif isinstance(source, Dataset):
+        found = DatasetForgetSet(source)
+    else:
+        raise ForgetSetError(f"the {role} is a {type(source).__name__}; expected a path, a pyarrow.Table or a torch Dataset")
+    if not found.num_rows:
+        raise ForgetSetError(f"the {role} {found.name} is empty; expected at least one sample")
+    return found
+
+
+def _open_path(path: str, config: ForgetSetConfig, role: str) -> ForgetSet:
+    try:
+        filesystem, inner = fs.FileSystem.from_uri(path if "://" in path else str(Path(path).absolute()))
+        info = filesystem.get_file_info(inner)
+        listing = filesystem.get_file_info(fs.FileSelector(inner, recursive=True)) if info.type == fs.FileType.Directory else [info]
+    except (OSError, pa.ArrowException) as error:
+        raise ForgetSetError(f"the {role} {path} cannot be opened: {error}") from None
+    if info.type == fs.FileType.NotFound:
+        raise ForgetSetError(f"the {role} {path} does not exist; expected a Parquet file, or a folder of Parquet files or images")
+    files = sorted(entry.path for entry in listing if entry.path.endswith(".parquet"))
+    images = [entry.path for entry in listing if entry.path.lower().endswith(IMAGE_SUFFIXES)]
+    if files and images:
+        raise ForgetSetError(
+            f"the {role} {path} holds Parquet files and images ({images[0]}); expected one kind; put them in folders of their own"
+        )
+    if info.type == fs.FileType.File or files:
+        return ParquetForgetSet(filesystem, files or [inner], config, path)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return FolderForgetSet(Path(inner), config)
+    raise ForgetSetError(f"the {role} {path} holds no .parquet file; image folders are read from local or mounted paths only")
