@@ -243,3 +243,12 @@ def test_each_check_records_every_set_and_the_drift():
         "effective_sample_size", "seconds",
     }  # fmt: skip
     assert record["parameter_drift"] > 0
+
+
+def test_an_overshoot_that_also_exploded_is_bisected_back_before_the_guard_speaks():
+    task = problem(
+        targets=accuracy_target(0.5), learning_rate=20.0, stop={"every_steps": 10, "max_epochs": 40}, guard=GuardConfig(max_forget_loss=20)
+    )
+    outcome = run_ascent(task, Workers())
+    assert outcome.status == "reached"
+    assert outcome.trajectory[-1]["forget_loss"] < 20
