@@ -234,6 +234,11 @@ class Head:
         product = features_BF.to(HEAD_DTYPE) @ matrix[:, :width].T
         return product + matrix[:, -1] if self.has_bias else product
 
+    def gradient(self, output_grads_BC: Tensor, features_BF: Tensor) -> Tensor:
+        """Sum of the samples' head gradients ``[C, D]``, without copying the features."""
+        weight = output_grads_BC.T @ features_BF.to(HEAD_DTYPE)
+        return torch.cat([weight, output_grads_BC.sum(0).unsqueeze(1)], dim=1) if self.has_bias else weight
+
 
 def with_head(model: nn.Module, head: Head) -> nn.Module:
     """A copy of the model with another head; every other tensor is bit-identical."""

@@ -65,11 +65,10 @@ def batch_gradient(
     gradient = torch.zeros_like(matrix_CD)
     start_CD = original.matrix_CD.to(workers.device)
     for positions in workers.mine(microbatches):
-        raw, labels = features.gather(positions)
-        inputs, labels = original.inputs(raw.to(workers.device)), labels.to(workers.device)
-        pull = objective(inputs @ matrix_CD.T, labels, inputs @ start_CD.T)
+        inputs, labels = (part.to(workers.device) for part in features.gather(positions))
+        pull = objective(original.logits(inputs, matrix_CD), labels, original.logits(inputs, start_CD))
         pull *= torch.from_numpy(weights[positions]).to(workers.device).unsqueeze(1)
-        gradient += pull.T @ inputs
+        gradient += original.gradient(pull, inputs)
     return workers.sum(gradient) / float(sum(weights[positions].sum() for positions in microbatches))
 
 
