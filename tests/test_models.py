@@ -21,7 +21,8 @@ def test_the_head_is_found_under_any_name(name):
 
 TORCHVISION = {
     "alexnet": "classifier.6", "convnext_tiny": "classifier.2", "densenet121": "classifier", "efficientnet_b0": "classifier.1",
-    "googlenet": "fc", "mnasnet0_5": "classifier.1", "mobilenet_v2": "classifier.1", "mobilenet_v3_small": "classifier.3",
+    "googlenet": "fc",
+    "maxvit_t": "classifier.5", "mnasnet0_5": "classifier.1", "mobilenet_v2": "classifier.1", "mobilenet_v3_small": "classifier.3",
     "regnet_y_400mf": "fc", "resnet18": "fc", "shufflenet_v2_x0_5": "fc", "swin_t": "head", "vgg11": "classifier.6",
     "vit_b_32": "heads.head",
 }  # fmt: skip
