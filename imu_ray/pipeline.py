@@ -193,8 +193,9 @@ class Pipeline:
         warning = recipe_warning(self.config.recipe, counts, self.task.num_classes)
         if warning:
             logger.warning(warning)
-        labels = {name: {int(label) for label in self._predict(name, self.head).labels} for name in self.features if name != "forget"}
-        unseen = summarise(self._predict("test", self.head))["accuracy"] if "test" in labels else None
+        original = {name: self._predict(name, self.head) for name in self.features if name != "forget"}
+        labels = {name: set(predictions.labels.tolist()) for name, predictions in original.items()}
+        unseen = summarise(original["test"])["accuracy"] if "test" in original else None
         kept = set().union(*(found for name, found in labels.items() if name != "test"))
         targets = stop_targets(self.config.ascent.stop, counts, self.task.num_classes, unseen, labels.get("test", ()), kept)
         weights = intensities["intensity"].to_numpy()
