@@ -21,7 +21,7 @@ def epoch_batches(kept: Positions, block_starts: Positions, config: AscentConfig
     """The global batches of an epoch, each a list of microbatches of positions.
 
     Blocks are permuted by ``(seed, epoch)``; rows are shuffled within windows of ``window_blocks`` blocks, so that reads
-    stay near each other.
+    stay near each other. Within a microbatch, whose sum does not ask for an order, positions ascend.
 
     Args:
         kept: positions with a positive weight, ascending.
@@ -40,7 +40,7 @@ def epoch_batches(kept: Positions, block_starts: Positions, config: AscentConfig
     rows = np.concatenate([random.permutation(np.concatenate([pieces[block] for block in window])) for window in windows])
     batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
     size = config.microbatch_rows
-    return [[batch[i : i + size] for i in range(0, len(batch), size)] for batch in batches]
+    return [[np.sort(batch[i : i + size]) for i in range(0, len(batch), size)] for batch in batches]
 
 
 class FeatureStore:
@@ -49,6 +49,7 @@ class FeatureStore:
     def __init__(self, shards: Sequence[FeatureShard]) -> None:
         self.shards = list(shards)
         self.starts = np.cumsum([0] + [len(shard.labels_n) for shard in self.shards])
+        self._buffer = np.empty((0, 0))  # fresh memory for every microbatch would cost more than the sums
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -68,13 +69,17 @@ class FeatureStore:
         return np.cumsum([0] + sizes[:-1])
 
     def gather(self, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Features ``[B, F]`` (float64) and labels ``[B]`` of some positions, in the order given."""
-        owner = np.searchsorted(self.starts, positions, side="right") - 1
-        features = np.empty((len(positions), self.shards[0].features_nF.shape[1]))
-        labels = np.empty(len(positions), dtype=np.int64)
-        for index in np.unique(owner):
-            mine = owner == index
-            local = positions[mine] - self.starts[index]
-            features[mine] = self.shards[index].features_nF[local]
-            labels[mine] = self.shards[index].labels_n[local]
+        """Features ``[B, F]`` (float64) and labels ``[B]`` of ascending positions.
+
+        The features lie in a buffer of the store and hold until the next call.
+        """
+        if len(positions) > len(self._buffer):
+            self._buffer = np.empty((len(positions), self.shards[0].features_nF.shape[1]))
+        features, labels = self._buffer[: len(positions)], np.empty(len(positions), dtype=np.int64)
+        cuts = np.searchsorted(positions, self.starts)
+        for index in np.flatnonzero(np.diff(cuts)):
+            rows = slice(cuts[index], cuts[index + 1])
+            local = positions[rows] - self.starts[index]
+            features[rows] = self.shards[index].features_nF[local]
+            labels[rows] = self.shards[index].labels_n[local]
         return torch.from_numpy(features), torch.from_numpy(labels)

@@ -69,7 +69,7 @@ def batch_gradient(
         pull = objective(original.logits(inputs, matrix_CD), labels, original.logits(inputs, start_CD))
         pull *= torch.from_numpy(weights[positions]).to(workers.device).unsqueeze(1)
         gradient += original.gradient(pull, inputs)
-    return workers.sum(gradient) / float(sum(weights[positions].sum() for positions in microbatches))
+    return workers.sum(gradient) / float(weights[np.concatenate(microbatches)].sum())
 
 
 def learning_rate(config: AscentConfig, step: int, total_steps: int) -> float:

@@ -30,7 +30,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_rows_are_shuffled_within_a_window_of_blocks_only():
     every = np.arange(200)
-    order = flat(epoch_batches(every, STARTS, AscentConfig(window_blocks=2), 0, 0)) // 10
+    order = flat(epoch_batches(every, STARTS, AscentConfig(window_blocks=2, microbatch_rows=4), 0, 0)) // 10
     windows = order.reshape(-1, 20)
     assert all(len(set(window)) == 2 for window in windows), "20 rows in a row come from two blocks of 10"
     assert any(np.count_nonzero(np.diff(window)) > 1 for window in windows), "and are mixed"
@@ -42,13 +42,20 @@ def test_blocks_that_lost_all_their_rows_are_passed_over():
     assert sorted(flat(batches)) == [0, 1, 30]
 
 
-def test_gather_returns_rows_of_any_shard_in_the_order_asked_for():
+def test_gather_returns_rows_of_any_shard():
     features = np.arange(60, dtype=np.float32).reshape(20, 3)
     labels = np.arange(20)
     cuts = [(0, 7), (7, 7), (7, 20)]
     store = FeatureStore([FeatureShard(features[a:b], labels[a:b], [], (b - a,)) for a, b in cuts])
-    wanted = np.array([19, 0, 6, 7, 8, 3])
+    wanted = np.array([0, 3, 6, 7, 8, 19])
     got, got_labels = store.gather(wanted)
     assert got_labels.tolist() == wanted.tolist()
     assert got.numpy().tolist() == features[wanted].tolist()
     assert len(store) == 20
+    short, _ = store.gather(np.array([5]))
+    assert short.numpy().tolist() == features[[5]].tolist(), "a shorter microbatch after a longer one"
+
+
+def test_positions_within_a_microbatch_ascend_as_gather_needs_them():
+    batches = epoch_batches(KEPT, STARTS, AscentConfig(batch_size=32, microbatch_rows=5), 3, 1)
+    assert all((np.diff(piece) > 0).all() for batch in batches for piece in batch)

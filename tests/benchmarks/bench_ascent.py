@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +32,20 @@ from imu_ray.influence.features import FeatureShard
 from imu_ray.models import Head
 
 WIDTH, CLASSES = 512, 10
+# Rows, epochs, batch, width, classes. Reductions cost the same whatever the batch, so that small steps scale worst.
+SHAPES = [
+    (50_000, 3, 256, WIDTH, CLASSES),
+    (50_000, 10, 4096, WIDTH, CLASSES),
+    (50_000, 10, 16384, WIDTH, CLASSES),
+    (50_000, 10, 50_000, WIDTH, CLASSES),
+    (16_384, 4, 4096, 2048, 100),
+]
 
 
-def problem(rows: int, epochs: int, batch: int, seed: int = 0) -> AscentProblem:
+def problem(rows: int, epochs: int, batch: int, width: int = WIDTH, classes: int = CLASSES, seed: int = 0) -> AscentProblem:
     """Random features of the size in question; the paper's recipe, no target, so that all epochs are run."""
     random = np.random.default_rng(seed)
-    features, labels = random.normal(size=(rows, WIDTH)).astype(np.float32), random.integers(0, CLASSES, rows)
+    features, labels = random.normal(size=(rows, width)).astype(np.float32), random.integers(0, classes, rows)
     cuts = range(0, rows, 1024)
     shards = [FeatureShard(features[i : i + 1024], labels[i : i + 1024], [], sizes(min(1024, rows - i))) for i in cuts]
     # A rate so small that the guard never speaks; the arithmetic is the same.
@@ -45,10 +54,10 @@ def problem(rows: int, epochs: int, batch: int, seed: int = 0) -> AscentProblem:
             "ascent.stop.max_epochs": epochs,
             "ascent.learning_rate": 1e-6,
             "ascent.batch_size": batch,
-            "ascent.microbatch_rows": max(32, batch // 8),
+            "ascent.microbatch_rows": max(32, min(256, batch // 8)),
         }
     )
-    matrix = torch.from_numpy(random.normal(size=(CLASSES, WIDTH + 1))) * 0.01
+    matrix = torch.from_numpy(random.normal(size=(classes, width + 1))) * 0.01
     return AscentProblem(Head("fc", matrix, True), random.random(rows), settings.ascent, 0, (), None, FeatureStore(shards))
 
 
@@ -56,8 +65,8 @@ def sizes(rows: int) -> tuple[int, ...]:
     return tuple(min(256, rows - start) for start in range(0, rows, 256))
 
 
-def timed_ascent(rows: int, epochs: int, batch: int) -> float:
-    made = problem(rows, epochs, batch)
+def timed_ascent(*shape: int) -> float:
+    made = problem(*shape)
     started = time.perf_counter()
     run_ascent(made, Workers())
     return time.perf_counter() - started
@@ -75,10 +84,11 @@ def forward_seconds(images: int) -> float:
     return (time.perf_counter() - started) / (images // 256 * 256)
 
 
-def in_group(rank: int, world: int, path: str, rows: int, epochs: int, batch: int, results: "multiprocessing.Queue[float]") -> None:
+def in_group(rank: int, world: int, path: str, *rest: Any) -> None:
+    *shape, results = rest
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    made = problem(rows, epochs, batch)
+    made = problem(*shape)
     torch.distributed.barrier()
     started = time.perf_counter()
     run_ascent(made, Workers(rank, world))
@@ -86,9 +96,11 @@ def in_group(rank: int, world: int, path: str, rows: int, epochs: int, batch: in
     torch.distributed.destroy_process_group()
 
 
-def alone(rank: int, world: int, path: str, rows: int, epochs: int, batch: int, results: "multiprocessing.Queue[float]") -> None:
+def alone(rank: int, world: int, path: str, *rest: Any) -> None:
+    *shape, results = rest
     torch.set_num_threads(1)
-    made = problem(rows // world, epochs, batch // world, seed=rank)
+    rows, epochs, batch, *size = shape
+    made = problem(rows // world, epochs, batch // world, *size, seed=rank)
     results.put(0.0)  # ready
     started = time.perf_counter()
     run_ascent(made, Workers())
@@ -124,12 +136,11 @@ def main() -> None:
         ascents.append(timed_ascent(options.rows, 10, 256))
         forwards.append(forward_seconds(options.images) * options.rows)
     scaling = []
-    for batch in (256, 4096):
-        shape = (options.rows, 3, batch)
+    for shape in SHAPES:
         measured = [[timed_ascent(*shape), together(in_group, 2, *shape), together(alone, 2, *shape)] for _ in range(options.repeat)]
         one, group, plain = (statistics.median(column) for column in zip(*measured, strict=True))
         scaling.append(
-            {"batch_size": batch, "one_worker_s": one, "two_workers_s": group, "two_independent_halves_s": plain,
+            {"rows": shape[0], "batch_size": shape[2], "width": shape[3], "classes": shape[4], "one_worker_s": one, "two_workers_s": group, "two_independent_halves_s": plain,
              "speed_up": one / group, "speed_up_of_independent_loops": one / plain, "share": plain / group}
         )  # fmt: skip
     ascent, forward = statistics.median(ascents), statistics.median(forwards)
