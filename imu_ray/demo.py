@@ -134,4 +134,4 @@ def _print_table(title: str, unlearned: UnlearnResult, reference: dict[str, Any]
             cells = [f"{100 * side[row]['accuracy']:.1f} %" for side in sides]
         print(f"{row:<26}{cells[0]:>10}{cells[1]:>10}{cells[2]:>12}")
     stopped = unlearned.manifest["ascent"]
-    print(f"{stopped['status']} after {stopped['steps']} steps: {stopped['reason']}\nreport: {unlearned.run_dir / 'report.html'}")
+    print(f"{stopped['status']} after {stopped['steps']} steps: {stopped['reason']}\nreport: {unlearned.run_dir}/report.html")

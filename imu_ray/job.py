@@ -28,7 +28,7 @@ class JobConfig:
     config: UnlearnConfig
     evaluation: Mapping[str, str] = field(default_factory=dict)
     original: ModelSpec | None = None
-    run_dir: Path = field(default_factory=default_run_dir)
+    run_dir: Path | str = field(default_factory=default_run_dir)
     task: str = "classification"
 
     @classmethod
@@ -65,7 +65,7 @@ class JobConfig:
         original = _model_spec("original", parts["original"], path) if parts["original"] else None
         return cls(
             _model_spec("model", parts["model"], path), plain["forget_set.path"], config, parts["evaluation"], original,
-            Path(plain.get("run_dir") or default_run_dir()), plain.get("task", "classification"),
+            plain.get("run_dir") or default_run_dir(), plain.get("task", "classification"),
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from imu_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from imu_ray.influence.gradients import HEAD_DTYPE, layer_inputs
 from imu_ray.settings import nearest
+from imu_ray.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -76,27 +77,27 @@ class ModelSpec:
             ) from None
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint file, read without running code from it."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist; expected a .safetensors file or a torch state dict")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"checkpoint {path} holds pickled code, which is never run, or is no checkpoint; expected tensors only; save "
-            "model.state_dict() with safetensors.torch.save_file or torch.save"
-        ) from None
-    except Exception as error:  # a broken file can raise anything
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+def read_state_dict(location: str | Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file, by path or URI, read without running code from it."""
+    with open_storage(location).fetch("") as path:
+        if path is None:
+            raise CheckpointError(f"checkpoint {location} does not exist; expected a .safetensors file or a torch state dict")
+        try:
+            if path.suffix == ".safetensors":
+                return dict(load_file(path))
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise CheckpointError(
+                f"checkpoint {location} holds pickled code, which is never run, or is no checkpoint; expected tensors only; save "
+                "model.state_dict() with safetensors.torch.save_file or torch.save"
+            ) from None
+        except Exception as error:  # a broken file can raise anything
+            raise CheckpointError(f"checkpoint {location} cannot be read: {error}") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"checkpoint {path} holds no state dict; expected a mapping from parameter names to tensors")
+        raise CheckpointError(f"checkpoint {location} holds no state dict; expected a mapping from parameter names to tensors")
     return loaded
 
 

@@ -46,7 +46,7 @@ class UnlearnResult:
 
     Attributes:
         model: an unlearned copy of the model; the original is not modified.
-        run_dir: where the artifacts lie.
+        run_dir: where the artifacts lie: a path, or the URI as given.
         metrics: accuracy, loss and membership inference, before and after.
         intensities: ``sample_id, label, loss, influence, intensity``, a row per sample of the forget set.
         trajectory: a row per check of the ascent.
@@ -54,7 +54,7 @@ class UnlearnResult:
     """
 
     model: nn.Module
-    run_dir: Path
+    run_dir: Path | str
     metrics: dict[str, Any]
     intensities: pa.Table
     trajectory: pa.Table
@@ -261,7 +261,7 @@ class Pipeline:
         self.run.write_model("model.safetensors", changed)
         self.run.clear_state()
         self.complete()
-        return UnlearnResult(changed, self.run.path, metrics, intensities, trajectory, self.manifest.values)
+        return UnlearnResult(changed, self.run.location, metrics, intensities, trajectory, self.manifest.values)
 
     def write_audit(self, metrics: dict[str, Any], intensities: pa.Table | None, trajectory: pa.Table | None) -> None:
         """``metrics.json`` and the report."""

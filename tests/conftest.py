@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import fs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,3 +39,19 @@ def ray_cluster(tmp_path_factory):
 def python_environment():
     """Environment of a subprocess that uses the package from this tree."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def s3_uri(monkeypatch, tmp_path):
+    """URI of an empty prefix on a local object store."""
+    from moto.server import ThreadedMotoServer
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    fs.FileSystem.from_uri(f"s3://bucket/?{endpoint}&allow_bucket_creation=true")[0].create_dir("bucket")
+    yield f"s3://bucket/{tmp_path.name}?{endpoint}"
+    server.stop()

@@ -28,6 +28,7 @@ from imu_ray import (
     unlearn,
 )
 from imu_ray.checkpoint import RunDirectory
+from imu_ray.storage import open_storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SETTINGS = {
@@ -344,3 +345,16 @@ def test_the_default_run_directory_is_under_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = unlearn(named("fc"), pairs(20), config=config())
     assert result.run_dir.parent == Path(tmp_path, "runs")
+
+
+def test_a_run_on_an_object_store_leaves_the_same_artifacts(tmp_path, s3_uri):
+    local = unlearn(named("fc"), pairs(50), config=config(), run_dir=tmp_path / "run")
+    remote = unlearn(named("fc"), pairs(50), config=config(), run_dir=s3_uri)
+    assert remote.run_dir == s3_uri
+    assert sorted(open_storage(s3_uri).entries()) == sorted(open_storage(tmp_path / "run").entries())
+    with open_storage(s3_uri).fetch("model.safetensors") as saved:
+        assert saved.read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
+    again = ModelSpec("architectures:named", {"name": "fc"}, s3_uri.replace("?", "/model.safetensors?")).build()
+    assert all(torch.equal(value, local.model.state_dict()[key]) for key, value in again.state_dict().items())
+    with pytest.raises(CheckpointError, match="holds a finished run"):
+        unlearn(named("fc"), pairs(50), config=config(), run_dir=s3_uri)

@@ -9,7 +9,7 @@ PACKAGE = ROOT / "imu_ray"
 # Imports run strictly downward: a module may import modules of earlier rows, and of its own row without a circle.
 ORDER = [
     ["errors"],
-    ["settings"],
+    ["settings", "storage"],
     ["config"],
     ["progress", "influence.gradients"],
     ["forget_set.base", "models", "influence.curvature.base", "influence.scores", "influence.intensity"],

@@ -43,13 +43,13 @@ def ascend(
         "problem": problem,
         "forget": forget.refs,
         "evaluation": {name: features.refs for name, features in evaluation.items()},
-        "run_dir": str(run.path),
+        "run_dir": str(run.location),
         "threads": resources.cpus_per_worker,
     }
     if resources.workers == 1 and not resources.gpus_per_worker:
         return _ascend_here(arguments)
     # A name of its own each time: under a known name, Train would go on with a stale run.
-    name, storage = f"ascent-{uuid.uuid4().hex[:8]}", str(run.path / "state" / "train")
+    name, storage = f"ascent-{uuid.uuid4().hex[:8]}", f"{run.storage.root}/state/train"
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     trainer = TorchTrainer(
         _ascend_as_worker,
@@ -60,7 +60,12 @@ def ascend(
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={key: value for key, value in per_worker.items() if value},
         ),
-        run_config=train.RunConfig(name=name, storage_path=storage, failure_config=train.FailureConfig(max_failures=resources.max_retries)),
+        run_config=train.RunConfig(
+            name=name,
+            storage_path=storage,
+            storage_filesystem=run.storage.filesystem,
+            failure_config=train.FailureConfig(max_failures=resources.max_retries),
+        ),
     )
     try:
         outcome = trainer.fit().return_value

@@ -1,0 +1,167 @@
+"""Where a run keeps its files: a local (or mounted) directory, or a URI such as ``s3://bucket/path``.
+
+Both write under a temporary name and rename, so that a reader never sees half a file.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+from pyarrow import fs
+
+from imu_ray.errors import CheckpointError
+
+PART = ".part-"
+
+
+class Storage(Protocol):
+    """Files by relative name below one place."""
+
+    filesystem: fs.FileSystem
+    root: str
+
+    def check_writable(self) -> None:
+        """Refuse, with ``CheckpointError``, a place that cannot be made."""
+
+    def entries(self) -> list[str]:
+        """Names directly below the place; empty when there is none."""
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        """``fill`` gets a temporary path; what it wrote appears under ``name`` when complete."""
+
+    def fetch(self, name: str) -> contextlib.AbstractContextManager[Path | None]:
+        """A local path with the contents of ``name``, or None when there is no such file."""
+
+    def remove(self, name: str) -> None:
+        """Remove a folder and all below it, if it is there."""
+
+
+def open_storage(location: str | Path) -> Storage:
+    """The storage behind a path or a URI; ``CheckpointError`` when no file system serves the URI."""
+    if "://" not in str(location):
+        return LocalStorage(Path(location).absolute())
+    try:
+        filesystem, root = fs.FileSystem.from_uri(str(location))
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(
+            f"{location} cannot be opened ({error}); expected an absolute path or a URI that pyarrow reads (s3://, gs://, hdfs://, file://)"
+        ) from None
+    return LocalStorage(Path(root)) if isinstance(filesystem, fs.LocalFileSystem) else RemoteStorage(filesystem, root)
+
+
+class LocalStorage:
+    """A directory. Directories have mode 0700 and files 0600, because sample ids stand in them."""
+
+    filesystem = fs.LocalFileSystem()
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.root = path, str(path)
+
+    def check_writable(self) -> None:
+        """Refuse a place that cannot be made."""
+        ancestor = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
+        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+            raise CheckpointError(
+                f"run_dir {self.path} cannot be made: {ancestor} is {'not writable' if ancestor.is_dir() else 'a file'}; expected a "
+                "path under a writable directory"
+            )
+
+    def entries(self) -> list[str]:
+        """Names directly below."""
+        return [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Write next to the target, sync and rename."""
+        target = self.path / name
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.chmod(0o700)  # also when it was made beforehand
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=PART)
+        os.close(handle)  # mkstemp makes the file with mode 0600
+        try:
+            fill(Path(temporary))
+            os.chmod(temporary, 0o600)
+            _sync(temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @contextlib.contextmanager
+    def fetch(self, name: str) -> Iterator[Path | None]:
+        """The file itself."""
+        path = self.path / name
+        yield path if path.is_file() else None
+
+    def remove(self, name: str) -> None:
+        """Remove a folder."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+class RemoteStorage:
+    """A prefix on a file system that pyarrow reaches; who may read it is for the bucket's policy to say."""
+
+    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
+        self.filesystem, self.root = filesystem, root.rstrip("/")
+
+    def check_writable(self) -> None:
+        """Refuse a place where a file cannot be made and removed."""
+        probe = f"{self.root}/{PART}probe"
+        try:
+            self.filesystem.create_dir(self.root)
+            with self.filesystem.open_output_stream(probe):
+                pass
+            self.filesystem.delete_file(probe)
+        except OSError as error:
+            raise CheckpointError(f"run_dir {self.root} cannot be written: {error}; check the URI and the nodes' credentials") from None
+
+    def entries(self) -> list[str]:
+        """Names directly below."""
+        listing = self.filesystem.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+        return [entry.base_name for entry in listing]
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Make the file here, upload it under a temporary name and move it."""
+        target = f"{self.root}/{name}"
+        folder, _, last = target.rpartition("/")
+        with tempfile.TemporaryDirectory() as here:
+            path = Path(here) / last
+            path.touch(mode=0o600)
+            fill(path)
+            self.filesystem.create_dir(folder)
+            # An upload that breaks off may leave a short object, so it is never made under the final name.
+            part = f"{folder}/{PART}{os.path.basename(here)}-{last}"
+            with path.open("rb") as source, self.filesystem.open_output_stream(part) as sink:
+                shutil.copyfileobj(source, sink)
+            self.filesystem.move(part, target)
+
+    @contextlib.contextmanager
+    def fetch(self, name: str) -> Iterator[Path | None]:
+        """A downloaded copy."""
+        path = f"{self.root}/{name}" if name else self.root
+        if self.filesystem.get_file_info(path).type != fs.FileType.File:
+            yield None
+            return
+        with tempfile.TemporaryDirectory() as here:
+            copy = Path(here) / path.rpartition("/")[2]
+            with self.filesystem.open_input_stream(path) as source, copy.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+            yield copy
+
+    def remove(self, name: str) -> None:
+        """Remove a folder."""
+        with contextlib.suppress(OSError):
+            self.filesystem.delete_dir(f"{self.root}/{name}")
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
