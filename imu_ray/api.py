@@ -8,7 +8,7 @@ import pyarrow as pa
 from torch import nn
 
 from imu_ray.config import UnlearnConfig
-from imu_ray.models import Head, ModelSpec, with_head
+from imu_ray.models import ModelSpec, with_head
 from imu_ray.pipeline import Pipeline, UnlearnResult, resolve_settings
 
 
@@ -43,11 +43,7 @@ def unlearn(
     """
     settings = resolve_settings(recipe, config)
     with Pipeline.open("unlearn", model, forget_set, task, evaluation, settings, run_dir) as job:
-        intensities = job.score()
-        outcome = job.ascend(intensities)
-        changed = with_head(job.live_model, outcome.head)
-        metrics = job.audit(Head.of(changed, job.head.name))
-        return job.finish(changed, metrics, intensities, outcome)
+        return job.unlearn(_as_held(model, job))
 
 
 def score(
@@ -91,7 +87,7 @@ def ascend(
     with Pipeline.open("ascend", model, forget_set, task, evaluation, resolve_settings(recipe, config), run_dir) as job:
         job.take_intensities(intensities)
         outcome = job.ascend(intensities)
-        return job.finish(with_head(job.live_model, outcome.head), {}, intensities, outcome)
+        return job.finish(with_head(_as_held(model, job), outcome.head), {}, intensities, outcome)
 
 
 def audit(
@@ -122,3 +118,8 @@ def audit(
         job.write_audit(metrics, None, None)
         job.complete()
     return metrics
+
+
+def _as_held(model: nn.Module | ModelSpec, job: Pipeline) -> nn.Module:
+    """The caller's own module, on its device; of a spec, what was built from it."""
+    return model if isinstance(model, nn.Module) else job.inputs.model

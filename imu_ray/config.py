@@ -17,6 +17,11 @@ class ForgetSetConfig(Section):
 
     prefix = "forget_set."
 
+    size: int | float | tuple[int, ...] | None = setting(
+        None,
+        "forget only a part: so many rows (`500`) or such a share of them (`0.1`), drawn at random and nested (a larger size contains a "
+        "smaller one), or the rows of some classes (`[3, 5]`, class indices); null: all",
+    )
     on_bad_row: Literal["error", "skip"] = setting(
         "error", "a row that cannot be used: stop and name it, or leave it out and list it in the manifest"
     )
@@ -30,6 +35,12 @@ class ForgetSetConfig(Section):
         None, "mean per channel, subtracted after decoded images are scaled to [0, 1] (numbers are taken as they are)"
     )
     std: tuple[float, ...] | None = setting(None, "standard deviation per channel, divided by after the mean", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.size
+        if (isinstance(size, int) and size < 1) or (isinstance(size, float) and not 0 < size <= 1) or size == ():
+            raise ConfigError(f"forget_set.size is {size!r}; expected a whole number >= 1 (rows), a share in (0, 1], or a list of classes")
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,12 @@ class ResourcesConfig(Section):
     workers: int = setting(1, "parallel scoring tasks, and workers of the ascent", low=1, identity=False)
     cpus_per_worker: int = setting(1, "CPU threads of a worker", low=1)
     gpus_per_worker: float = setting(0.0, "GPUs of a worker; fractions share a GPU", low=0)
+    autoscaling: bool | Literal["auto"] = setting(
+        "auto",
+        "wait for nodes when the workers do not fit on those that are there; `auto`: where Ray's autoscaler is known to run (`ray up`, "
+        "autoscaler v2)",
+        identity=False,
+    )
     max_retries: int = setting(2, "times a killed task or worker group is started again", low=0, identity=False)
 
     def __post_init__(self) -> None:
@@ -185,6 +202,7 @@ class UnlearnConfig(Section):
     recipe: str = setting(
         "paper", "named set of settings that this configuration started from; chosen with `from_recipe` or a job's `recipe:`"
     )
+    log: Literal["text", "json"] = setting("text", "how a job writes its log: a line of text, or of JSON, per event", identity=False)
     forget_set: ForgetSetConfig = field(default_factory=ForgetSetConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     intensity: IntensityConfig = field(default_factory=IntensityConfig)

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from typing import Any
 
 from imu_ray.checkpoint import default_run_dir
 from imu_ray.config import UnlearnConfig
+from imu_ray.distributed.session import submitted_job
 from imu_ray.errors import ConfigError, EmptySelectionError, ImuError, StageFailedError
+from imu_ray.events import event, log_events
 from imu_ray.models import ModelSpec
 from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, settings_of
 
@@ -61,11 +64,17 @@ class JobConfig:
                 raise ConfigError(f"unknown setting {key!r} in {path}; {nearest(key, [*settings_of(UnlearnConfig), *_JOB_KEYS])}")
         if not isinstance(plain.get("forget_set.path"), str):
             raise ConfigError(f"{path} has no forget_set.path; expected the path or URI of the samples to forget")
+        run_dir = plain.get("run_dir")
+        if submitted_job() is not None and "://" not in str(run_dir) and not Path(run_dir or "").is_absolute():
+            raise ConfigError(
+                f"run_dir is {run_dir!r} under `ray job submit`, whose working directory is temporary, so that the result would be lost; "
+                "expected an absolute path on storage that the nodes share, or a URI (s3://bucket/path)"
+            )
         config = UnlearnConfig.from_recipe(plain.get("recipe", "paper")).with_overrides(settings)
         original = _model_spec("original", parts["original"], path) if parts["original"] else None
         return cls(
             _model_spec("model", parts["model"], path), plain["forget_set.path"], config, parts["evaluation"], original,
-            plain.get("run_dir") or default_run_dir(), plain.get("task", "classification"),
+            run_dir or default_run_dir(), plain.get("task", "classification"),
         )  # fmt: skip
 
 
@@ -86,6 +95,15 @@ def _model_spec(role: str, values: Mapping[str, Any], path: str | Path) -> Model
     return ModelSpec(**named)
 
 
+def _warn_of_credentials() -> None:
+    """Say that the runtime environment of the submitted job shows what looks like a credential."""
+    variables = ((submitted_job() or {}).get("runtime_env") or {}).get("env_vars") or {}
+    shown = sorted(name for name in variables if re.search("SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY", name.upper()))
+    if shown:
+        advice = "the dashboard shows it to everyone; take it out and give the nodes a role, or mount a secret"
+        event("credentials in the runtime environment", level=logging.WARNING, variables=", ".join(shown), advice=advice)
+
+
 def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]]) -> None:
     """Run one stage from the command line and exit.
 
@@ -96,13 +114,16 @@ def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]]) -
     parser.add_argument("--config", type=Path, required=True, help="YAML file with model, forget_set, evaluation and settings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    log_events("text")
     try:
-        result = stage(JobConfig.load(options.config, options.set))
+        job = JobConfig.load(options.config, options.set)
+        log_events(job.config.log)
+        _warn_of_credentials()
+        result = stage(job)
     except ImuError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        event("job failed", level=logging.ERROR, error=f"{type(error).__name__}: {error}")
         sys.exit(1 if isinstance(error, StageFailedError | EmptySelectionError) else 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        event("job interrupted", level=logging.ERROR)
         sys.exit(130)
     print(json.dumps(result), flush=True)

@@ -1,9 +1,7 @@
 """One run: the model, its samples, their features, every stage on them, and the record."""
 
 import contextlib
-import copy
 import functools
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -24,20 +22,17 @@ from imu_ray.audit.membership import membership_inference
 from imu_ray.audit.report import render_report
 from imu_ray.checkpoint import MANIFEST, RunDirectory, default_run_dir
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import ascent_job, influence_job
-from imu_ray.distributed.influence_job import FeatureSet
+from imu_ray.distributed import ascent_job, influence_job, metrics
 from imu_ray.distributed.session import ray_session
 from imu_ray.errors import ConfigError, EmptySelectionError, ForgetSetError, NonFiniteError, StageFailedError
-from imu_ray.forget_set import open_forget_set
+from imu_ray.events import event
 from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.intensity import SCHEMES
-from imu_ray.manifest import Manifest, describe_samples, digest_of, label_counts
-from imu_ray.models import Head, ModelSpec, model_hash
+from imu_ray.inputs import Inputs
+from imu_ray.manifest import Manifest, digest_of, label_counts
+from imu_ray.models import Head, ModelSpec, model_hash, with_head
 from imu_ray.settings import nearest
-from imu_ray.tasks.classification import TASKS
-
-logger = logging.getLogger("imu_ray")
 
 
 @dataclass(frozen=True)
@@ -83,44 +78,19 @@ def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> Unlear
 
 
 class Pipeline:
-    """One run: the model, its samples, their features and the record."""
+    """One run: its inputs, its run directory and the record."""
 
-    def __init__(
-        self, stage: str, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
-        config: UnlearnConfig, run_dir: str | Path | None, write: bool,
-    ) -> None:  # fmt: skip
-        if not isinstance(model, nn.Module | ModelSpec):
-            raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module or an imu_ray.ModelSpec")
-        if not isinstance(evaluation, Mapping | None):
-            raise ConfigError(f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets")
-        if task not in TASKS:
-            raise ConfigError(f"task is {task!r}; {nearest(task, TASKS)}")
-        self.config, self.write = config, write
-        self.run = RunDirectory(run_dir or default_run_dir())
-        self.unfinished = self.run.check(stage, config.identity()) if write else None
-        self.sources = {"forget": open_forget_set(forget_set, config.forget_set)}
-        for name, source in (evaluation or {}).items():
-            if name in ("forget", "membership"):
-                raise ConfigError(
-                    f"an evaluation set is named {name!r}; expected another name, because results under it are of the forget set"
-                )
-            self.sources[name] = open_forget_set(source, config.forget_set, f"evaluation set {name!r}")
-        self.live_model = model.build() if isinstance(model, ModelSpec) else model
-        # The copy that travels is on the CPU and in eval mode; the caller's model stays as it is.
-        self.model = copy.deepcopy(self.live_model).cpu().eval()
-        named_head = model.head if isinstance(model, ModelSpec) else None
-        self.task = TASKS[task].for_model(self.model, self.sources["forget"], config.forget_set, named_head)
-        self.head = Head.of(self.model, self.task.head)
-        for source in self.sources.values():
-            source.check(self.task.num_classes)
-        self.manifest = Manifest(stage, config, self.model, self.head.name)
+    def __init__(self, stage: str, inputs: Inputs, config: UnlearnConfig, run: RunDirectory, *, write: bool = True) -> None:
+        self.inputs, self.config, self.run, self.write = inputs, config, run, write
+        self.head, self.task = inputs.head, inputs.task
+        self.unfinished = run.check(stage, config.identity()) if write else None
+        self.manifest = Manifest(stage, config, inputs.model, self.head.name)
         guarded = config.ascent.guard
-        if guarded.min_accuracy is not None and guarded.evaluation_set not in self.sources:
+        if guarded.min_accuracy is not None and guarded.evaluation_set not in inputs.sources:
             raise ConfigError(
                 f"ascent.guard.min_accuracy guards evaluation set {guarded.evaluation_set!r}, which was not given; expected one of "
-                f"{sorted(self.sources)}; give it, or name another in ascent.guard.evaluation_set"
+                f"{sorted(inputs.sources)}; give it, or name another in ascent.guard.evaluation_set"
             )
-        self.features: dict[str, FeatureSet] = {}
         self.begun = False
 
     @classmethod
@@ -128,35 +98,49 @@ class Pipeline:
     def open(cls, stage: str, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
              config: UnlearnConfig, run_dir: str | Path | None, write: bool = True) -> Iterator["Pipeline"]:  # fmt: skip
         """Check everything that can be checked, make the features, and record how the run ended."""
-        job = cls(stage, model, forget_set, task, evaluation, config, run_dir, write)
-        with ray_session(config.resources):
-            try:
-                job.extract()
-                yield job
-            except BaseException as error:
-                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                with contextlib.suppress(StageFailedError):  # on a full disk the error that is on its way says so
-                    job.record(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}")
-                raise
+        run = RunDirectory(run_dir or default_run_dir())
+        if write:  # before anything is read: a directory that cannot be used is the cheapest thing to find out
+            run.check(stage, config.identity())
+        job = cls(stage, Inputs.open(model, forget_set, task, evaluation, config), config, run, write=write)
+        event("run begun", stage=stage, run_dir=str(run.location) if write else None, resumed=job.unfinished is not None)
+        with ray_session(config.resources), job.recorded():
+            with job.stage("features"):
+                job.inputs = job.inputs.extract(config)
+            job.take_inputs()
+            yield job
 
-    def extract(self) -> None:
-        """One forward pass over every sample set."""
-        for name, source in self.sources.items():
-            with self.manifest.stage("features"):
-                self.features[name] = influence_job.extract(source, self.task, self.model, self.config, f"features of {name}")
-            if not self.features[name].rows:
-                raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
-        described = {name: describe_samples(self.sources[name], made.reports) for name, made in self.features.items()}
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record how the run ended when it did not end well."""
+        try:
+            yield
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            with contextlib.suppress(StageFailedError):  # on a full disk the error that is on its way says so
+                self.record(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}")
+            event("run interrupted" if interrupted else "run failed", level=logging.WARNING, error=type(error).__name__)
+            raise
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage for the manifest, the log and the metrics."""
+        with self.manifest.stage(name):
+            yield
+        seconds = self.manifest.values["seconds"][name]
+        metrics.gauge("stage_seconds", seconds, name)
+        event(f"{name} done", seconds=seconds)
+
+    def take_inputs(self) -> None:
+        """Select what ``forget_set.size`` asks for and describe the samples in the record."""
+        self.inputs = self.inputs.select(self.config)
+        described = dict(self.inputs.described)
         self.manifest.values |= {"forget_set": described.pop("forget"), "evaluation": described}
-        self.manifest.values["inputs"] = {
-            "model": self.manifest.values["model"]["hash_before"],
-            "forget set": self.manifest.values["forget_set"]["fingerprint"],
-            "set of evaluation sets": digest_of(json.dumps({name: part["fingerprint"] for name, part in described.items()})),
-        }
+        self.manifest.values["inputs"] = {"model": self.manifest.values["model"]["hash_before"], **self.inputs.digests()}
+        self.features = self.inputs.features
 
     def score(self) -> pa.Table:
         """Influence and intensity of every sample; begins the run directory."""
-        with self.manifest.stage("scores"):
+        with self.stage("scores"):
             scored, _ = influence_job.score(self.features["forget"], self.head, self.config)
         weigh = SCHEMES[self.config.intensity.scheme]
         scores, losses = scored["influence"].to_numpy(), scored["loss"].to_numpy()
@@ -169,7 +153,7 @@ class Pipeline:
         if missing or intensities["sample_id"].to_pylist() != self.features["forget"].ids():
             raise ForgetSetError(
                 f"the intensities ({len(intensities)} rows, columns {', '.join(intensities.column_names)}) are not those of the "
-                f"{self.features['forget'].rows} samples of {self.sources['forget'].name}; expected the table that score() gave for this "
+                f"{self.features['forget'].rows} samples of {self.inputs.sources['forget'].name}; expected the table that score() gave for this "
                 "forget set, in its order"
             )
         weights = intensities["intensity"].to_numpy()
@@ -192,21 +176,22 @@ class Pipeline:
         counts = self.manifest.values["forget_set"]["label_counts"]
         warning = recipe_warning(self.config.recipe, counts, self.task.num_classes)
         if warning:
-            logger.warning(warning)
+            event("recipe doubted", level=logging.WARNING, reason=warning)
         original = {name: self._predict(name, self.head) for name in self.features if name != "forget"}
         labels = {name: set(predictions.labels.tolist()) for name, predictions in original.items()}
         unseen = summarise(original["test"])["accuracy"] if "test" in original else None
         kept = set().union(*(found for name, found in labels.items() if name != "test"))
         targets = stop_targets(self.config.ascent.stop, counts, self.task.num_classes, unseen, labels.get("test", ()), kept)
         weights = intensities["intensity"].to_numpy()
-        with self.manifest.stage("preconditioner"):
+        with self.stage("preconditioner"):
             preconditioner = self._fit_preconditioner()
         problem = AscentProblem(self.head, weights, self.config.ascent, self.config.seed, targets, preconditioner)
         measured = {name: features for name, features in self.features.items() if name != "forget"}
-        with self.manifest.stage("ascent"):
+        with self.stage("ascent"):
             outcome = ascent_job.ascend(problem, self.features["forget"], measured, self.config.resources, self.run)
-        if outcome.status in ("not_reached", "stopped_by_guard") or outcome.record["step"] == 0:
-            logger.warning("the ascent ended %s: %s", outcome.status, outcome.reason)
+        worrying = outcome.status in ("not_reached", "stopped_by_guard") or outcome.record["step"] == 0
+        level = logging.WARNING if worrying else logging.INFO
+        event("ascent ended", level=level, status=outcome.status, step=outcome.record["step"], reason=outcome.reason)
         self.manifest.values["ascent"] = {
             "status": outcome.status,
             "reason": outcome.reason,
@@ -235,7 +220,7 @@ class Pipeline:
 
     def audit(self, changed: Head) -> dict[str, Any]:
         """Figures before and after. Only the head differs, so that no forward pass is needed."""
-        with self.manifest.stage("audit"):
+        with self.stage("audit"):
             return {"before": self.measure(self.head), "after": self.measure(changed)}
 
     def measure(self, head: Head) -> dict[str, Any]:
@@ -251,6 +236,13 @@ class Pipeline:
     def _predict(self, name: str, head: Head) -> Predictions:
         parts = self.features[name].map(f"audit of {name}", functools.partial(predict_shard, head=head))
         return Predictions.concatenate(parts)
+
+    def unlearn(self, original: nn.Module) -> UnlearnResult:
+        """Every stage after the features; ``original`` is the model as the caller holds it."""
+        intensities = self.score()
+        outcome = self.ascend(intensities)
+        changed = with_head(original, outcome.head)
+        return self.finish(changed, self.audit(Head.of(changed, self.head.name)), intensities, outcome)
 
     def finish(self, changed: nn.Module, metrics: dict[str, Any], intensities: pa.Table, outcome: AscentOutcome) -> UnlearnResult:
         """Write what is left to write and close the record."""
@@ -273,6 +265,7 @@ class Pipeline:
     def complete(self) -> None:
         """Close the record of a run that ended well."""
         self.record(status="complete")
+        event("run complete", run_dir=str(self.run.location) if self.write else None, seconds=sum(self.manifest.values["seconds"].values()))
 
     def record(self, **changes: Any) -> None:
         """Write the manifest, once there is something to record: a run that failed before leaves nothing behind."""

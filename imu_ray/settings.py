@@ -63,6 +63,8 @@ def _typed(value: Any, hint: Any) -> Any:
         return value if isinstance(value, hint) else _Refusal()
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if type(value) in arguments:  # 1.0 stays a number where 1 would mean something else
+            return value
         fits = (fit for fit in (_typed(value, choice) for choice in arguments) if not isinstance(fit, _Refusal))
         return next(fits, _Refusal())
     if origin is Literal:
@@ -102,13 +104,15 @@ def _describe_choice(bounds: Mapping[str, Any], choice: Any) -> str:
     if typing.get_origin(choice) is Literal:
         return " or ".join(json.dumps(value) for value in typing.get_args(choice))
     if typing.get_origin(choice) is tuple:
-        return "a list of numbers" if typing.get_args(choice)[0] is float else "a list of texts"
+        return {float: "a list of numbers", int: "a list of whole numbers", str: "a list of texts"}[typing.get_args(choice)[0]]
     if choice not in (int, float):
         return {bool: "true or false", str: "text", type(None): "null"}[choice]
     kind = "a whole number" if choice is int else "a number"
     least, opening = max(bounds["low"], bounds["above"]), "(" if bounds["above"] > -math.inf else "["
     if bounds["high"] < math.inf:
         return f"{kind} in {opening}{least:g}, {bounds['high']:g}]"
+    if least == -math.inf:
+        return kind
     return f"{kind} {'>' if opening == '(' else '>='} {least:g}"
 
 

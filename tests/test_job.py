@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from samples import write_images
 
 from imu_ray import ConfigError, JobConfig
+from imu_ray.job import _warn_of_credentials
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +62,44 @@ def test_a_job_file_is_read_with_its_assignments_last(job_file):
 def test_a_bad_job_file_is_refused_by_name(job_file, assignment, message):
     with pytest.raises(ConfigError, match=message):
         JobConfig.load(job_file, [assignment])
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """As under ``ray job submit``."""
+
+    def submit(**runtime_env):
+        config = {"metadata": {"job_submission_id": "raysubmit_1"}, "runtime_env": runtime_env}
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(config))
+
+    submit()
+    return submit
+
+
+@pytest.mark.parametrize("run_dir", ["run_dir=runs/here", "run_dir="])
+def test_a_submitted_job_needs_an_absolute_output_path(job_file, submitted, run_dir):
+    with pytest.raises(ConfigError, match="working directory is temporary.*expected an absolute path"):
+        JobConfig.load(job_file, [run_dir] if run_dir != "run_dir=" else _without_run_dir(job_file))
+
+
+def _without_run_dir(job_file):
+    values = yaml.safe_load(job_file.read_text())
+    del values["run_dir"]
+    job_file.write_text(yaml.safe_dump(values))
+    return []
+
+
+@pytest.mark.parametrize("run_dir", ["/shared/runs/1", "s3://bucket/runs/1"])
+def test_a_submitted_job_takes_an_absolute_path_or_a_uri(job_file, submitted, run_dir):
+    assert str(JobConfig.load(job_file, [f"run_dir={run_dir}"]).run_dir) == run_dir
+
+
+def test_a_credential_in_the_runtime_environment_is_pointed_out(submitted, caplog):
+    submitted(env_vars={"AWS_SECRET_ACCESS_KEY": "hidden", "OMP_NUM_THREADS": "1"})
+    _warn_of_credentials()
+    assert "AWS_SECRET_ACCESS_KEY" in caplog.text
+    assert "hidden" not in caplog.text
+    assert "OMP_NUM_THREADS" not in caplog.text
 
 
 def run(job, job_file, python_environment, *assignments):

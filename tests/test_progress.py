@@ -44,3 +44,25 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch):
         bar.advance(samples=7)
     assert "scores" in terminal.getvalue()
     assert "2/2" in terminal.getvalue() or "0/2" in terminal.getvalue()
+
+
+def test_work_that_stands_still_says_so(clock, capsys):
+    with Progress("scores", 10, "shards") as bar:
+        clock[0] += 20
+        bar.advance(0, note="waiting")
+    assert capsys.readouterr().err == "scores: 0 of 10 shards, waiting, time left unknown\n"
+
+
+def test_under_a_log_the_line_is_an_event(clock, capsys, caplog):
+    caplog.set_level("INFO", "imu_ray")
+    with Progress("scores", 10, "shards") as bar:
+        clock[0] += 20
+        bar.advance(5, samples=100)
+    assert capsys.readouterr().err == ""
+    assert [(record.event, record.fields["done"], record.fields["seconds_left"]) for record in caplog.records] == [("progress", 5, 20)]
+
+
+def test_in_a_notebook_there_is_a_bar(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    with Progress("scores", 2, "shards") as bar:
+        assert bar.bar is not None

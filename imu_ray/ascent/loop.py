@@ -137,6 +137,16 @@ class Ascent:
         self.step, self.scale, self._now = int(snapshot["at_step"]), float(snapshot["scale"]), None
         self.optimiser.load_state({key: value for key, value in snapshot.items() if key not in ("at_step", "scale")})
 
+    def go_on(self, good: Mapping[str, Tensor]) -> Record:
+        """Steps up to the next check, and the check; from ``good``, the last one, an overshoot is taken back."""
+        for _ in range(min(self.config.stop.every_steps, self.total_steps - self.step)):
+            self.take_step()
+        record = self.check()
+        target = next((target for target in self.problem.targets if target.reached(record)), None)
+        if target is not None and target.overshoot(record) > target.tolerance and math.isfinite(record["forget_loss"]):
+            return self.back_to(target, good)
+        return record
+
     def back_to(self, target: StopTarget, good: Mapping[str, Tensor]) -> Record:
         """From the last check before an overshoot, go to the first point of the path that meets the target.
 
@@ -171,7 +181,7 @@ def run_ascent(
     *,
     resume: AscentState | None = None,
     save: Callable[[AscentState], None] = lambda state: None,
-    save_head: Callable[[int, Head], None] = lambda step, head: None,
+    checked: Callable[[Record, Head], None] = lambda record, head: None,
 ) -> AscentOutcome:
     """Ascend until a target is met, steps run out, or a guard speaks.
 
@@ -180,7 +190,7 @@ def run_ascent(
         workers: this worker and the others.
         resume: state to go on from.
         save: called with the state after every ``state_every_checks`` checks.
-        save_head: called with the head of every check when ``ascent.keep`` is ``all``.
+        checked: called with the record and the head of every good check.
 
     Returns:
         Status ``reached``, ``not_reached`` (no target was met, or one was jumped over), ``epochs_done`` (there was no target)
@@ -199,13 +209,8 @@ def run_ascent(
     with Progress("ascent", ascent.total_steps, "steps", quiet=workers.rank > 0) as progress:
         progress.advance(ascent.step)
         while not status and ascent.step < ascent.total_steps:
-            stretch = min(config.stop.every_steps, ascent.total_steps - ascent.step)
-            for _ in range(stretch):
-                ascent.take_step()
-            record = ascent.check()
-            target = next((target for target in problem.targets if target.reached(record)), None)
-            if target is not None and target.overshoot(record) > target.tolerance and math.isfinite(record["forget_loss"]):
-                record = ascent.back_to(target, good)
+            begun = ascent.step
+            record = ascent.go_on(good)
             violation = guard_violation(record, config.guard)
             if violation:
                 status, reason = "stopped_by_guard", f"{violation} at step {record['step']:g}; went back to step {int(good['at_step'])}"
@@ -214,26 +219,26 @@ def run_ascent(
             trajectory.append(record)
             good = ascent.snapshot()
             status, reason = _verdict(problem.targets, record)
-            if config.keep == "all":
-                save_head(ascent.step, _head(ascent))
+            checked(record, _head(ascent))
             if _nearest(problem.targets, trajectory) == len(trajectory) - 1:
                 best = ascent.optimiser.matrix.clone()
             checks += 1
             if not status and checks % config.state_every_checks == 0:
                 save(AscentState(ascent.step, {**good, "best": best.cpu()}, list(trajectory)))
-            progress.advance(stretch, note=f"forget accuracy {record['forget_accuracy']:.3f}")
+            progress.advance(ascent.step - begun, note=f"forget accuracy {record['forget_accuracy']:.3f}")
     kept = trajectory[-1]
     if config.keep == "best":
         ascent.optimiser.matrix.copy_(best)
         kept = trajectory[_nearest(problem.targets, trajectory)]
     if not status:
-        status, reason = "epochs_done", "there was no target; all steps were taken"
-        if problem.targets:
-            status, reason = (
-                "not_reached",
-                f"of all steps, at step {kept['step']:g} " + "; ".join(t.describe(kept) for t in problem.targets),
-            )
+        status, reason = _steps_ran_out(problem.targets, kept)
     return AscentOutcome(_head(ascent), kept, status, reason, trajectory)
+
+
+def _steps_ran_out(targets: Sequence[StopTarget], kept: Record) -> tuple[str, str]:
+    if not targets:
+        return "epochs_done", "there was no target; all steps were taken"
+    return "not_reached", f"of all steps, at step {kept['step']:g} " + "; ".join(target.describe(kept) for target in targets)
 
 
 def _head(ascent: Ascent) -> Head:

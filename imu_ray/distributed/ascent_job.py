@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import math
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,11 +15,27 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from imu_ray.ascent.batches import FeatureStore
 from imu_ray.ascent.loop import AscentOutcome, AscentProblem, run_ascent
+from imu_ray.ascent.measure import Record
 from imu_ray.ascent.step import Workers
 from imu_ray.checkpoint import RunDirectory
 from imu_ray.config import ResourcesConfig
+from imu_ray.distributed import metrics
 from imu_ray.distributed.influence_job import FeatureSet
 from imu_ray.errors import ImuError, StageFailedError
+from imu_ray.events import event
+from imu_ray.models import Head
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a trial's checks reach Ray Tune: ``report`` from this process, ``callbacks`` from a worker group."""
+
+    report: Callable[[Record], None]
+    callbacks: list[Any]
+
+
+def _nothing(record: Record) -> None:
+    """Nobody waits for the checks."""
 
 
 def ascend(
@@ -26,6 +44,7 @@ def ascend(
     evaluation: Mapping[str, FeatureSet],
     resources: ResourcesConfig,
     run: RunDirectory,
+    trial: Trial | None = None,
 ) -> AscentOutcome:
     """Ascend on ``resources.workers`` workers; state is saved in ``run`` after every check and taken up from there.
 
@@ -35,6 +54,7 @@ def ascend(
         evaluation: features of the sets that are measured.
         resources: workers and what each has.
         run: where state is kept; a shared path when workers run on several machines.
+        trial: how the checks are told to Ray Tune when this is a trial of a sweep.
 
     Raises:
         StageFailedError: the worker group failed more often than ``resources.max_retries``.
@@ -45,15 +65,16 @@ def ascend(
         "evaluation": {name: features.refs for name, features in evaluation.items()},
         "run_dir": str(run.location),
         "threads": resources.cpus_per_worker,
+        "report": _nothing,
     }
     if resources.workers == 1 and not resources.gpus_per_worker:
-        return _ascend_here(arguments)
+        return _ascend_here({**arguments, "report": trial.report if trial else _nothing})
     # A name of its own each time: under a known name, Train would go on with a stale run.
     name, storage = f"ascent-{uuid.uuid4().hex[:8]}", f"{run.storage.root}/state/train"
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     trainer = TorchTrainer(
         _ascend_as_worker,
-        train_loop_config=arguments,
+        train_loop_config={**arguments, "report": train.report if trial else _nothing},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=train.ScalingConfig(
             num_workers=resources.workers,
@@ -64,6 +85,7 @@ def ascend(
             name=name,
             storage_path=storage,
             storage_filesystem=run.storage.filesystem,
+            callbacks=trial.callbacks if trial else [],
             failure_config=train.FailureConfig(max_failures=resources.max_retries),
         ),
     )
@@ -97,9 +119,21 @@ def _run(arguments: Mapping[str, Any], workers: Workers) -> AscentOutcome:
     )
     run = RunDirectory(arguments["run_dir"])
     resume = workers.agree(run.load_state() if workers.rank == 0 else None)
+    report = arguments["report"]
     if workers.rank > 0:
-        return run_ascent(problem, workers, resume=resume)
-    return run_ascent(problem, workers, resume=resume, save=run.save_state, save_head=run.save_head)
+        # Every worker reports, because Train waits for all of them.
+        return run_ascent(problem, workers, resume=resume, checked=lambda record, _: report(record))
+
+    def checked(record: Record, head: Head) -> None:
+        metrics.gauge("forget_loss", record["forget_loss"], "ascent")
+        metrics.gauge("forget_accuracy", record["forget_accuracy"], "ascent")
+        if problem.config.keep == "all":
+            run.save_head(math.ceil(record["step"]), head)
+        report(record)
+
+    if resume is not None:
+        event("ascent resumed", step=resume.step)
+    return run_ascent(problem, workers, resume=resume, save=run.save_state, checked=checked)
 
 
 @contextlib.contextmanager

@@ -3,26 +3,39 @@
 Every remote function is one line around a pure one. Features stay on the node that made them; statistics and scores travel.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from torch import nn
 
+from imu_ray.ascent.batches import Positions
 from imu_ray.config import UnlearnConfig
-from imu_ray.errors import ImuError, StageFailedError
+from imu_ray.distributed import metrics
+from imu_ray.errors import ConfigError, ImuError, StageFailedError
 from imu_ray.forget_set import ForgetSet, Shard
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Moments, S, damped_direction, merge_tree
-from imu_ray.influence.features import FeatureShard, ShardReport, extract_features, score_shard, shard_statistics
+from imu_ray.influence.features import (
+    FeatureShard,
+    ShardReport,
+    extract_features,
+    rows_per_block,
+    score_shard,
+    shard_statistics,
+    take_rows,
+)
 from imu_ray.influence.gradients import LayerIO
 from imu_ray.models import Head
-from imu_ray.progress import Progress
+from imu_ray.progress import LINE_SECONDS, Progress
 from imu_ray.tasks.base import Task
 
 logger = logging.getLogger("imu_ray")
@@ -41,21 +54,23 @@ def _source(ref: "ray.ObjectRef[ForgetSet]") -> ForgetSet:
     return ray.get(ref)
 
 
-def _fix_arithmetic(threads: int) -> None:
-    """What the bits of a result depend on, in this worker process."""
+def _begin(stage: str, threads: int) -> None:
+    """Fix what the bits of a result depend on in this worker process, and count a second attempt."""
+    if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
+        metrics.count("shards_retried", 1, stage)
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 features are float32, on a GPU as on the CPU
 
 
 @ray.remote
-def _extract(refs: Sequence[Any], shard: Shard, task: Task, threads: int, device: str) -> tuple[FeatureShard, ShardReport]:
-    _fix_arithmetic(threads)
+def _extract(refs: Sequence[Any], shard: Shard, task: Task, stage: str, threads: int, device: str) -> tuple[FeatureShard, ShardReport]:
+    _begin(stage, threads)
     return extract_features(_source(refs[0]), shard, task, _model(refs[1], device), torch.device(device))
 
 
 @ray.remote
-def _map(function: Callable[[FeatureShard], R], shard: FeatureShard, threads: int) -> R:
-    _fix_arithmetic(threads)
+def _map(function: Callable[[FeatureShard], R], shard: FeatureShard, stage: str, threads: int) -> R:
+    _begin(stage, threads)
     return function(shard)
 
 
@@ -110,10 +125,16 @@ class TaskRunner:
                     while submitted < count and len(pending) < self.resources.workers:
                         pending[submit(submitted)] = submitted
                         submitted += 1
-                    ready, _ = ray.wait(list(pending), num_returns=1, fetch_local=fetch)
+                    ready, _ = ray.wait(list(pending), num_returns=1, fetch_local=fetch, timeout=LINE_SECONDS)
+                    if not ready:
+                        progress.advance(0, note="waiting for the tasks in flight, or for room to start them")
                     for ref in ready:
                         index = pending.pop(ref)
-                        progress.advance(samples=on_done(index, ray.get(ref) if fetch else None))
+                        samples = on_done(index, ray.get(ref) if fetch else None)
+                        progress.advance(samples=samples)
+                        metrics.count("shards_done", 1, stage)
+                        metrics.count("samples", samples, stage)
+                        metrics.gauge("samples_per_second", progress.rate, stage)
             except (RayError, torch.OutOfMemoryError) as error:
                 raise _explain(stage, error) from None
             finally:
@@ -129,6 +150,10 @@ def _explain(stage: str, error: BaseException) -> ImuError:
     if isinstance(cause, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
         return StageFailedError(f"{stage} ran out of memory: {cause}; use a smaller influence.block_rows or fewer workers per node")
     return StageFailedError(f"{stage} failed: {type(cause).__name__}: {cause}; see the worker's log above for the trace")
+
+
+def _labels(shard: FeatureShard) -> npt.NDArray[np.int64]:
+    return shard.labels_n
 
 
 def _ids(shard: FeatureShard) -> list[str]:
@@ -150,6 +175,48 @@ class FeatureSet:
         """Sample ids, in order."""
         return [sample_id for ids in self.map("ids", _ids) for sample_id in ids]
 
+    def under(self, config: UnlearnConfig) -> "FeatureSet":
+        """The same features, worked on with the resources of ``config``."""
+        return FeatureSet(TaskRunner(config), self.refs, self.reports)
+
+    def select(self, size: int | float | tuple[int, ...], seed: int) -> "FeatureSet":
+        """The features of a part of the samples (``forget_set.size``); a larger part contains a smaller one.
+
+        Raises:
+            ConfigError: there are not so many samples, or none of a class.
+        """
+        chosen = self._positions(size, seed)
+        starts = np.cumsum([0] + [report.rows for report in self.reports])
+        pieces = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
+        kept = [(index, rows - starts[index]) for index, rows in enumerate(pieces) if len(rows)]
+        refs: list[Any] = [None] * len(kept)
+        reports = [
+            dataclasses.replace(self.reports[index], rows=len(rows), block_sizes=rows_per_block(self.reports[index].block_sizes, rows))
+            for index, rows in kept
+        ]
+
+        def submit(place: int) -> "ray.ObjectRef[FeatureShard]":
+            index, rows = kept[place]
+            refs[place] = self._submit("selection", functools.partial(take_rows, rows=rows), index)
+            return refs[place]
+
+        self.runner.run("selection", submit, len(kept), lambda place, _: reports[place].rows, fetch=False)
+        return FeatureSet(self.runner, refs, reports)
+
+    def _positions(self, size: int | float | tuple[int, ...], seed: int) -> Positions:
+        if isinstance(size, tuple):
+            labels = np.concatenate(self.map("labels", _labels))
+            missing = sorted(set(size) - set(labels.tolist()))
+            if missing:
+                raise ConfigError(
+                    f"forget_set.size names classes {missing}, of which the forget set has no sample; expected classes it holds"
+                )
+            return np.flatnonzero(np.isin(labels, size))
+        rows = max(1, round(size * self.rows)) if isinstance(size, float) else size
+        if rows > self.rows:
+            raise ConfigError(f"forget_set.size is {size}; expected at most the {self.rows} usable samples of the forget set")
+        return np.sort(np.random.default_rng(seed).permutation(self.rows)[:rows])
+
     def map(self, stage: str, function: Callable[[FeatureShard], R]) -> list[R]:
         """``function`` of every shard, in shard order."""
         results: list[Any] = [None] * len(self.refs)
@@ -163,7 +230,7 @@ class FeatureSet:
 
     def _submit(self, stage: str, function: Callable[[FeatureShard], R], index: int) -> "ray.ObjectRef[R]":
         options = self.runner.options(f"{stage} [{index + 1}/{len(self.refs)}]")
-        return _map.options(**options).remote(function, self.refs[index], self.runner.resources.cpus_per_worker)
+        return _map.options(**options).remote(function, self.refs[index], stage, self.runner.resources.cpus_per_worker)
 
     def reduce(self, stage: str, head: Head, statistics: Callable[[LayerIO], S]) -> S:
         """``statistics`` of every block, merged in one binary tree over block index."""
@@ -195,7 +262,7 @@ def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConf
     def submit(index: int) -> "ray.ObjectRef[ShardReport]":
         options = runner.options(f"{stage} [{index + 1}/{len(shards)}]", gpu=True, num_returns=2)
         refs[index], report = _extract.options(**options).remote(
-            shared, shards[index], task, config.resources.cpus_per_worker, runner.device
+            shared, shards[index], task, stage, config.resources.cpus_per_worker, runner.device
         )
         return report
 

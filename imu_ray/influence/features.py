@@ -4,7 +4,7 @@ Shapes: n samples of a shard, F features (the head's input without the bias inpu
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +46,17 @@ class FeatureShard:
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Float64 features and labels of each block."""
         return (self.read(rows) for rows in self.block_rows())
+
+
+def take_rows(shard: FeatureShard, rows: npt.NDArray[np.int64]) -> FeatureShard:
+    """Some rows of a shard, ascending; its blocks keep their borders and lose the other rows."""
+    sizes = rows_per_block(shard.block_sizes, rows)
+    return FeatureShard(shard.features_nF[rows], shard.labels_n[rows], [shard.ids[row] for row in rows.tolist()], sizes)
+
+
+def rows_per_block(block_sizes: Sequence[int], rows: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """How many of some rows, ascending, lie in each block."""
+    return tuple(np.diff(np.searchsorted(rows, np.cumsum([0, *block_sizes]))).tolist())
 
 
 @dataclass(frozen=True)

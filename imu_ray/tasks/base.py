@@ -44,6 +44,11 @@ class Task(Protocol):
         """Name of the layer whose input is cached."""
         ...
 
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head."""
+        ...
+
     def target_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The layers that are scored and changed, by name."""
         ...

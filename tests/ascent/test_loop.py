@@ -203,9 +203,9 @@ def test_the_best_head_is_that_of_the_check_nearest_the_target():
     assert now["forget_accuracy"] == pytest.approx(best)
 
 
-def test_every_head_can_be_kept():
+def test_every_check_is_told_with_its_head():
     heads = {}
-    outcome = run_ascent(problem(keep="all"), Workers(), save_head=lambda step, head: heads.update({step: head}))
+    outcome = run_ascent(problem(), Workers(), checked=lambda record, head: heads.update({record["step"]: head}))
     assert list(heads) == [int(record["step"]) for record in outcome.trajectory[1:]]
     assert torch.equal(heads[max(heads)].matrix_CD, outcome.head.matrix_CD)
 

@@ -1,6 +1,7 @@
 """Scores on Ray: the same bits whatever the workers, the shards, the order of completion and the faults."""
 
 import functools
+import itertools
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from samples import Pairs, pairs, tensors
 
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import influence_job
-from imu_ray.errors import ForgetSetError, StageFailedError
+from imu_ray.errors import ConfigError, ForgetSetError, StageFailedError
 from imu_ray.forget_set import open_forget_set
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Moments, damped_direction
@@ -147,3 +148,39 @@ def test_a_worker_that_dies_each_time_is_a_clear_failure(tmp_path):
 
     with pytest.raises(StageFailedError, match="features failed: WorkerCrashedError"):
         features(DyingPairs(*tensors(20), tmp_path, row=5), config())
+
+
+@pytest.mark.parametrize("run", [1, 4])
+def test_a_larger_part_contains_a_smaller_one_whatever_the_shards(run):
+    made, _ = features(pairs(ROWS), config(run=run))
+    parts = [set(made.select(size, seed=3).ids()) for size in (1, 20, 0.5, 1.0)]
+    assert [len(part) for part in parts] == [1, 20, 100, ROWS]
+    assert all(small < large for small, large in itertools.pairwise(parts))
+    assert parts[1] == set(features(pairs(ROWS), config(run=2))[0].select(20, seed=3).ids())
+    assert parts[1] != set(made.select(20, seed=4).ids())
+
+
+def test_classes_are_a_part_with_all_their_samples():
+    made, _ = features(pairs(ROWS), config())
+    labels = pairs(ROWS).labels.numpy()
+    assert made.select((1, 3), seed=0).ids() == [str(row) for row in range(ROWS) if labels[row] in (1, 3)]
+
+
+def test_a_part_is_scored_as_if_it_were_all():
+    made, head = features(pairs(ROWS), config())
+    part = made.select(40, seed=0)
+    table, _ = influence_job.score(part, head, config())
+    rows = [int(sample_id) for sample_id in part.ids()]
+    alone, _ = scores(Pairs(*(column[rows] for column in tensors(ROWS))), config())
+    assert table["label"].to_pylist() == alone["label"].to_pylist()
+    largest = abs(alone["influence"].to_numpy()).max()
+    # The features of the two differ by the batches they were computed in.
+    assert abs(table["influence"].to_numpy() - alone["influence"].to_numpy()).max() <= 1e-5 * largest
+    assert part.rows == sum(sum(report.block_sizes) for report in part.reports) == 40
+
+
+@pytest.mark.parametrize(("size", "message"), [(ROWS + 1, f"at most the {ROWS} usable"), ((1, 77), r"classes \[77\]")])
+def test_a_part_that_is_not_there_is_refused(size, message):
+    made, _ = features(pairs(ROWS), config())
+    with pytest.raises(ConfigError, match=message):
+        made.select(size, seed=0)

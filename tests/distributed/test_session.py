@@ -1,7 +1,10 @@
 import pytest
+import yaml
 
+from imu_ray import ConfigError
 from imu_ray.config import ResourcesConfig
-from imu_ray.distributed.session import workers_on
+from imu_ray.distributed import session
+from imu_ray.distributed.session import NEEDED, environment_problems, ray_session, require_resources, workers_on
 
 
 @pytest.mark.parametrize(
@@ -18,3 +21,65 @@ from imu_ray.distributed.session import workers_on
 )
 def test_a_worker_takes_whole_gpus_or_a_fraction_of_one(cpus, gpus, each, fit):
     assert workers_on(cpus, gpus, ResourcesConfig(**each)) == fit
+
+
+OWN = {**dict.fromkeys(NEEDED, "1.0"), "torch": "2.9.0+cpu"}
+
+
+def test_nodes_like_the_driver_are_no_problem_whatever_the_build():
+    assert environment_problems([("10.0.0.1", {**OWN, "torch": "2.9.0+cu128"}), ("10.0.0.2", OWN)], OWN) == []
+
+
+def test_a_missing_package_and_another_release_are_named_with_their_node():
+    problems = environment_problems([("10.0.0.2", {**OWN, "torchvision": None, "torch": "2.8.0", "tqdm": "9.0"}), ("10.0.0.1", OWN)], OWN)
+    assert problems == ["node 10.0.0.2: no torchvision, torch 2.8.0 (driver 2.9.0+cpu)"]
+
+
+def test_what_the_nodes_need_is_what_the_project_depends_on():
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    declared = {Requirement(line) for line in metadata.requires("imu-ray") if "extra ==" not in line}
+    assert {need.name.lower() for need in declared} == {name.lower() for name in NEEDED}
+
+
+def test_a_ray_client_connection_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match="ray://.*use `ray job submit`"), ray_session(ResourcesConfig()):
+        pass
+
+
+@pytest.fixture
+def small_cluster(monkeypatch, tmp_path):
+    """One node of two CPUs, and no autoscaler."""
+    monkeypatch.setattr(session.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2}}])
+    monkeypatch.setattr(session, "_internal_kv_get", lambda *_, **__: b"0")
+    monkeypatch.setattr(session, "BOOTSTRAP", tmp_path / "bootstrap.yaml")
+    return tmp_path / "bootstrap.yaml"
+
+
+def test_more_workers_than_fit_are_refused(small_cluster):
+    require_resources(ResourcesConfig(workers=2))
+    with pytest.raises(ConfigError, match="resources.workers is 3 .* expected at most 2, which is what fits on the 1 nodes"):
+        require_resources(ResourcesConfig(workers=3))
+
+
+def test_an_autoscaling_cluster_waits_with_a_message(small_cluster, monkeypatch, caplog):
+    monkeypatch.setattr(session, "_internal_kv_get", lambda *_, **__: b"1")
+    require_resources(ResourcesConfig(workers=3))
+    assert "waiting for the autoscaler to add nodes: workers=3 room_now=2" in caplog.text
+    with pytest.raises(ConfigError, match="resources.workers is 3"):
+        require_resources(ResourcesConfig(workers=3, autoscaling=False))
+
+
+def test_what_the_autoscaler_may_start_is_the_limit(small_cluster):
+    kinds = {"head": {"resources": {"CPU": 0}, "max_workers": 0}, "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3}}
+    small_cluster.write_text(yaml.safe_dump({"available_node_types": kinds, "max_workers": 3}))
+    require_resources(ResourcesConfig(workers=24))
+    with pytest.raises(ConfigError, match="expected at most 24, which is what fits on all nodes it may start"):
+        require_resources(ResourcesConfig(workers=25))
+    require_resources(ResourcesConfig(workers=6, gpus_per_worker=0.5))
+    with pytest.raises(ConfigError, match="expected at most 6"):
+        require_resources(ResourcesConfig(workers=7, gpus_per_worker=0.5))

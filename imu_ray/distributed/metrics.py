@@ -1,0 +1,38 @@
+"""Figures for Prometheus through ``ray.util.metrics``, with the stage as tag; the dashboard's agents export them.
+
+A process reports every few seconds, so that a run of seconds may end unseen; its manifest has the same figures.
+"""
+
+import functools
+
+from ray.util.metrics import Counter, Gauge, Metric
+
+COUNTERS = {
+    "samples": "samples done",
+    "shards_done": "shards done",
+    "shards_retried": "shards begun again after a lost worker or node",
+}
+GAUGES = {
+    "samples_per_second": "samples per second since the stage began",
+    "feature_bytes": "bytes of features in the object store",
+    "stage_seconds": "seconds that the stage took",
+    "forget_loss": "mean loss on the forget set at the last check, in nats",
+    "forget_accuracy": "accuracy on the forget set at the last check",
+}
+
+
+@functools.cache
+def _metric(name: str) -> Metric:
+    kind, doc = (Counter, COUNTERS[name]) if name in COUNTERS else (Gauge, GAUGES[name])
+    return kind(f"imu_ray_{name}", description=doc, tag_keys=("stage",))
+
+
+def count(name: str, value: float, stage: str) -> None:
+    """Add to a counter."""
+    if value > 0:
+        _metric(name).inc(value, tags={"stage": stage})
+
+
+def gauge(name: str, value: float, stage: str) -> None:
+    """Set a gauge."""
+    _metric(name).set(value, tags={"stage": stage})

@@ -1,0 +1,93 @@
+"""What a run works on: the model and its head, the sample sets, and their features. Made once; any number of runs may share it."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.distributed import influence_job
+from imu_ray.distributed.influence_job import FeatureSet
+from imu_ray.errors import ConfigError, ForgetSetError
+from imu_ray.events import event
+from imu_ray.forget_set import ForgetSet, open_forget_set
+from imu_ray.manifest import describe_samples, digest_of
+from imu_ray.models import Head, ModelSpec
+from imu_ray.settings import nearest
+from imu_ray.tasks.base import Task
+from imu_ray.tasks.classification import TASKS
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model on the CPU in eval mode, its head, the open sample sets, and (after ``extract``) their features and description."""
+
+    model: nn.Module
+    head: Head
+    task: Task
+    sources: Mapping[str, ForgetSet]
+    features: Mapping[str, FeatureSet] = field(default_factory=dict)
+    described: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None, config: UnlearnConfig
+    ) -> "Inputs":
+        """Check the model and all samples as far as that needs no forward pass.
+
+        Raises:
+            ImuError: something cannot be used; the message says what.
+        """
+        if not isinstance(model, nn.Module | ModelSpec):
+            raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module or an imu_ray.ModelSpec")
+        if not isinstance(evaluation, Mapping | None):
+            raise ConfigError(f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets")
+        if task not in TASKS:
+            raise ConfigError(f"task is {task!r}; {nearest(task, TASKS)}")
+        sources = {"forget": open_forget_set(forget_set, config.forget_set)}
+        for name, source in (evaluation or {}).items():
+            if name in ("forget", "membership"):
+                raise ConfigError(
+                    f"an evaluation set is named {name!r}; expected another name, because results under it are of the forget set"
+                )
+            sources[name] = open_forget_set(source, config.forget_set, f"evaluation set {name!r}")
+        # What travels is on the CPU and in eval mode; the caller's model stays as it is.
+        built = model.build() if isinstance(model, ModelSpec) else copy.deepcopy(model).cpu().eval()
+        named_head = model.head if isinstance(model, ModelSpec) else None
+        chosen = TASKS[task].for_model(built, sources["forget"], config.forget_set, named_head)
+        for source in sources.values():
+            source.check(chosen.num_classes)
+        return cls(built, Head.of(built, chosen.head), chosen, sources)
+
+    def extract(self, config: UnlearnConfig) -> "Inputs":
+        """With features: one forward pass over every sample set."""
+        features, described = {}, {}
+        for name, source in self.sources.items():
+            made = influence_job.extract(source, self.task, self.model, config, f"features of {name}")
+            if not made.rows:
+                raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
+            features[name], described[name] = made, describe_samples(source, made.reports)
+            size = described[name]["feature_bytes"]
+            event("features made", set=name, rows=made.rows, left_out=len(described[name]["bad_rows"]), bytes=size)
+        return dataclasses.replace(self, features=features, described=described)
+
+    def select(self, config: UnlearnConfig) -> "Inputs":
+        """With the part of the forget set that ``forget_set.size`` asks for, and the resources of ``config``."""
+        features = {name: made.under(config) for name, made in self.features.items()}
+        described = dict(self.described)
+        if config.forget_set.size is not None:
+            features["forget"] = features["forget"].select(config.forget_set.size, config.seed)
+            described["forget"] = {**described["forget"], "rows_used": features["forget"].rows}
+        return dataclasses.replace(self, features=features, described=described)
+
+    def digests(self) -> dict[str, str]:
+        """Digests of the samples, by which a run that goes on knows that they are the same."""
+        evaluation = {name: part["fingerprint"] for name, part in self.described.items() if name != "forget"}
+        return {
+            "forget set": self.described["forget"]["fingerprint"],
+            "set of evaluation sets": digest_of(json.dumps(evaluation)),
+        }
