@@ -22,6 +22,7 @@ class ForgetSetConfig(Section):
         "forget only a part: so many rows (`500`) or such a share of them (`0.1`), drawn at random and nested (a larger size contains a "
         "smaller one), or the rows of some classes (`[3, 5]`, class indices); null: all",
     )
+    size_seed: int = setting(0, "seed of that draw, apart from `seed`, so that runs with other seeds forget the same rows", low=0)
     on_bad_row: Literal["error", "skip"] = setting(
         "error", "a row that cannot be used: stop and name it, or leave it out and list it in the manifest"
     )

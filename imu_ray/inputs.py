@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from imu_ray.config import UnlearnConfig
@@ -14,7 +17,8 @@ from imu_ray.distributed import influence_job
 from imu_ray.distributed.influence_job import FeatureSet
 from imu_ray.errors import ConfigError, ForgetSetError
 from imu_ray.events import event
-from imu_ray.forget_set import ForgetSet, open_forget_set
+from imu_ray.forget_set import ForgetSet, PartForgetSet, draw_rows, open_forget_set
+from imu_ray.influence.features import FeatureShard
 from imu_ray.manifest import describe_samples, digest_of
 from imu_ray.models import Head, ModelSpec
 from imu_ray.settings import nearest
@@ -48,7 +52,11 @@ class Inputs:
             raise ConfigError(f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets")
         if task not in TASKS:
             raise ConfigError(f"task is {task!r}; {nearest(task, TASKS)}")
-        sources = {"forget": open_forget_set(forget_set, config.forget_set)}
+        whole = open_forget_set(forget_set, config.forget_set)
+        size = config.forget_set.size
+        rows = draw_rows(whole.num_rows, size, config.forget_set.size_seed) if isinstance(size, int | float) else None
+        # Classes are told from the labels, which are known after the features.
+        sources = {"forget": whole if rows is None else PartForgetSet(whole, rows)}
         for name, source in (evaluation or {}).items():
             if name in ("forget", "membership"):
                 raise ConfigError(
@@ -76,13 +84,33 @@ class Inputs:
         return dataclasses.replace(self, features=features, described=described)
 
     def select(self, config: UnlearnConfig) -> "Inputs":
-        """With the part of the forget set that ``forget_set.size`` asks for, and the resources of ``config``."""
+        """With the part of the forget set that ``forget_set.size`` asks for, and the resources of ``config``.
+
+        Raises:
+            ConfigError: the forget set has no sample of a class.
+        """
         features = {name: made.under(config) for name, made in self.features.items()}
-        described = dict(self.described)
-        if config.forget_set.size is not None:
-            features["forget"] = features["forget"].select(config.forget_set.size, config.seed)
-            described["forget"] = {**described["forget"], "rows_used": features["forget"].rows}
-        return dataclasses.replace(self, features=features, described=described)
+        size, forget = config.forget_set.size, features["forget"]
+        if isinstance(size, tuple):
+            forget = forget.select(functools.partial(_of_classes, classes=size))
+            found = set().union(*forget.map("labels", _classes))
+            if set(size) - found:
+                missing = sorted(set(size) - found)
+                raise ConfigError(
+                    f"forget_set.size names classes {missing}, of which the forget set has no sample; expected classes it holds"
+                )
+        elif size is not None:
+            source = self.sources["forget"]
+            whole = source.source.num_rows if isinstance(source, PartForgetSet) else source.num_rows
+            rows = draw_rows(whole, size, config.forget_set.size_seed)
+            if len(rows) < source.num_rows:
+                forget = forget.select(functools.partial(_at_places, places=rows))
+        if not forget.rows:
+            raise ForgetSetError(
+                f"every row of the part of {self.sources['forget'].name} was left out; expected at least one usable sample"
+            )
+        described = {**self.described, "forget": {**self.described["forget"], "rows_used": forget.rows}}
+        return dataclasses.replace(self, features={**features, "forget": forget}, described=described)
 
     def digests(self) -> dict[str, str]:
         """Digests of the samples, by which a run that goes on knows that they are the same."""
@@ -91,3 +119,15 @@ class Inputs:
             "forget set": self.described["forget"]["fingerprint"],
             "set of evaluation sets": digest_of(json.dumps(evaluation)),
         }
+
+
+def _of_classes(shard: FeatureShard, classes: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    return np.isin(shard.labels_n, classes)
+
+
+def _at_places(shard: FeatureShard, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    return np.isin(shard.places_n, places, assume_unique=True)
+
+
+def _classes(shard: FeatureShard) -> set[int]:
+    return set(shard.labels_n.tolist())

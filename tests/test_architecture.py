@@ -14,7 +14,7 @@ ORDER = [
     ["influence.gradients"],
     ["forget_set.base", "models", "influence.curvature.base", "influence.scores", "influence.intensity"],
     ["forget_set.columns"],
-    ["forget_set.table", "forget_set.folder", "forget_set.dataset"],
+    ["forget_set.table", "forget_set.folder", "forget_set.dataset", "forget_set.part"],
     ["forget_set"],
     ["tasks.base"],
     ["influence.curvature.diagonal", "influence.curvature.ggn"],

@@ -3,7 +3,6 @@
 Every remote function is one line around a pure one. Features stay on the node that made them; statistics and scores travel.
 """
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -17,10 +16,9 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from torch import nn
 
-from imu_ray.ascent.batches import Positions
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import metrics
-from imu_ray.errors import ConfigError, ImuError, StageFailedError
+from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.forget_set import ForgetSet, Shard
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Moments, S, damped_direction, merge_tree
@@ -28,7 +26,6 @@ from imu_ray.influence.features import (
     FeatureShard,
     ShardReport,
     extract_features,
-    rows_per_block,
     score_shard,
     shard_statistics,
     take_rows,
@@ -75,6 +72,14 @@ def _map(function: Callable[[FeatureShard], R], shard: FeatureShard, stage: str,
 
 
 @ray.remote
+def _select(
+    choose: Callable[[FeatureShard], npt.NDArray[np.bool_]], shard: FeatureShard, report: ShardReport, threads: int
+) -> tuple[FeatureShard, ShardReport]:
+    _begin("selection", threads)
+    return take_rows(shard, report, choose(shard))
+
+
+@ray.remote
 def _merge(*parts: Any) -> Any:
     return merge_tree(parts)
 
@@ -84,13 +89,14 @@ class TaskRunner:
 
     def __init__(self, config: UnlearnConfig) -> None:
         self.resources = config.resources
+        self.threads = config.resources.cpus_per_worker
         self.device = "cuda" if config.resources.gpus_per_worker else "cpu"
 
     def options(self, name: str, *, gpu: bool = False, **more: Any) -> dict[str, Any]:
         """Ray options of a task of this run."""
         return {
             "name": name,
-            "num_cpus": self.resources.cpus_per_worker,
+            "num_cpus": self.threads,
             "num_gpus": self.resources.gpus_per_worker if gpu else 0,
             "max_retries": self.resources.max_retries,
             "retry_exceptions": [OSError],
@@ -152,10 +158,6 @@ def _explain(stage: str, error: BaseException) -> ImuError:
     return StageFailedError(f"{stage} failed: {type(cause).__name__}: {cause}; see the worker's log above for the trace")
 
 
-def _labels(shard: FeatureShard) -> npt.NDArray[np.int64]:
-    return shard.labels_n
-
-
 def _ids(shard: FeatureShard) -> list[str]:
     return shard.ids
 
@@ -179,43 +181,23 @@ class FeatureSet:
         """The same features, worked on with the resources of ``config``."""
         return FeatureSet(TaskRunner(config), self.refs, self.reports)
 
-    def select(self, size: int | float | tuple[int, ...], seed: int) -> "FeatureSet":
-        """The features of a part of the samples (``forget_set.size``); a larger part contains a smaller one.
+    def select(self, choose: Callable[[FeatureShard], npt.NDArray[np.bool_]]) -> "FeatureSet":
+        """The features of the samples that ``choose`` marks in each shard."""
+        refs: list[Any] = [None] * len(self.refs)
+        reports: list[Any] = [None] * len(self.refs)
 
-        Raises:
-            ConfigError: there are not so many samples, or none of a class.
-        """
-        chosen = self._positions(size, seed)
-        starts = np.cumsum([0] + [report.rows for report in self.reports])
-        pieces = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
-        kept = [(index, rows - starts[index]) for index, rows in enumerate(pieces) if len(rows)]
-        refs: list[Any] = [None] * len(kept)
-        reports = [
-            dataclasses.replace(self.reports[index], rows=len(rows), block_sizes=rows_per_block(self.reports[index].block_sizes, rows))
-            for index, rows in kept
-        ]
+        def submit(index: int) -> "ray.ObjectRef[ShardReport]":
+            options = self.runner.options(f"selection [{index + 1}/{len(self.refs)}]", num_returns=2)
+            refs[index], report = _select.options(**options).remote(choose, self.refs[index], self.reports[index], self.runner.threads)
+            return report
 
-        def submit(place: int) -> "ray.ObjectRef[FeatureShard]":
-            index, rows = kept[place]
-            refs[place] = self._submit("selection", functools.partial(take_rows, rows=rows), index)
-            return refs[place]
+        def done(index: int, report: ShardReport) -> int:
+            reports[index] = report
+            return report.rows
 
-        self.runner.run("selection", submit, len(kept), lambda place, _: reports[place].rows, fetch=False)
-        return FeatureSet(self.runner, refs, reports)
-
-    def _positions(self, size: int | float | tuple[int, ...], seed: int) -> Positions:
-        if isinstance(size, tuple):
-            labels = np.concatenate(self.map("labels", _labels))
-            missing = sorted(set(size) - set(labels.tolist()))
-            if missing:
-                raise ConfigError(
-                    f"forget_set.size names classes {missing}, of which the forget set has no sample; expected classes it holds"
-                )
-            return np.flatnonzero(np.isin(labels, size))
-        rows = max(1, round(size * self.rows)) if isinstance(size, float) else size
-        if rows > self.rows:
-            raise ConfigError(f"forget_set.size is {size}; expected at most the {self.rows} usable samples of the forget set")
-        return np.sort(np.random.default_rng(seed).permutation(self.rows)[:rows])
+        self.runner.run("selection", submit, len(self.refs), done)
+        kept = [index for index, report in enumerate(reports) if report.rows]
+        return FeatureSet(self.runner, [refs[index] for index in kept], [reports[index] for index in kept])
 
     def map(self, stage: str, function: Callable[[FeatureShard], R]) -> list[R]:
         """``function`` of every shard, in shard order."""
@@ -230,7 +212,7 @@ class FeatureSet:
 
     def _submit(self, stage: str, function: Callable[[FeatureShard], R], index: int) -> "ray.ObjectRef[R]":
         options = self.runner.options(f"{stage} [{index + 1}/{len(self.refs)}]")
-        return _map.options(**options).remote(function, self.refs[index], stage, self.runner.resources.cpus_per_worker)
+        return _map.options(**options).remote(function, self.refs[index], stage, self.runner.threads)
 
     def reduce(self, stage: str, head: Head, statistics: Callable[[LayerIO], S]) -> S:
         """``statistics`` of every block, merged in one binary tree over block index."""
@@ -261,9 +243,7 @@ def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConf
 
     def submit(index: int) -> "ray.ObjectRef[ShardReport]":
         options = runner.options(f"{stage} [{index + 1}/{len(shards)}]", gpu=True, num_returns=2)
-        refs[index], report = _extract.options(**options).remote(
-            shared, shards[index], task, stage, config.resources.cpus_per_worker, runner.device
-        )
+        refs[index], report = _extract.options(**options).remote(shared, shards[index], task, stage, runner.threads, runner.device)
         return report
 
     def done(index: int, report: ShardReport) -> int:

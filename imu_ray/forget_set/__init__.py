@@ -12,9 +12,10 @@ from imu_ray.errors import ForgetSetError
 from imu_ray.forget_set.base import ForgetSet, Rows, Shard
 from imu_ray.forget_set.dataset import DatasetForgetSet
 from imu_ray.forget_set.folder import IMAGE_SUFFIXES, FolderForgetSet
+from imu_ray.forget_set.part import PartForgetSet, draw_rows
 from imu_ray.forget_set.table import ParquetForgetSet, TableForgetSet
 
-__all__ = ["ForgetSet", "Rows", "Shard", "open_forget_set"]
+__all__ = ["ForgetSet", "PartForgetSet", "Rows", "Shard", "draw_rows", "open_forget_set"]
 
 
 def open_forget_set(source: Any, config: ForgetSetConfig, role: str = "forget set") -> ForgetSet:

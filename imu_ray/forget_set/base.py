@@ -6,7 +6,7 @@ range of its rows, read inside the task that needs it; any task can therefore ru
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,16 @@ class Rows:
     def part(self, start: int, stop: int) -> "Rows":
         """Some of them."""
         return Rows(self.ids[start:stop], self.labels[start:stop], self.inputs[start:stop])
+
+    def pick(self, places: npt.NDArray[np.int64]) -> "Rows":
+        """Those at some places."""
+        return Rows([self.ids[i] for i in places], self.labels[places], [self.inputs[i] for i in places])
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Rows]") -> "Rows":
+        """One after the other."""
+        ids = [sample_id for part in parts for sample_id in part.ids]
+        return cls(ids, np.concatenate([part.labels for part in parts]), [value for part in parts for value in part.inputs])
 
     def digest(self) -> str:
         """SHA-256 of ids, labels and inputs: the same content gives the same digest whatever file it lies in."""
@@ -71,6 +81,10 @@ class ForgetSet(ABC):
     @abstractmethod
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
+
+    def positions(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Places of rows ``start`` to ``stop`` in what the caller gave."""
+        return np.arange(start, stop)
 
     def check(self, num_classes: int) -> None:
         """Refuse duplicate ids and labels outside ``0 .. num_classes - 1`` as far as that needs no input to be read."""

@@ -4,8 +4,8 @@ Shapes: n samples of a shard, F features (the head's input without the bias inpu
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,16 @@ from imu_ray.tasks.base import BadRow, Batch, Task
 
 @dataclass(frozen=True)
 class FeatureShard:
-    """Features ``[n, F]`` (float32, or float64 of a float64 model), labels ``[n]``, ids, and the rows of each block."""
+    """Features ``[n, F]`` (float32, or float64 of a float64 model), labels ``[n]``, ids, rows of each block, and places ``[n]``.
+
+    A place is the sample's row in what the caller gave.
+    """
 
     features_nF: npt.NDArray[np.floating]
     labels_n: npt.NDArray[np.int64]
     ids: list[str]
     block_sizes: tuple[int, ...]
+    places_n: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def block_rows(self) -> Iterator[slice]:
         """Rows of each block."""
@@ -48,17 +52,6 @@ class FeatureShard:
         return (self.read(rows) for rows in self.block_rows())
 
 
-def take_rows(shard: FeatureShard, rows: npt.NDArray[np.int64]) -> FeatureShard:
-    """Some rows of a shard, ascending; its blocks keep their borders and lose the other rows."""
-    sizes = rows_per_block(shard.block_sizes, rows)
-    return FeatureShard(shard.features_nF[rows], shard.labels_n[rows], [shard.ids[row] for row in rows.tolist()], sizes)
-
-
-def rows_per_block(block_sizes: Sequence[int], rows: npt.NDArray[np.int64]) -> tuple[int, ...]:
-    """How many of some rows, ascending, lie in each block."""
-    return tuple(np.diff(np.searchsorted(rows, np.cumsum([0, *block_sizes]))).tolist())
-
-
 @dataclass(frozen=True)
 class ShardReport:
     """What the driver needs to know of an extracted shard; small."""
@@ -72,6 +65,14 @@ class ShardReport:
     feature_bytes: int
 
 
+def take_rows(shard: FeatureShard, report: ShardReport, kept_n: npt.NDArray[np.bool_]) -> tuple[FeatureShard, ShardReport]:
+    """Some rows of a shard; its blocks keep their borders and lose the other rows."""
+    sizes = tuple(int(kept_n[rows].sum()) for rows in shard.block_rows())
+    ids = [sample_id for sample_id, kept in zip(shard.ids, kept_n, strict=True) if kept]
+    part = FeatureShard(shard.features_nF[kept_n], shard.labels_n[kept_n], ids, sizes, shard.places_n[kept_n])
+    return part, replace(report, rows=len(ids), block_sizes=sizes, feature_bytes=part.features_nF.nbytes)
+
+
 def extract_features(
     source: ForgetSet, shard: Shard, task: Task, model: nn.Module, device: torch.device
 ) -> tuple[FeatureShard, ShardReport]:
@@ -81,7 +82,7 @@ def extract_features(
         ForgetSetError: a row cannot be used.
         NonFiniteError: a feature is NaN or infinite; the message names the sample.
     """
-    features, labels, ids, digests = [], [], [], []
+    features, labels, ids, digests, places = [], [], [], [], []
     bad: list[BadRow] = []
     seconds = 0.0
     head = Head.of(model, task.head)
@@ -95,6 +96,9 @@ def extract_features(
             bad += batch.bad_rows
             labels.append(batch.labels_B.numpy())
             ids.append(batch.ids)
+            # Left-out rows are not in the batch; the others keep their order.
+            usable = np.isin(rows.ids, batch.ids) if batch.bad_rows else slice(None)
+            places.append(source.positions(start, stop)[usable])
             if batch.ids:
                 started = time.perf_counter()
                 outputs = task.forward(model, _to(batch, device))
@@ -107,7 +111,7 @@ def extract_features(
     sizes = tuple(len(part) for part in ids)
     flat = [sample_id for part in ids for sample_id in part]
     report = ShardReport(shard.index, len(flat), sizes, tuple(digests), tuple(bad), seconds, stacked.nbytes)
-    return FeatureShard(stacked, np.concatenate(labels), flat, sizes), report
+    return FeatureShard(stacked, np.concatenate(labels), flat, sizes, np.concatenate(places)), report
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

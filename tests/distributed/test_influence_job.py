@@ -19,6 +19,7 @@ from imu_ray.forget_set import open_forget_set
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Moments, damped_direction
 from imu_ray.influence.features import score_shard
+from imu_ray.inputs import Inputs
 from imu_ray.models import Head
 from imu_ray.tasks.classification import ClassificationTask
 
@@ -150,25 +151,46 @@ def test_a_worker_that_dies_each_time_is_a_clear_failure(tmp_path):
         features(DyingPairs(*tensors(20), tmp_path, row=5), config())
 
 
+def selected(size, run=1, dataset=None, seed=0, **more):
+    """Features of a part, made from those of all rows, or of a larger part."""
+    base = config(run=run).with_overrides({"forget_set.size_seed": seed, **more})
+    inputs = Inputs.open(named("fc"), dataset or pairs(ROWS), "classification", None, base).extract(base)
+    return inputs.select(base.with_overrides({"forget_set.size": size})).features["forget"], inputs.head
+
+
 @pytest.mark.parametrize("run", [1, 4])
 def test_a_larger_part_contains_a_smaller_one_whatever_the_shards(run):
-    made, _ = features(pairs(ROWS), config(run=run))
-    parts = [set(made.select(size, seed=3).ids()) for size in (1, 20, 0.5, 1.0)]
+    parts = [set(selected(size, run)[0].ids()) for size in (1, 20, 0.5, 1.0)]
     assert [len(part) for part in parts] == [1, 20, 100, ROWS]
     assert all(small < large for small, large in itertools.pairwise(parts))
-    assert parts[1] == set(features(pairs(ROWS), config(run=2))[0].select(20, seed=3).ids())
-    assert parts[1] != set(made.select(20, seed=4).ids())
+    assert parts[1] == set(selected(20, run=2)[0].ids())
+    assert parts[1] != set(selected(20, seed=4)[0].ids())
+
+
+def test_a_part_of_a_part_is_the_part_of_all():
+    settings = config().with_overrides({"forget_set.size": 20})
+    alone = Inputs.open(named("fc"), pairs(ROWS), "classification", None, settings).extract(settings).select(settings)
+    assert alone.features["forget"].rows == sum(report.rows for report in alone.features["forget"].reports) == 20
+    assert alone.features["forget"].ids() == selected(20)[0].ids() == selected(20, **{"forget_set.size": 0.5})[0].ids()
+
+
+def test_rows_left_out_do_not_move_the_others():
+    class Broken(Pairs):
+        def __getitem__(self, row):
+            return (None if row % 10 == 3 else self.inputs[row]), int(self.labels[row])
+
+    whole = set(selected(60)[0].ids())
+    left = set(selected(60, dataset=Broken(*tensors(ROWS)), **{"forget_set.on_bad_row": "skip"})[0].ids())
+    assert left == {sample_id for sample_id in whole if int(sample_id) % 10 != 3}
 
 
 def test_classes_are_a_part_with_all_their_samples():
-    made, _ = features(pairs(ROWS), config())
     labels = pairs(ROWS).labels.numpy()
-    assert made.select((1, 3), seed=0).ids() == [str(row) for row in range(ROWS) if labels[row] in (1, 3)]
+    assert selected((1, 3))[0].ids() == [str(row) for row in range(ROWS) if labels[row] in (1, 3)]
 
 
 def test_a_part_is_scored_as_if_it_were_all():
-    made, head = features(pairs(ROWS), config())
-    part = made.select(40, seed=0)
+    part, head = selected(40)
     table, _ = influence_job.score(part, head, config())
     rows = [int(sample_id) for sample_id in part.ids()]
     alone, _ = scores(Pairs(*(column[rows] for column in tensors(ROWS))), config())
@@ -179,8 +201,7 @@ def test_a_part_is_scored_as_if_it_were_all():
     assert part.rows == sum(sum(report.block_sizes) for report in part.reports) == 40
 
 
-@pytest.mark.parametrize(("size", "message"), [(ROWS + 1, f"at most the {ROWS} usable"), ((1, 77), r"classes \[77\]")])
+@pytest.mark.parametrize(("size", "message"), [(ROWS + 1, f"at most the {ROWS} rows"), ((1, 77), r"classes \[77\]")])
 def test_a_part_that_is_not_there_is_refused(size, message):
-    made, _ = features(pairs(ROWS), config())
     with pytest.raises(ConfigError, match=message):
-        made.select(size, seed=0)
+        selected(size)
