@@ -1,0 +1,315 @@
+"""The manifests of cluster/, against what Ray, KubeRay, Kubernetes and EC2 document: a key that none of them knows is refused."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
+from ray._common.usage.usage_constants import USAGE_STATS_ENABLED_ENV_VAR
+from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
+from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as autoscaling_config
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start
+
+CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
+KUBERAY_SCHEMA = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text())
+RAY_UP_SCHEMA = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+RAY_START_OPTIONS = {option.removeprefix("--") for parameter in start.params for option in parameter.opts}
+ENVIRONMENT = {USAGE_STATS_ENABLED_ENV_VAR, AUTH_MODE_ENV_VAR}
+HOME = "/home/ray"  # of user 1000, group 100, in Ray's images
+
+
+def closed(**properties):
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+# What Ray's own schema leaves open: the keys that its documentation has for AWS, and parameters of EC2's create_instances.
+NODE_CONFIG = closed(
+    InstanceType={"type": "string"},
+    ImageId={"type": "string", "pattern": "^(ami-|resolve:ssm:/)"},
+    IamInstanceProfile=closed(Name={"type": "string"}, Arn={"type": "string"}),
+    InstanceMarketOptions=closed(MarketType={"const": "spot"}, SpotOptions=closed(MaxPrice={"type": "string"})),
+    MetadataOptions=closed(HttpTokens={"enum": ["required", "optional"]}, HttpPutResponseHopLimit={"type": "integer"}),
+    BlockDeviceMappings={
+        "type": "array",
+        "items": closed(
+            DeviceName={"type": "string"},
+            Ebs=closed(VolumeSize={"type": "integer"}, VolumeType={"enum": ["gp3", "io2"]}, Encrypted={"const": True}),
+        ),
+    },
+    KeyName={"type": "string"},
+    SubnetIds={"type": "array"},
+    SecurityGroupIds={"type": "array"},
+)
+NODE_TYPE = {
+    "properties": {
+        "node_config": {**NODE_CONFIG, "required": ["InstanceType", "ImageId", "IamInstanceProfile"]},
+        "resources": closed(CPU={"type": "integer"}, GPU={"type": "integer"}, memory={"type": "integer"}),
+    },
+}
+AWS_SCHEMA = {
+    "properties": {
+        "provider": closed(
+            type={"const": "aws"},
+            region={"type": "string"},
+            availability_zone={"type": "string"},
+            cache_stopped_nodes={"type": "boolean"},
+            use_internal_ips={"type": "boolean"},
+            security_group={"type": "object"},
+        ),
+        # Where Ray looks for a token.
+        "file_mounts": closed(**{f"{HOME}/.ray/auth_token": {"const": "~/.ray/auth_token"}}),
+        "available_node_types": closed(head=NODE_TYPE, cpu_worker=NODE_TYPE, gpu_worker=NODE_TYPE),
+    },
+    "required": ["max_workers", "docker", "file_mounts", "head_node_type", "available_node_types"],
+}
+
+
+def documents(name):
+    # By way of JSON, because what one YAML anchor stands for would be one object, and a change at one place a change at all.
+    return json.loads(json.dumps(list(yaml.safe_load_all((CLUSTER / name).read_text()))))
+
+
+(AWS,) = documents("aws.yaml")
+STORAGE, FILES_POD = documents("kuberay/shared-storage.yaml")
+(RAY_CLUSTER,) = documents("kuberay/raycluster.yaml")
+(RAY_JOB,) = documents("kuberay/rayjob.yaml")
+DOCUMENTS = {"aws": AWS, "storage": STORAGE, "files": FILES_POD, "raycluster": RAY_CLUSTER, "rayjob": RAY_JOB}
+HEAD = RAY_CLUSTER["spec"]["headGroupSpec"]
+WORKERS = {group["groupName"]: group for group in RAY_CLUSTER["spec"]["workerGroupSpecs"]}
+# By name, so that a failing test says which.
+PODS = {
+    "files": FILES_POD["spec"],
+    "submitter": RAY_JOB["spec"]["submitterPodTemplate"]["spec"],
+    "head": HEAD["template"]["spec"],
+    **{name: group["template"]["spec"] for name, group in WORKERS.items()},
+}
+RAY_PODS = {name: PODS[name] for name in ("head", *WORKERS)}
+
+
+def check(document):
+    """Raise ``ValidationError`` for a key or value that is not documented."""
+    if "kind" not in document:
+        Draft202012Validator(RAY_UP_SCHEMA).validate(document)
+        Draft202012Validator(AWS_SCHEMA).validate(document)
+        return
+    Draft202012Validator({**KUBERAY_SCHEMA, "$ref": f"#/$defs/{document['kind']}"}).validate(document)
+    for path in key_paths(document):
+        if path[-2:-1] == ("rayStartParams",) and path[-1] not in RAY_START_OPTIONS:
+            raise ValidationError(f"ray start has no --{path[-1]}")
+        if path[-1] == "env":
+            unknown = {variable["name"] for variable in at(document, path)} - ENVIRONMENT
+            if unknown:
+                raise ValidationError(f"nothing reads {unknown}")
+
+
+def key_paths(node, path=()):
+    if isinstance(node, dict):
+        yield from ((*path, key) for key in node)
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield from key_paths(child, (*path, key))
+
+
+def at(node, path):
+    for key in path:
+        node = node[key]
+    return node
+
+
+def changed(document, path, value):
+    result = copy.deepcopy(document)
+    at(result, path[:-1])[path[-1]] = value
+    return result
+
+
+@pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_manifest_has_only_documented_keys_and_values(document):
+    check(document)
+
+
+@pytest.mark.parametrize(
+    ("document", "path"),
+    [
+        pytest.param(document, path, id=f"{name}:{'.'.join(map(str, path))}")
+        for name, document in DOCUMENTS.items()
+        for path in key_paths(document)
+    ],
+)
+def test_a_misspelt_key_is_refused(document, path):
+    broken = copy.deepcopy(document)
+    level = at(broken, path[:-1])
+    level[f"{path[-1]}x"] = level.pop(path[-1])
+    with pytest.raises(ValidationError):
+        check(broken)
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "value"),
+    [
+        (RAY_CLUSTER, ("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (RAY_CLUSTER, ("spec", "rayVersion"), 2.6),
+        (RAY_CLUSTER, ("spec", "authOptions", "mode"), "tokens"),
+        (RAY_CLUSTER, ("spec", "autoscalerOptions", "version"), "v3"),
+        (RAY_CLUSTER, ("spec", "headGroupSpec", "template", "spec", "containers", 0, "env", 0, "name"), "RAY_USAGE_STATS_ENABLEDX"),
+        (RAY_CLUSTER, ("spec", "workerGroupSpecs", 0, "minReplicas"), -1),
+        (RAY_JOB, ("spec", "submissionMode"), "K8sJob"),
+        (RAY_JOB, ("apiVersion",), "ray.io/v1alpha1"),
+        (STORAGE, ("spec", "accessModes", 0), "ReadWriteMore"),
+        (AWS, ("idle_timeout_minutes",), "10"),
+        (AWS, ("available_node_types", "head", "node_config", "ImageId"), "ubuntu"),
+    ],
+    ids=lambda value: str(value[-1]) if isinstance(value, tuple) else None,
+)
+def test_a_value_of_the_wrong_kind_is_refused(document, path, value):
+    with pytest.raises(ValidationError):
+        check(changed(document, path, value))
+
+
+# --- AWS
+
+
+def test_ray_up_accepts_the_aws_file_with_its_defaults():
+    config = prepare_config(copy.deepcopy(AWS))
+    validate_config(config)
+    assert config["available_node_types"]["head"]["max_workers"] == 0
+
+
+def test_aws_workers_start_from_zero_on_the_spot_market_and_the_head_takes_no_tasks():
+    types = dict(AWS["available_node_types"])
+    head = types.pop(AWS["head_node_type"])
+    assert head["resources"] == {"CPU": 0}
+    assert "InstanceMarketOptions" not in head["node_config"], "a lost head node is a lost cluster"
+    for worker in types.values():
+        assert worker["min_workers"] == 0 < worker["max_workers"] <= AWS["max_workers"]
+        assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert worker["node_config"]["IamInstanceProfile"] != head["node_config"]["IamInstanceProfile"]
+
+
+def test_aws_nodes_ask_for_the_token_that_is_mounted():
+    assert f"-e {AUTH_MODE_ENV_VAR}=token" in AWS["docker"]["run_options"]
+    assert list(AWS["file_mounts"]) == [f"{HOME}/.ray/auth_token"]
+
+
+def test_aws_environment_variables_are_known():
+    names = [name for option in AWS["docker"]["run_options"] for name in re.findall(r"-e (\w+)=", option)]
+    assert set(names) <= ENVIRONMENT
+
+
+def test_aws_names_one_region():
+    text = (CLUSTER / "aws.yaml").read_text()
+    assert set(re.findall(r"\b[a-z]{2}-[a-z]+-\d\b", text)) == {AWS["provider"]["region"]}
+
+
+# --- KubeRay
+
+
+def test_ray_job_runs_on_the_cluster_that_raycluster_describes():
+    assert RAY_JOB["spec"]["rayClusterSpec"] == RAY_CLUSTER["spec"]
+
+
+def test_rays_autoscaler_reads_the_node_types_that_are_meant():
+    cluster = changed(RAY_CLUSTER, ("metadata", "namespace"), "default")
+    types = autoscaling_config(cluster)["available_node_types"]
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert "GPU" not in types["cpu"]["resources"]
+    assert types["gpu"]["resources"]["GPU"] == 1
+    assert all(types[name]["min_workers"] == 0 < types[name]["max_workers"] for name in WORKERS)
+
+
+def test_kuberay_clusters_scale_by_autoscaler_v2_and_ask_for_a_token():
+    spec = RAY_CLUSTER["spec"]
+    assert spec["enableInTreeAutoscaling"] is True
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["authOptions"] == {"mode": "token"}
+    assert all(pod["restartPolicy"] == "Never" for pod in RAY_PODS.values())
+
+
+def test_a_ray_job_leaves_no_cluster_behind_and_cannot_hang_for_ever():
+    spec = RAY_JOB["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] <= 3600
+    assert 0 < spec["preRunningDeadlineSeconds"] < spec["activeDeadlineSeconds"]
+    assert spec["backoffLimit"] >= 1, "a lost head node is survived by a retry"
+
+
+@pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
+def test_pods_run_without_privileges_as_the_user_of_the_image(pod):
+    user = pod["securityContext"]
+    assert user["runAsNonRoot"] is True
+    assert (user["runAsUser"], user["runAsGroup"], user["fsGroup"]) == (1000, 100, 100)
+    assert user["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in pod["containers"]:
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_only_the_head_pod_may_talk_to_kubernetes(name):
+    assert PODS[name].get("automountServiceAccountToken", True) is (name == "head")
+
+
+@pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
+def test_requests_are_limits(pod):
+    for container in pod["containers"]:
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_the_gpu_image_runs_where_a_gpu_is_asked_for_and_nowhere_else(name):
+    (container,) = PODS[name]["containers"]
+    on_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+    assert on_gpu == (name == "gpu") == container["image"].endswith(":gpu")
+
+
+@pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
+def test_every_mount_has_its_volume_and_every_volume_a_mount(pod):
+    mounted = {mount["name"] for container in pod["containers"] for mount in container.get("volumeMounts", [])}
+    assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
+
+
+@pytest.mark.parametrize("name", ["files", *RAY_PODS])
+def test_all_nodes_share_the_claim_under_one_path(name):
+    pod = PODS[name]
+    (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "shared"]
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == "shared"]
+    assert mount["mountPath"] == "/shared"
+    assert volume["persistentVolumeClaim"] == {"claimName": STORAGE["metadata"]["name"]}
+    assert STORAGE["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+@pytest.mark.parametrize("pod", RAY_PODS.values(), ids=RAY_PODS)
+def test_the_object_store_fits_into_shared_memory_and_that_into_the_memory_limit(pod):
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
+    (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "shm"]
+    assert mount["mountPath"] == "/dev/shm"
+    assert volume["emptyDir"]["medium"] == "Memory"
+    size, limit = (int(text.removesuffix("Gi")) for text in (volume["emptyDir"]["sizeLimit"], memory_limit(pod)))
+    assert DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * limit <= size <= limit / 2
+
+
+def memory_limit(pod):
+    return pod["containers"][0]["resources"]["limits"]["memory"]
+
+
+def test_head_ports_are_those_that_ray_start_listens_on():
+    defaults = {option: parameter.default for parameter in start.params for option in parameter.opts}
+    ports = {port["name"]: port["containerPort"] for port in PODS["head"]["containers"][0]["ports"]}
+    assert ports == {"gcs-server": 6379, "dashboard": defaults["--dashboard-port"]}
+    assert not {"port", "dashboard-port"} & set(HEAD["rayStartParams"])
+
+
+# --- all of them
+
+
+@pytest.mark.parametrize("path", sorted(path for path in CLUSTER.rglob("*") if path.is_file()), ids=lambda path: path.name)
+def test_no_file_holds_a_credential(path):
+    text = path.read_text()
+    assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret_access_key|aws_access_key_id|BEGIN [A-Z ]*PRIVATE KEY", text, re.IGNORECASE)
+    assert not re.search(r"\b[0-9a-f]{64}\b", text), "what a token of Ray looks like"
+    assert not re.search(r"(RAY_AUTH_TOKEN|auth_token)['\"]?[=:] ?['\"]?[A-Za-z0-9]", text)
