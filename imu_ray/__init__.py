@@ -15,6 +15,7 @@ from imu_ray.errors import (
 from imu_ray.job import JobConfig, run_job
 from imu_ray.models import ModelSpec
 from imu_ray.pipeline import UnlearnResult
+from imu_ray.sweep import SweepConfig, SweepResult, sweep
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,8 @@ __all__ = [
     "ModelSpec",
     "NonFiniteError",
     "StageFailedError",
+    "SweepConfig",
+    "SweepResult",
     "UnlearnConfig",
     "UnlearnResult",
     "UnsupportedModelError",
@@ -35,5 +38,6 @@ __all__ = [
     "audit",
     "run_job",
     "score",
+    "sweep",
     "unlearn",
 ]

@@ -1,9 +1,12 @@
 """A run directory: which artifacts it holds, and when a run may go on in it."""
 
 import json
+import math
+import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
 from imu_ray.ascent.loop import AscentState
@@ -107,6 +111,20 @@ class RunDirectory:
         """All parameters and buffers of a model as safetensors; tensors that share memory are written each."""
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
         self.write(name, lambda path: save_file(tensors, path))
+
+    def write_events(self, trajectory: Sequence[Mapping[str, float]]) -> None:
+        """The trajectory as a TensorBoard event file, a scalar per column."""
+
+        def fill(path: Path) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                with SummaryWriter(folder) as writer:
+                    for record in trajectory:
+                        for name, value in record.items():
+                            writer.add_scalar(name, value, math.ceil(record["step"]))
+                (made,) = Path(folder).iterdir()
+                shutil.copyfile(made, path)
+
+        self.write("tensorboard/events.out.tfevents.0", fill)
 
     def save_head(self, step: int, head: Head) -> None:
         """The head of one check (``ascent.keep=all``), float64, the bias as last column."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import nn
 
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import influence_job
+from imu_ray.distributed import influence_job, metrics
 from imu_ray.distributed.influence_job import FeatureSet
 from imu_ray.errors import ConfigError, ForgetSetError
 from imu_ray.events import event
@@ -71,6 +71,11 @@ class Inputs:
             source.check(chosen.num_classes)
         return cls(built, Head.of(built, chosen.head), chosen, sources)
 
+    @property
+    def names(self) -> set[str]:
+        """Names of the sample sets."""
+        return {*self.sources, *self.features}
+
     def extract(self, config: UnlearnConfig) -> "Inputs":
         """With features: one forward pass over every sample set."""
         features, described = {}, {}
@@ -80,8 +85,13 @@ class Inputs:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
             features[name], described[name] = made, describe_samples(source, made.reports)
             size = described[name]["feature_bytes"]
+            metrics.gauge("feature_bytes", size, f"features of {name}")
             event("features made", set=name, rows=made.rows, left_out=len(described[name]["bad_rows"]), bytes=size)
         return dataclasses.replace(self, features=features, described=described)
+
+    def without_sources(self) -> "Inputs":
+        """The same without the samples, which nobody needs once there are features."""
+        return dataclasses.replace(self, sources={})
 
     def select(self, config: UnlearnConfig) -> "Inputs":
         """With the part of the forget set that ``forget_set.size`` asks for, and the resources of ``config``.
@@ -100,14 +110,12 @@ class Inputs:
                     f"forget_set.size names classes {missing}, of which the forget set has no sample; expected classes it holds"
                 )
         elif size is not None:
-            source = self.sources["forget"]
-            whole = source.source.num_rows if isinstance(source, PartForgetSet) else source.num_rows
-            rows = draw_rows(whole, size, config.forget_set.size_seed)
-            if len(rows) < source.num_rows:
+            rows = draw_rows(self.described["forget"]["rows_given"], size, config.forget_set.size_seed)
+            if len(rows) < self.described["forget"]["rows_read"]:
                 forget = forget.select(functools.partial(_at_places, places=rows))
         if not forget.rows:
             raise ForgetSetError(
-                f"every row of the part of {self.sources['forget'].name} was left out; expected at least one usable sample"
+                f"every row of the part of {self.described['forget']['name']} was left out; expected at least one usable sample"
             )
         described = {**self.described, "forget": {**self.described["forget"], "rows_used": forget.rows}}
         return dataclasses.replace(self, features={**features, "forget": forget}, described=described)

@@ -17,7 +17,8 @@ from imu_ray.distributed.session import submitted_job
 from imu_ray.errors import ConfigError, EmptySelectionError, ImuError, StageFailedError
 from imu_ray.events import event, log_events
 from imu_ray.models import ModelSpec
-from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, settings_of
+from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, replace_settings, settings_of
+from imu_ray.sweep import SweepConfig, read_axes
 
 _JOB_KEYS = ("forget_set.path", "run_dir", "task", "recipe")
 
@@ -33,10 +34,15 @@ class JobConfig:
     original: ModelSpec | None = None
     run_dir: Path | str = field(default_factory=default_run_dir)
     task: str = "classification"
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    resume: bool = False
 
     @classmethod
-    def load(cls, path: str | Path, assignments: list[str] | None = None) -> "JobConfig":
+    def load(cls, path: str | Path, assignments: list[str] | None = None, resume: bool = False) -> "JobConfig":
         """Read YAML, then apply ``dotted.key=value`` assignments; the recipe comes first, whatever the order.
+
+        ``axes`` and ``sweep`` are read by ``jobs/sweep.py`` and left alone by the others.
 
         Raises:
             ConfigError: a key is unknown or missing, or a value is out of range.
@@ -49,7 +55,7 @@ class JobConfig:
             if key in ("model", "original", "evaluation", "forget_set") or (key.startswith("evaluation.") and key.count(".") > 1):
                 expected = {"evaluation": "a path per name, evaluation: {test: /path}", "forget_set": "forget_set: {path: /path}"}
                 raise ConfigError(f"{key} in {path} is {value!r}; expected {expected.get(key.split('.')[0], key + ': {factory: ...}')}")
-        parts: dict[str, dict[str, Any]] = {"model": {}, "original": {}, "evaluation": {}}
+        parts: dict[str, dict[str, Any]] = {"model": {}, "original": {}, "evaluation": {}, "axes": {}, "sweep": {}}
         plain: dict[str, Any] = {}
         settings: dict[str, Any] = {}
         for key, value in values.items():
@@ -74,8 +80,15 @@ class JobConfig:
         original = _model_spec("original", parts["original"], path) if parts["original"] else None
         return cls(
             _model_spec("model", parts["model"], path), plain["forget_set.path"], config, parts["evaluation"], original,
-            run_dir or default_run_dir(), plain.get("task", "classification"),
+            run_dir or default_run_dir(), plain.get("task", "classification"), read_axes(parts["axes"]), _sweep_config(parts["sweep"], path), resume,
         )  # fmt: skip
+
+
+def _sweep_config(values: Mapping[str, Any], path: str | Path) -> SweepConfig:
+    for key in values:
+        if key not in settings_of(SweepConfig):
+            raise ConfigError(f"unknown setting {'sweep.' + key!r} in {path}; {nearest(key, settings_of(SweepConfig))}")
+    return replace_settings(SweepConfig(), values)
 
 
 def _model_spec(role: str, values: Mapping[str, Any], path: str | Path) -> ModelSpec:
@@ -104,7 +117,7 @@ def _warn_of_credentials() -> None:
         event("credentials in the runtime environment", level=logging.WARNING, variables=", ".join(shown), advice=advice)
 
 
-def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]]) -> None:
+def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]], *, resumable: bool = False) -> None:
     """Run one stage from the command line and exit.
 
     The last line of standard output is one JSON object, what ``stage`` returned. Exit status 0; 2 for a bad configuration or
@@ -113,10 +126,12 @@ def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]]) -
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, required=True, help="YAML file with model, forget_set, evaluation and settings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
+    if resumable:
+        parser.add_argument("--resume", action="store_true", help="go on with what run_dir holds; finished trials are not repeated")
     options = parser.parse_args()
     log_events("text")
     try:
-        job = JobConfig.load(options.config, options.set)
+        job = JobConfig.load(options.config, options.set, resumable and options.resume)
         log_events(job.config.log)
         _warn_of_credentials()
         result = stage(job)

@@ -31,6 +31,7 @@ def describe_samples(source: ForgetSet, reports: Sequence[ShardReport]) -> dict[
     """Name, rows, fingerprint and rows left out of one sample set; no sample content."""
     return {
         "name": source.name,
+        "rows_given": source.rows_given,
         "rows_read": source.num_rows,
         "rows_used": sum(report.rows for report in reports),
         "fingerprint": fingerprint(reports),

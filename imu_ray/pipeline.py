@@ -17,7 +17,7 @@ from torch import nn
 from imu_ray.ascent.loop import AscentOutcome, AscentProblem
 from imu_ray.ascent.objectives import OBJECTIVES
 from imu_ray.ascent.stopping import recipe_warning, stop_targets
-from imu_ray.audit.accuracy import Predictions, predict_shard, summarise
+from imu_ray.audit.accuracy import Predictions, output_change, predict_shard, summarise
 from imu_ray.audit.membership import membership_inference
 from imu_ray.audit.report import render_report
 from imu_ray.checkpoint import MANIFEST, RunDirectory, default_run_dir
@@ -81,15 +81,16 @@ class Pipeline:
     """One run: its inputs, its run directory and the record."""
 
     def __init__(self, stage: str, inputs: Inputs, config: UnlearnConfig, run: RunDirectory, *, write: bool = True) -> None:
+        self.trial: ascent_job.Trial | None = None  # set by a sweep
         self.inputs, self.config, self.run, self.write = inputs, config, run, write
         self.head, self.task = inputs.head, inputs.task
         self.unfinished = run.check(stage, config.identity()) if write else None
         self.manifest = Manifest(stage, config, inputs.model, self.head.name)
         guarded = config.ascent.guard
-        if guarded.min_accuracy is not None and guarded.evaluation_set not in inputs.sources:
+        if guarded.min_accuracy is not None and guarded.evaluation_set not in inputs.names:
             raise ConfigError(
                 f"ascent.guard.min_accuracy guards evaluation set {guarded.evaluation_set!r}, which was not given; expected one of "
-                f"{sorted(inputs.sources)}; give it, or name another in ascent.guard.evaluation_set"
+                f"{sorted(inputs.names)}; give it, or name another in ascent.guard.evaluation_set"
             )
         self.begun = False
 
@@ -153,7 +154,7 @@ class Pipeline:
         if missing or intensities["sample_id"].to_pylist() != self.features["forget"].ids():
             raise ForgetSetError(
                 f"the intensities ({len(intensities)} rows, columns {', '.join(intensities.column_names)}) are not those of the "
-                f"{self.features['forget'].rows} samples of {self.inputs.sources['forget'].name}; expected the table that score() gave for this "
+                f"{self.features['forget'].rows} samples of {self.manifest.values['forget_set']['name']}; expected the table that score() gave for this "
                 "forget set, in its order"
             )
         weights = intensities["intensity"].to_numpy()
@@ -188,7 +189,7 @@ class Pipeline:
         problem = AscentProblem(self.head, weights, self.config.ascent, self.config.seed, targets, preconditioner)
         measured = {name: features for name, features in self.features.items() if name != "forget"}
         with self.stage("ascent"):
-            outcome = ascent_job.ascend(problem, self.features["forget"], measured, self.config.resources, self.run)
+            outcome = ascent_job.ascend(problem, self.features["forget"], measured, self.config.resources, self.run, self.trial)
         worrying = outcome.status in ("not_reached", "stopped_by_guard") or outcome.record["step"] == 0
         level = logging.WARNING if worrying else logging.INFO
         event("ascent ended", level=level, status=outcome.status, step=outcome.record["step"], reason=outcome.reason)
@@ -198,9 +199,16 @@ class Pipeline:
             "steps": math.ceil(outcome.record["step"]),
             "kept_samples": int((weights > 0).sum()),
             "targets": [vars(target) for target in targets],
+            "parameter_drift": outcome.record["parameter_drift"],
+            "output_change": self._output_change(outcome.head),
             "recipe_warning": warning,
         }
         return outcome
+
+    def _output_change(self, changed: Head) -> float:
+        """Mean over the forget set; what a choice between runs can go by without retain data."""
+        function = functools.partial(output_change, before=self.head, after=changed)
+        return float(np.concatenate(self.features["forget"].map("change of outputs", function)).mean())
 
     def _fit_preconditioner(self) -> FittedCurvature | None:
         """The curvature that steers the ascent, fitted on the forget set by one round of tasks."""
@@ -249,6 +257,7 @@ class Pipeline:
         trajectory = pa.Table.from_pylist(outcome.trajectory)
         self.manifest.values["model"]["hash_after"] = model_hash(changed)
         self.run.write_table("trajectory.parquet", trajectory)
+        self.run.write_events(outcome.trajectory)
         self.write_audit(metrics, intensities, trajectory)
         self.run.write_model("model.safetensors", changed)
         self.run.clear_state()

@@ -54,6 +54,12 @@ def open_storage(location: str | Path) -> Storage:
     return LocalStorage(Path(root)) if isinstance(filesystem, fs.LocalFileSystem) else RemoteStorage(filesystem, root)
 
 
+def below(location: str | Path, *names: str) -> str:
+    """The location of something below a path or URI, before the URI's query."""
+    path, mark, query = str(location).partition("?") if "://" in str(location) else (str(location), "", "")
+    return "/".join([path.rstrip("/"), *names]) + mark + query
+
+
 class LocalStorage:
     """A directory. Directories have mode 0700 and files 0600, because sample ids stand in them."""
 

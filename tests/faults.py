@@ -1,5 +1,6 @@
 """Deterministic faults: a process kills itself once, marked by a token file, with no timer and no race."""
 
+import functools
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ from architectures import named
 from samples import Pairs
 
 from imu_ray.ascent.stopping import StopTarget
+from imu_ray.demo import digits_cnn
 
 
 def kill_once(folder, key):
@@ -126,3 +128,16 @@ class NodeLosingTarget(KillingTarget):
                 return False
             os.kill(os.getppid(), signal.SIGKILL)
         return False
+
+
+def _count(log, model, inputs):
+    if len(inputs[0]) > 1:
+        with open(log, "ab") as file:
+            file.write(b".")
+
+
+def counting_digits(log):
+    """The demo's CNN, which appends a byte to a file for every forward call that sees more than one sample."""
+    model = digits_cnn()
+    model.register_forward_pre_hook(functools.partial(_count, log))
+    return model

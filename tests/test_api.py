@@ -63,10 +63,10 @@ def test_the_run_directory_holds_what_it_should_and_nothing_else(finished):
     run_dir = finished[2].run_dir
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
-        "intensities.parquet", "manifest.json", "metrics.json", "model.safetensors", "report.html", "trajectory.parquet",
+        "intensities.parquet", "manifest.json", "metrics.json", "model.safetensors", "report.html", "tensorboard", "trajectory.parquet",
     }  # fmt: skip
     assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(path.stat().st_mode) for path in run_dir.iterdir()} == {0o600}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in run_dir.rglob("*") if path.is_file()} == {0o600}
 
 
 def test_the_checkpoint_loads_and_differs_in_the_heads_tensors_only(finished):

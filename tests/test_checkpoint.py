@@ -1,11 +1,13 @@
 import json
 import os
 import stat
+import struct
 import subprocess
 import sys
 
 import pytest
 import torch
+from tensorboardX.proto.event_pb2 import Event
 
 from imu_ray.ascent.loop import AscentState
 from imu_ray.checkpoint import RunDirectory
@@ -118,3 +120,22 @@ def test_a_manifest_that_is_no_manifest_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match=r"no manifest\.json of a run"):
         RunDirectory(tmp_path).check("unlearn", "a")
+
+
+def test_the_trajectory_is_written_for_tensorboard(tmp_path):
+    RunDirectory(tmp_path / "run").write_events([{"step": 0.0, "forget_loss": 0.5}, {"step": 2.5, "forget_loss": 1.5}])
+    (path,) = (tmp_path / "run" / "tensorboard").iterdir()
+    seen = {}
+    for record in tf_records(path):
+        event = Event.FromString(record)
+        seen |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    assert seen == {("step", 0): 0.0, ("forget_loss", 0): 0.5, ("step", 3): 2.5, ("forget_loss", 3): 1.5}
+
+
+def tf_records(path):
+    """Payloads of a TFRecord file: length (8 bytes), its checksum (4), the payload, its checksum (4)."""
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield data[12 : 12 + length]
+        data = data[16 + length :]

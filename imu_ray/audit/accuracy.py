@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from imu_ray.influence.features import FeatureShard
 from imu_ray.influence.scores import sample_losses
@@ -38,6 +39,24 @@ def predict_shard(shard: FeatureShard, head: Head) -> Predictions:
         losses.append(sample_losses(logits, labels).numpy())
         correct.append((logits.argmax(1) == labels).numpy())
     return Predictions(shard.labels_n, np.concatenate(losses), np.concatenate(correct))
+
+
+def output_change(shard: FeatureShard, before: Head, after: Head) -> npt.NDArray[np.float64]:
+    r"""How far each sample's prediction among the classes that are not its own has moved, in nats, ``[n]``.
+
+    .. math:: D_{KL}(q_0 \,\|\, q), \qquad q = \mathrm{softmax}(z) \text{ without the true class}
+
+    Only the forget set is needed: a head that forgets a label and nothing else leaves the other classes' proportions alone.
+    """
+    changes = [np.empty(0)]
+    for features, labels in shard.blocks():
+        others = ~torch.nn.functional.one_hot(labels, len(before.matrix_CD)).bool()
+        old, new = (
+            torch.log_softmax(head.logits(features)[others].reshape(len(labels), len(before.matrix_CD) - 1), dim=1)
+            for head in (before, after)
+        )
+        changes.append((old.exp() * (old - new)).sum(1).numpy())
+    return np.concatenate(changes)
 
 
 def summarise(predictions: Predictions) -> dict[str, Any]:

@@ -24,11 +24,17 @@ def render_report(
         figures.append(("Influence and intensity", _draw_distributions(intensities)))
     sides = [side for side in ("before", "after") if side in metrics]
     sets = [name for name in metrics[sides[-1]] if name != "membership"] if sides else []
+    return render_page("report.html.j2", manifest=manifest, metrics=metrics, sides=sides, sets=sets, figures=figures)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A template of this folder, with everything escaped."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    return environment.get_template("report.html.j2").render(manifest=manifest, metrics=metrics, sides=sides, sets=sets, figures=figures)
+    return environment.get_template(template).render(**values)
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+def figure_of(columns: int) -> tuple[Figure, list[Axes]]:
+    """A row of axes in the style of the pages."""
     # Figure rather than pyplot: no global state, safe in any thread, needs no display.
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, columns)))
@@ -38,7 +44,8 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _svg(figure: Figure) -> Markup:
+def svg_of(figure: Figure) -> Markup:
+    """A figure as an inline picture."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
@@ -46,7 +53,7 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]]) -> Markup:
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = figure_of(2)
     steps = trajectory["step"].to_numpy()
     for name in trajectory.column_names:
         if name.endswith("_accuracy"):
@@ -60,15 +67,15 @@ def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]])
     right.set(xlabel="step", ylabel="mean loss in nats")
     left.legend(frameon=False)
     right.legend(frameon=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _draw_distributions(intensities: pa.Table) -> Markup:
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = figure_of(2)
     weights = intensities["intensity"].to_numpy()
     left.hist(intensities["influence"].to_numpy(), bins=60, color="#3b6ea5")
     left.axvline(0, color="grey", linewidth=1)
     left.set(xlabel="influence on the mean forget loss", ylabel="samples", yscale="log")
     right.hist(weights[weights > 0], bins=60, color="#c2703d")
     right.set(xlabel=f"intensity of the {np.count_nonzero(weights)} kept of {len(weights)} samples", ylabel="samples", yscale="log")
-    return _svg(figure)
+    return svg_of(figure)

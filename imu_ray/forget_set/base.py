@@ -78,6 +78,11 @@ class ForgetSet(ABC):
     name: str
     num_rows: int
 
+    @property
+    def rows_given(self) -> int:
+        """Rows of what the caller gave, of which this may be a part."""
+        return self.num_rows
+
     @abstractmethod
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""

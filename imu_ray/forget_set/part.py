@@ -28,6 +28,11 @@ class PartForgetSet(ForgetSet):
     def __init__(self, source: ForgetSet, rows: npt.NDArray[np.int64]) -> None:
         self.source, self.rows, self.name, self.num_rows = source, rows, source.name, len(rows)
 
+    @property
+    def rows_given(self) -> int:
+        """Rows of the source."""
+        return self.source.rows_given
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of the part."""
         parts = []

@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 import torch
+from scipy.special import softmax
 
-from imu_ray.audit.accuracy import Predictions, predict_shard, summarise
+from imu_ray.audit.accuracy import Predictions, output_change, predict_shard, summarise
 from imu_ray.influence.features import FeatureShard
 from imu_ray.models import Head
 
@@ -20,3 +22,23 @@ def test_figures_are_those_counted_by_hand():
 def test_parts_join_in_order():
     parts = [Predictions(np.array([i]), np.array([float(i)]), np.array([True])) for i in range(3)]
     assert Predictions.concatenate(parts).labels.tolist() == [0, 1, 2]
+
+
+def test_output_change_is_the_divergence_among_the_other_classes():
+    random = np.random.default_rng(0)
+    features, labels = random.normal(size=(7, 3)), random.integers(0, 4, 7)
+    before, after = (Head("fc", torch.from_numpy(random.normal(size=(4, 3))), False) for _ in range(2))
+    changes = output_change(FeatureShard(features, labels, [], (4, 3)), before, after)
+    for row in range(7):
+        others = [c for c in range(4) if c != labels[row]]
+        p, q = (softmax(head.matrix_CD.numpy()[others] @ features[row]) for head in (before, after))
+        assert changes[row] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-9)
+
+
+def test_a_head_that_lowers_the_own_logit_alone_changes_no_other_output():
+    features, labels = np.ones((2, 3)), np.array([1, 1])
+    matrix = torch.arange(12, dtype=torch.float64).reshape(4, 3)
+    lowered = matrix.clone()
+    lowered[1] -= 5
+    changes = output_change(FeatureShard(features, labels, [], (2,)), Head("fc", matrix, False), Head("fc", lowered, False))
+    assert np.abs(changes).max() <= 1e-12

@@ -1,0 +1,338 @@
+"""Many runs that share one forward pass: Ray Tune over any setting, with the size of the forget set as the first axis."""
+
+import datetime
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.sample import Domain
+from torch import nn
+
+from imu_ray.audit.sweep_report import render_sweep
+from imu_ray.checkpoint import RunDirectory, default_run_dir
+from imu_ray.config import UnlearnConfig
+from imu_ray.distributed.ascent_job import Trial
+from imu_ray.distributed.session import ray_session, slots
+from imu_ray.errors import CheckpointError, ConfigError
+from imu_ray.events import event
+from imu_ray.inputs import Inputs
+from imu_ray.models import ModelSpec
+from imu_ray.pipeline import Pipeline, resolve_settings
+from imu_ray.settings import Section, nearest, setting, settings_of
+from imu_ray.storage import below
+
+SIZE = "forget_set.size"
+RECORD, ROW = "sweep.json", "trial.json"
+# What a trial cannot change, because the features that all trials share depend on it, or because it is not a trial's to say.
+FIXED = ("forget_set.", "influence.block_rows", "influence.blocks_per_shard", "resources.", "audit.", "recipe", "log")
+
+
+@dataclass(frozen=True)
+class SweepConfig(Section):
+    """How trials are made, run and chosen."""
+
+    prefix = "sweep."
+
+    samples: int = setting(1, "draws of the axes that are distributions, for each point of the others", low=1)
+    scheduler: Literal["grid", "asha"] = setting(
+        "grid", "run every trial to its end, or stop early those whose forget accuracy falls slowest (one size at a time)"
+    )
+    choose_by: Literal["auto", "output_change", "parameter_drift", "retain_accuracy", "test_accuracy"] = setting(
+        "auto",
+        "best trial of a size, among those that reached their target: highest accuracy on an evaluation set, or, without retain data, "
+        "least change of the outputs or of the head; `auto`: `retain_accuracy` where `evaluation` has a retain set, else `output_change`",
+    )
+    max_retries: int = setting(1, "times a failed trial is started again", low=0, identity=False)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep gives back.
+
+    Attributes:
+        sweep_dir: where everything lies; each trial has a run directory under ``trials/``.
+        table: a row per trial, as in ``results.parquet``.
+        best: name of the best trial per forget-set size (the value of the axis, as text), where one reached its target.
+    """
+
+    sweep_dir: Path | str
+    table: pa.Table
+    best: dict[str, str]
+
+
+def sweep(
+    model: nn.Module | ModelSpec,
+    forget_set: Any,
+    axes: Mapping[str, Any],
+    *,
+    task: str = "classification",
+    evaluation: Mapping[str, Any] | None = None,
+    recipe: str | None = None,
+    config: UnlearnConfig | None = None,
+    settings: SweepConfig | None = None,
+    sweep_dir: str | Path | None = None,
+    resume: bool = False,
+) -> SweepResult:
+    """Run a trial for every combination of ``axes``, on features that are computed once.
+
+    Args:
+        model: as in ``unlearn``.
+        forget_set: as in ``unlearn``; with the axis ``forget_set.size`` the model runs over the largest size only.
+        axes: dotted setting to a list of values, or to a ``ray.tune`` distribution (``tune.loguniform(1e-4, 1e-1)``).
+        task: as in ``unlearn``.
+        evaluation: as in ``unlearn``; ``"retain"`` and ``"test"`` also serve the choice of the best trial.
+        recipe: as in ``unlearn``.
+        config: what the trials have in common.
+        settings: how trials are made, run and chosen.
+        sweep_dir: directory or URI of the results; default ``runs/<time>-<id>``.
+        resume: go on with the sweep in ``sweep_dir``; finished trials are not repeated.
+
+    Returns:
+        The results; the same is on disk as ``results.parquet`` and ``sweep.html``. Failed trials are rows with status ``failed``.
+
+    Raises:
+        ConfigError: an axis or a value is not valid; nothing has been run.
+        CheckpointError: ``sweep_dir`` holds something else, or the same sweep and ``resume`` is false.
+    """
+    base, settings = resolve_settings(recipe, config), settings or SweepConfig()
+    trials = _trials(axes, base, settings)
+    run = RunDirectory(sweep_dir or default_run_dir())
+    choose_by = settings.choose_by
+    if choose_by == "auto":
+        choose_by = "retain_accuracy" if "retain" in (evaluation or {}) else "output_change"
+    if choose_by.removesuffix("_accuracy") in {"retain", "test"} - set(evaluation or {}):
+        raise ConfigError(f"sweep.choose_by is {choose_by!r}, but there is no such evaluation set; give it, or use output_change")
+    record = {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "identity": hashlib.sha256(json.dumps([base.identity(), trials, settings.scheduler], sort_keys=True).encode()).hexdigest(),
+        "axes": {key: str(value) for key, value in axes.items()},
+        "choose_by": choose_by,
+        "trials": trials,
+    }
+    _begin(run, record, resume)
+    pending = {name: overrides for name, overrides in trials.items() if (_row(run, name) or {"status": "failed"})["status"] == "failed"}
+    event("sweep begun", trials=len(trials), finished=len(trials) - len(pending), sweep_dir=str(run.location))
+    if pending:
+        largest = base.with_overrides({SIZE: _largest([base.with_overrides(trial).forget_set.size for trial in trials.values()])})
+        inputs = Inputs.open(model, forget_set, task, evaluation, largest)
+        with ray_session(base.resources):
+            shared = Shared(inputs.extract(largest).without_sources(), base, str(run.location))
+            _run_trials(pending, shared, settings, run)
+    return _collect(run, record, list(evaluation or {}))
+
+
+def _trials(axes: Mapping[str, Any], base: UnlearnConfig, settings: SweepConfig) -> dict[str, dict[str, Any]]:
+    """Overrides of every trial by its name, in order; each is checked here, before anything runs."""
+    valid = [key for key in settings_of(UnlearnConfig) if key == SIZE or not key.startswith(FIXED)]
+    if not axes:
+        raise ConfigError("axes is empty; expected at least one setting with a list of values, such as forget_set.size: [0.1, 1.0]")
+    for key, values in axes.items():
+        if key not in valid:
+            reason = "all trials share it" if key in settings_of(UnlearnConfig) else nearest(key, valid)
+            raise ConfigError(f"{key!r} cannot be an axis of a sweep: {reason}")
+        if not isinstance(values, Domain) and (not isinstance(values, list | tuple) or not values):
+            raise ConfigError(f"axis {key} is {values!r}; expected a list of values, or a distribution of ray.tune")
+    if settings.scheduler == "asha" and len(axes.get(SIZE, [None])) > 1:
+        raise ConfigError(
+            f"sweep.scheduler is 'asha' with {len(axes[SIZE])} values of {SIZE}; expected one, because trials of different sizes answer "
+            "different questions; use grid, or a sweep per size"
+        )
+    listed = {key: values for key, values in axes.items() if not isinstance(values, Domain)}
+    drawn = {key: domain for key, domain in axes.items() if isinstance(domain, Domain)}
+    random = np.random.default_rng(base.seed)
+    trials = {}
+    for point in itertools.product(*listed.values()):
+        for _ in range(settings.samples if drawn else 1):
+            overrides = dict(zip(listed, point, strict=True)) | {key: domain.sample(random_state=random) for key, domain in drawn.items()}
+            config = resolve_settings(None, base.with_overrides(overrides))
+            trials[_name(overrides, config)] = overrides
+    return trials
+
+
+def _name(overrides: Mapping[str, Any], config: UnlearnConfig) -> str:
+    """A name that says what the trial is, the same each time, fit for a folder."""
+    text = "_".join(f"{key.rsplit('.', 1)[-1]}-{value:.3g}" if isinstance(value, float) else f"{key.rsplit('.', 1)[-1]}-{value}"
+                    for key, value in overrides.items())  # fmt: skip
+    return f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', text)[:80]}-{config.identity()[:6]}"
+
+
+def _largest(sizes: Sequence[Any]) -> Any:
+    """The size that contains all others; None (everything) unless all are counts, or all are shares."""
+    kinds = {type(size) for size in sizes}
+    return max(sizes) if kinds in ({int}, {float}) else None
+
+
+def _begin(run: RunDirectory, record: Mapping[str, Any], resume: bool) -> None:
+    run.storage.check_writable()
+    with run.storage.fetch(RECORD) as path:
+        begun = json.loads(path.read_text()) if path else None
+    if begun is None and run.storage.entries():
+        raise CheckpointError(f"sweep_dir {run.location} holds files but no {RECORD}; expected an empty or new directory")
+    if begun is not None and begun["identity"] != record["identity"]:
+        raise CheckpointError(f"sweep_dir {run.location} holds a sweep with other settings or axes; expected the same, or a new directory")
+    if begun is not None and not resume:
+        raise CheckpointError(f"sweep_dir {run.location} holds this sweep already; pass resume=True (--resume) to go on with it")
+    if begun is None:
+        run.write_json(RECORD, record)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials have in common."""
+
+    inputs: Inputs
+    base: UnlearnConfig
+    sweep_dir: str
+
+
+def _run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings: SweepConfig, run: RunDirectory) -> None:
+    resources = shared.base.resources
+    asha = ASHAScheduler(metric="forget_accuracy", mode="min", grace_period=2, max_t=10**6) if settings.scheduler == "asha" else None
+    # A trial itself waits for its tasks and takes no room (Tune wants some resource: a byte), so that a worker group of all CPUs still
+    # fits beside it; more trials at a time than fit would starve each other.
+    trainable = tune.with_resources(tune.with_parameters(_run_trial, shared=shared), {"CPU": 0, "memory": 1})
+    named = [{"name": name, "overrides": overrides} for name, overrides in pending.items()]
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"trial": tune.grid_search(named)},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=max(1, slots(resources) // resources.workers),
+            scheduler=asha,
+            trial_name_creator=_name_of,
+            trial_dirname_creator=_name_of,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=run.storage.root,
+            storage_filesystem=run.storage.filesystem,
+            failure_config=tune.FailureConfig(max_failures=settings.max_retries),
+            callbacks=[_Rows(run, shared.base)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _name_of(trial: Any) -> str:
+    return str(trial.config["trial"]["name"])
+
+
+def _run_trial(config: Mapping[str, Any], shared: Shared) -> None:
+    """One trial: every stage but the features. It is the driver of its own tasks, outside the room that Tune gave it."""
+    name, overrides = config["trial"]["name"], config["trial"]["overrides"]
+    run = RunDirectory(below(shared.sweep_dir, "trials", name))
+    job = Pipeline("unlearn", shared.inputs, shared.base.with_overrides(overrides), run)
+    job.trial = Trial(tune.report, [TuneReportCallback()])
+    with job.recorded():
+        job.take_inputs()
+        result = job.unlearn(shared.inputs.model)
+    manifest, after = result.manifest, result.metrics["after"]
+    sets = {f"{name}_accuracy": figures["accuracy"] for name, figures in after.items() if name != "membership"}
+    tune.report(
+        {
+            "status": manifest["ascent"]["status"],
+            "reason": manifest["ascent"]["reason"],
+            "rows": manifest["forget_set"]["rows_used"],
+            "steps": manifest["ascent"]["steps"],
+            "forget_accuracy_before": result.metrics["before"]["forget"]["accuracy"],
+            "forget_loss": after["forget"]["loss"],
+            **sets,
+            "membership": after["membership"].get("balanced_accuracy"),
+            "output_change": manifest["ascent"]["output_change"],
+            "parameter_drift": manifest["ascent"]["parameter_drift"],
+            "seconds": round(sum(manifest["seconds"].values()), 3),
+        }
+    )
+
+
+class _Rows(tune.Callback):
+    """Writes the row of each trial when it ends, so that a sweep that dies has lost none that was finished."""
+
+    def __init__(self, run: RunDirectory, base: UnlearnConfig) -> None:
+        self.run, self.base = run, base
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """Finished, or stopped early by the scheduler."""
+        last = dict(trial.last_result or {})
+        self._write(trial, {"status": "stopped_early", "reason": "stopped by the scheduler", "steps": last.get("step"), **last})
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """Failed more often than it may be retried."""
+        cause = getattr(trial.get_pickled_error(), "cause", None) or trial.get_pickled_error()
+        last = str(cause).strip().splitlines() or [""]
+        self._write(trial, {"status": "failed", "reason": f"{type(cause).__name__}: {last[-1]}"})
+
+    def _write(self, trial: Any, figures: Mapping[str, Any]) -> None:
+        chosen = trial.config["trial"]
+        kept = {key: value for key, value in figures.items() if key in COLUMNS or key.endswith("_accuracy")}
+        run_dir = below(self.run.location, "trials", chosen["name"])
+        row = {"trial": chosen["name"], **chosen["overrides"], **dict.fromkeys(COLUMNS), **kept, "run_dir": run_dir}
+        self.run.write_json(f"trials/{chosen['name']}/{ROW}", row)
+        event("trial ended", trial=chosen["name"], status=row["status"])
+
+
+COLUMNS = ("rows", "status", "reason", "steps", "forget_accuracy_before", "forget_accuracy", "forget_loss", "membership", "output_change",
+           "parameter_drift", "seconds")  # fmt: skip
+
+
+def _row(run: RunDirectory, name: str) -> dict[str, Any] | None:
+    with run.storage.fetch(f"trials/{name}/{ROW}") as path:
+        return json.loads(path.read_text()) if path else None
+
+
+def _collect(run: RunDirectory, record: Mapping[str, Any], sets: list[str]) -> SweepResult:
+    """Rows of all trials, the best of each size, and the page."""
+    rows = [_row(run, name) or {"trial": name, **overrides, **dict.fromkeys(COLUMNS), "status": "not_run"}
+            for name, overrides in record["trials"].items()]  # fmt: skip
+    columns = list(dict.fromkeys(["trial", *record["axes"], *COLUMNS, *(f"{name}_accuracy" for name in sets), "run_dir"]))
+    axis_text = {SIZE} & set(record["axes"])  # counts, shares and lists of classes in one column are text
+    rows = [{key: row.get(key) for key in columns} | {key: json.dumps(row[key]) for key in axis_text} for row in rows]
+    best = {}
+    for size in dict.fromkeys(row.get(SIZE) for row in rows):
+        name = best_trial([row for row in rows if row.get(SIZE) == size], record["choose_by"])
+        if name is not None:
+            best[str(size)] = name
+    table = pa.Table.from_pylist(rows)
+    run.write_table("results.parquet", table)
+    run.write_text("sweep.html", render_sweep(record, rows, sets, best.values()))
+    counts = {status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(row["status"] for row in rows)}
+    event("sweep ended", **counts)
+    return SweepResult(run.location, table, best)
+
+
+def best_trial(rows: Sequence[Mapping[str, Any]], choose_by: str) -> str | None:
+    """Name of the best among the trials that reached their target; the first of equals; None when none did."""
+    reached = [row for row in rows if row["status"] == "reached" and row.get(choose_by) is not None]
+    sign = -1 if choose_by.endswith("_accuracy") else 1
+    return min(reached, key=lambda row: sign * row[choose_by])["trial"] if reached else None
+
+
+def read_axes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Axes as a job's YAML says them: ``forget_set.size: [0.1, 1.0]``, ``ascent.learning_rate: {loguniform: [1e-4, 1e-1]}``.
+
+    Raises:
+        ConfigError: a distribution is not one of ``uniform``, ``loguniform``, ``quniform``, ``choice``, ``randint``.
+    """
+    axes: dict[str, Any] = {}
+    known = ("uniform", "loguniform", "quniform", "choice", "randint")
+    valid = settings_of(UnlearnConfig)
+    for key, value in values.items():
+        outer, _, last = key.rpartition(".")
+        if key in valid or outer not in valid:
+            axes[key] = value
+        elif last not in known:
+            raise ConfigError(f"axis {outer} has distribution {last!r}; {nearest(last, known)}")
+        else:
+            arguments = [value] if last == "choice" else [float(item) for item in value]
+            axes[outer] = getattr(tune, last)(*arguments)
+    return axes

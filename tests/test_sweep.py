@@ -1,0 +1,159 @@
+"""A sweep: trials, names, choice of the best, and the whole on Ray Tune."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from architectures import named
+from ray import tune
+from samples import pairs
+
+from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep
+
+module = sys.modules["imu_ray.sweep"]  # the function of the same name hides it
+BASE = UnlearnConfig()
+
+
+def trials(axes, **settings):
+    return module._trials(axes, BASE, SweepConfig(**settings))
+
+
+def test_every_combination_is_a_trial_under_a_name_that_says_so():
+    made = trials({"forget_set.size": [0.1, 1.0], "ascent.learning_rate": [0.01, 0.1]})
+    assert list(made.values())[1] == {"forget_set.size": 0.1, "ascent.learning_rate": 0.1}
+    assert len(made) == 4
+    assert all(name.startswith(("size-0.1_learning_rate-0.", "size-1_learning_rate-0.")) for name in made)
+    assert made == trials({"forget_set.size": [0.1, 1.0], "ascent.learning_rate": [0.01, 0.1]})
+
+
+def test_distributions_are_drawn_the_same_each_time():
+    axes = {"ascent.learning_rate": tune.loguniform(1e-4, 1e-1), "ascent.objective": ["ascent", "npo"]}
+    made = trials(axes, samples=3)
+    assert made == trials(axes, samples=3)
+    drawn = [overrides["ascent.learning_rate"] for overrides in made.values()]
+    assert len(set(drawn)) == 6
+    assert all(1e-4 <= rate <= 1e-1 for rate in drawn)
+
+
+@pytest.mark.parametrize(
+    ("axes", "settings", "message"),
+    [
+        ({}, {}, "axes is empty"),
+        ({"ascent.learning_rat": [1]}, {}, "did you mean ascent.learning_rate"),
+        ({"influence.block_rows": [1]}, {}, "all trials share it"),
+        ({"forget_set.image_size": [8]}, {}, "all trials share it"),
+        ({"ascent.learning_rate": 0.1}, {}, "expected a list of values"),
+        ({"ascent.learning_rate": [-1]}, {}, "ascent.learning_rate is -1"),
+        ({"ascent.objective": ["asent"]}, {}, "did you mean ascent"),
+        ({"forget_set.size": [0.1, 0.2]}, {"scheduler": "asha"}, "answer different questions"),
+    ],
+)
+def test_a_wrong_axis_is_refused_before_anything_runs(axes, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        trials(axes, **settings)
+
+
+def test_axes_of_a_job_file_are_lists_or_distributions():
+    axes = module.read_axes({"forget_set.size": [0.1, 1.0], "ascent.learning_rate.loguniform": ["1e-4", 0.1]})
+    assert axes["forget_set.size"] == [0.1, 1.0]
+    assert (axes["ascent.learning_rate"].lower, axes["ascent.learning_rate"].upper) == (1e-4, 0.1)
+    with pytest.raises(ConfigError, match="did you mean loguniform"):
+        module.read_axes({"ascent.learning_rate.loguniforn": [1, 2]})
+
+
+def test_the_largest_size_contains_the_others():
+    assert module._largest([10, 500, 20]) == 500
+    assert module._largest([0.1, 1.0]) == 1.0
+    assert module._largest([None, 10]) is None
+    assert module._largest([0.1, 10]) is None
+    assert module._largest([(1,), (1, 2)]) is None
+
+
+def test_the_best_trial_reached_its_target():
+    rows = [
+        {"trial": "a", "status": "not_reached", "output_change": 0.0, "retain_accuracy": 1.0},
+        {"trial": "b", "status": "reached", "output_change": 0.3, "retain_accuracy": 0.9},
+        {"trial": "c", "status": "reached", "output_change": 0.1, "retain_accuracy": 0.8},
+    ]
+    assert module.best_trial(rows, "output_change") == "c"
+    assert module.best_trial(rows, "retain_accuracy") == "b"
+    assert module.best_trial(rows[:1], "output_change") is None
+
+
+def test_a_choice_by_a_set_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such evaluation set"):
+        sweep(named("fc"), pairs(10), {"seed": [1]}, settings=SweepConfig(choose_by="test_accuracy"), sweep_dir=tmp_path / "sweep")
+
+
+def test_another_directory_is_not_taken_for_a_sweep(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"holds files but no sweep.json"):
+        sweep(named("fc"), pairs(10), {"seed": [1]}, sweep_dir=tmp_path)
+    (tmp_path / "file").unlink()
+    (tmp_path / "sweep.json").write_text(json.dumps({"identity": "another"}))
+    with pytest.raises(CheckpointError, match="other settings or axes"):
+        sweep(named("fc"), pairs(10), {"seed": [1]}, sweep_dir=tmp_path, resume=True)
+
+
+def drive(folder, environment, axes, settings=(), overrides=(), *more):
+    script = str(Path(__file__).with_name("sweep_driver.py"))
+    arguments = [json.dumps(dict(part)) for part in (axes, settings, overrides)]
+    return subprocess.run(
+        [sys.executable, script, str(folder), *arguments, *map(str, more)],
+        env={**environment, "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp")}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+SIZES = {"forget_set.size": [0.05, 0.2, 1.0], "ascent.learning_rate": [0.01, 0.03]}
+
+
+@pytest.mark.slow
+def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_path, python_environment):
+    died = drive(tmp_path, python_environment, SIZES, (), (), 2)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/trials/*/model.safetensors")}
+    rows = list(tmp_path.glob("sweep/trials/*/trial.json"))
+    assert len(rows) == 2
+    forward = (tmp_path / "forward").stat().st_size
+
+    done = drive(tmp_path, python_environment, SIZES)
+    assert done.returncode == 0, done.stderr
+    for row in rows:
+        model = row.with_name("model.safetensors")
+        assert model.stat().st_mtime_ns == finished[model], "a finished trial is not repeated"
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["rows"]) == 6
+    assert {row["status"] for row in result["rows"]} <= {"reached", "not_reached"}
+    assert sorted({row["rows"] for row in result["rows"]}) == [30, 120, 600]
+    assert all(row["seconds"] > 0 and 0 <= row["retain_accuracy"] <= 1 for row in result["rows"])
+    # 600 forget, 691 retain and 360 test rows in blocks of 64, once for each of the two calls.
+    assert forward == 10 + 11 + 6
+    assert (tmp_path / "forward").stat().st_size == 2 * forward
+
+    assert pq.read_table(tmp_path / "sweep" / "results.parquet").to_pylist() == result["rows"]
+    page = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert "<svg" in page
+    assert "src=" not in page
+    assert "digit-" not in page, "no sample is named"
+    assert list(tmp_path.glob("sweep/tune*/*/events.out.tfevents*")), "TensorBoard files"
+
+    again = drive(tmp_path, python_environment, SIZES)
+    assert json.loads(again.stdout.splitlines()[-1])["rows"] == result["rows"]
+    assert (tmp_path / "forward").stat().st_size == 2 * forward, "nothing is left to do"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "rates"), [(1, [0.3, 0.0001, 0.0002, 0.0003]), (2, [0.3, 0.0001])])
+def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates, tmp_path, python_environment):
+    overrides = {"forget_set.size": 64, "resources.workers": workers, "ascent.stop.forget_accuracy": None, "ascent.stop.max_epochs": 5}
+    done = drive(tmp_path, python_environment, {"ascent.learning_rate": rates}, {"scheduler": "asha"}, overrides)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert rows[0]["status"] == "epochs_done"
+    assert {row["status"] for row in rows[1:]} == {"stopped_early"}
+    assert all(row["forget_accuracy"] > rows[0]["forget_accuracy"] for row in rows[1:])
