@@ -60,7 +60,7 @@ def score(
     Arguments as in ``unlearn``; the table is also written to ``run_dir`` when one is given.
 
     Returns:
-        ``sample_id, label, loss, influence, intensity`` in the order of the forget set; intensity is 0 where not kept.
+        ``sample_id, label, loss, influence, gradient_norm, outlier, intensity`` in the order of the forget set; intensity is 0 where not kept.
     """
     with Pipeline.open("score", model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None) as job:
         intensities = job.score()

@@ -52,8 +52,21 @@ class InfluenceConfig(Section):
 
     block_rows: int = setting(256, "rows per block: one forward call, one statistics sum, one scoring call", low=1)
     blocks_per_shard: int = setting(4, "blocks per task, a power of two", low=1, identity=False)
-    curvature: str = setting("diagonal_fisher", "curvature whose damped inverse weights the mean gradient")
+    curvature: str = setting(
+        "diagonal_fisher",
+        "curvature whose damped inverse weights the mean gradient: `diagonal_fisher` (paper), `identity`, `kfac`, `hessian`",
+    )
+    curvature_set: str = setting("forget", "samples that the curvature is fitted on: `forget`, or the name of an evaluation set")
     damping: float = setting(0.01, "lambda, added to the curvature's diagonal", above=0)
+    damping_mode: Literal["absolute", "relative"] = setting(
+        "absolute", "lambda is a number (paper), or a share of the mean of the curvature's diagonal"
+    )
+    robust: Literal["none", "clip"] = setting(
+        "none", "`clip`: no sample enters the mean gradient and the Fisher with a larger gradient norm than the quantile below"
+    )
+    clip_quantile: float = setting(
+        0.95, "quantile of the gradient norms: where `robust` clips, and what `outlier` is measured against", above=0, high=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,6 +34,9 @@ from imu_ray.manifest import Manifest, digest_of, label_counts
 from imu_ray.models import Head, ModelSpec, model_hash, with_head
 from imu_ray.settings import nearest
 
+# Squared cosine with the plain gradient above which the curvature has no say to speak of.
+DOMINATED = 0.99
+
 
 @dataclass(frozen=True)
 class UnlearnResult:
@@ -43,7 +46,7 @@ class UnlearnResult:
         model: an unlearned copy of the model; the original is not modified.
         run_dir: where the artifacts lie: a path, or the URI as given.
         metrics: accuracy, loss and membership inference, before and after.
-        intensities: ``sample_id, label, loss, influence, intensity``, a row per sample of the forget set.
+        intensities: ``sample_id, label, loss, influence, gradient_norm, outlier, intensity``, a row per sample of the forget set.
         trajectory: a row per check of the ascent.
         manifest: the record of what was done.
     """
@@ -91,6 +94,11 @@ class Pipeline:
             raise ConfigError(
                 f"ascent.guard.min_accuracy guards evaluation set {guarded.evaluation_set!r}, which was not given; expected one of "
                 f"{sorted(inputs.names)}; give it, or name another in ascent.guard.evaluation_set"
+            )
+        if config.influence.curvature_set not in inputs.names:
+            raise ConfigError(
+                f"influence.curvature_set is {config.influence.curvature_set!r}; expected forget or an evaluation set that was given, one of "
+                f"{sorted(inputs.names)}"
             )
         self.begun = False
 
@@ -141,8 +149,15 @@ class Pipeline:
 
     def score(self) -> pa.Table:
         """Influence and intensity of every sample; begins the run directory."""
+        curvature_set = self.config.influence.curvature_set
         with self.stage("scores"):
-            scored, _ = influence_job.score(self.features["forget"], self.head, self.config)
+            fitted_on = None if curvature_set == "forget" else self.features[curvature_set]
+            scored, figures = influence_job.score(self.features["forget"], self.head, self.config, fitted_on)
+        self.manifest.values["influence"] = figures
+        if figures["plain_gradient_share"] > DOMINATED and self.config.influence.curvature != "identity":
+            share, below = figures["plain_gradient_share"], figures["fisher_below_damping"]
+            advice = "the scores are nearly a plain gradient product; influence.damping_mode=relative or another curvature gives it a say"
+            event("damping dominates", level=logging.WARNING, plain_gradient_share=share, fisher_below_damping=below, advice=advice)
         weigh = SCHEMES[self.config.intensity.scheme]
         scores, losses = scored["influence"].to_numpy(), scored["loss"].to_numpy()
         weights = weigh(scores, losses, self.config.intensity, self.config.seed)

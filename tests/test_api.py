@@ -110,10 +110,40 @@ def test_the_manifest_says_what_was_done(finished):
 def test_the_tables_have_a_row_per_sample_and_per_check(finished):
     run_dir = finished[2].run_dir
     table = pq.read_table(run_dir / "intensities.parquet")
-    assert table.column_names == ["sample_id", "label", "loss", "influence", "intensity"]
+    assert table.column_names == ["sample_id", "label", "loss", "influence", "gradient_norm", "outlier", "intensity"]
     assert table["sample_id"].to_pylist() == [str(i) for i in range(50)]
     assert ((table["intensity"].to_numpy() > 0) == (table["influence"].to_numpy() < 0)).all()
     assert np.diff(pq.read_table(run_dir / "trajectory.parquet")["step"].to_numpy()).min() > 0
+
+
+def test_the_manifest_says_how_far_the_damping_dominates(finished):
+    figures = finished[2].manifest["influence"]
+    assert 0 <= figures["fisher_below_damping"] <= 1
+    assert 0 <= figures["plain_gradient_share"] <= 1
+    assert figures["damping"] == 0.01
+
+
+def test_a_direction_that_the_damping_makes_is_warned_of(tmp_path, caplog):
+    score(named("fc"), pairs(20), config=config(influence__damping=1e6))
+    assert "damping dominates: plain_gradient_share=1" in caplog.text
+
+
+def test_outliers_are_measured_and_clipped_where_asked(finished, tmp_path):
+    table = finished[2].intensities
+    norms = table["gradient_norm"].to_numpy()
+    np.testing.assert_allclose(table["outlier"].to_numpy(), norms / np.quantile(norms, 0.95), rtol=1e-12)
+    clipped = score(named("heads.head"), pairs(50), config=config(influence__robust="clip"))
+    assert clipped["gradient_norm"].equals(table["gradient_norm"])
+    assert not clipped["influence"].equals(table["influence"])
+
+
+def test_the_curvature_may_be_fitted_on_an_evaluation_set(finished, tmp_path):
+    settings = config(influence__curvature_set="retain")
+    result = unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=settings, run_dir=tmp_path / "run")
+    assert result.intensities["gradient_norm"].equals(finished[2].intensities["gradient_norm"])
+    assert not result.intensities["influence"].equals(finished[2].intensities["influence"])
+    with pytest.raises(ConfigError, match=r"influence.curvature_set is 'retain'; expected forget or an evaluation set"):
+        score(named("heads.head"), pairs(50), config=settings)
 
 
 def test_the_report_stands_alone_and_shows_no_sample_id(finished):

@@ -21,11 +21,12 @@ from imu_ray.distributed import metrics
 from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.forget_set import ForgetSet, Shard
 from imu_ray.influence.curvature import CURVATURES
-from imu_ray.influence.curvature.base import Moments, S, damped_direction, merge_tree
+from imu_ray.influence.curvature.base import Damping, Moments, S, damped_direction, describe_direction, merge_tree
 from imu_ray.influence.features import (
     FeatureShard,
     ShardReport,
     extract_features,
+    norms_of,
     score_shard,
     shard_statistics,
     take_rows,
@@ -254,13 +255,36 @@ def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConf
     return FeatureSet(runner, refs, reports)
 
 
-def score(features: FeatureSet, head: Head, config: UnlearnConfig) -> tuple[pa.Table, Moments]:
-    """Influence of every sample (``SCORE_SCHEMA``, in the order of the source) and the moments behind it."""
-    moments = features.reduce("moments", head, Moments.of)
-    fitted = CURVATURES[config.influence.curvature].fit(
-        lambda statistics: moments if statistics == Moments.of else features.reduce("curvature", head, statistics),
-        config.influence.damping,
-    )
+def score(features: FeatureSet, head: Head, config: UnlearnConfig, fitted_on: FeatureSet | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """Influence of every sample and what stands behind it.
+
+    Args:
+        features: of the forget set.
+        head: the head that is scored.
+        config: ``influence.*``.
+        fitted_on: features that the curvature is fitted on; None: those of the forget set.
+
+    Returns:
+        ``SCORE_SCHEMA`` and ``outlier`` (gradient norm as a multiple of its ``influence.clip_quantile``), in the order of the
+        source; and ``describe_direction`` with what the curvature tells.
+    """
+    settings = config.influence
+    clip = None
+    if settings.robust == "clip":
+        norms = features.map("gradient norms", functools.partial(norms_of, head=head))
+        clip = float(np.quantile(np.concatenate(norms), settings.clip_quantile))
+    moments = features.reduce("moments", head, functools.partial(Moments.of, clip=clip))
+
+    def reduce(statistics: Callable[[LayerIO], Any]) -> Any:
+        if fitted_on is None and statistics == Moments.of:
+            return moments
+        return (fitted_on or features).reduce("curvature", head, statistics)
+
+    fitted = CURVATURES[settings.curvature].fit(reduce, Damping(settings.damping, settings.damping_mode == "relative"))
     direction = damped_direction(fitted, moments)
-    tables = features.map("scores", functools.partial(score_shard, head=head, direction_CD=direction))
-    return pa.concat_tables(tables), moments
+    table = pa.concat_tables(features.map("scores", functools.partial(score_shard, head=head, direction_CD=direction)))
+    norm = table["gradient_norm"].to_numpy()
+    limit = float(np.quantile(norm, settings.clip_quantile))
+    outlier = norm / limit if limit else np.zeros_like(norm)
+    figures = {**describe_direction(direction, moments, fitted.figures["damping"]), **fitted.figures, "clipped_at": clip}
+    return table.append_column("outlier", pa.array(outlier)), figures

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from imu_ray.errors import NonFiniteError, UnsupportedModelError
 from imu_ray.forget_set import ForgetSet, Shard
 from imu_ray.influence.curvature.base import S, merge_tree
-from imu_ray.influence.gradients import LayerIO, classifier_io
+from imu_ray.influence.gradients import LayerIO, classifier_io, gradient_norms
 from imu_ray.influence.scores import influence_scores, sample_losses
 from imu_ray.models import Head, evaluation_mode
 from imu_ray.tasks.base import BadRow, Batch, Task
@@ -156,14 +156,23 @@ def shard_statistics(shard: FeatureShard, head: Head, statistics: Callable[[Laye
     return merge_tree(statistics(block_io(features, labels, head)) for features, labels in shard.blocks())
 
 
-SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("label", pa.int64()), ("loss", pa.float64()), ("influence", pa.float64())])
+SCORE_SCHEMA = pa.schema(
+    [("sample_id", pa.string()), ("label", pa.int64()), *((name, pa.float64()) for name in ("loss", "influence", "gradient_norm"))]
+)
 
 
 def score_shard(shard: FeatureShard, head: Head, direction_CD: Tensor) -> pa.Table:
-    """Loss and influence of every sample of a shard (``SCORE_SCHEMA``)."""
-    losses, scores = [], []
+    """Loss, influence and gradient norm of every sample of a shard (``SCORE_SCHEMA``)."""
+    losses, scores, norms = [torch.empty(0)], [torch.empty(0)], [torch.empty(0)]
     for features, labels in shard.blocks():
+        layer_io = block_io(features, labels, head)
         losses.append(sample_losses(head.logits(features), labels))
-        scores.append(influence_scores(block_io(features, labels, head), direction_CD))
-    columns = [pa.array(shard.ids, pa.string()), shard.labels_n, torch.cat(losses).numpy(), torch.cat(scores).numpy()]
-    return pa.table(columns, schema=SCORE_SCHEMA)
+        scores.append(influence_scores(layer_io, direction_CD))
+        norms.append(gradient_norms(layer_io))
+    columns = [torch.cat(parts).double().numpy() for parts in (losses, scores, norms)]
+    return pa.table([pa.array(shard.ids, pa.string()), shard.labels_n, *columns], schema=SCORE_SCHEMA)
+
+
+def norms_of(shard: FeatureShard, head: Head) -> npt.NDArray[np.float64]:
+    """Gradient norm of every sample of a shard."""
+    return np.concatenate([np.empty(0), *(gradient_norms(block_io(*block, head)).numpy() for block in shard.blocks())])

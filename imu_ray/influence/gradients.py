@@ -78,3 +78,14 @@ def squared_gradient_sum(layer_io: LayerIO) -> Tensor:
     for sample_inputs, sample_grads in zip(inputs, grads, strict=True):
         total += (sample_grads.T @ sample_inputs).square_()
     return total
+
+
+def gradient_norms(layer_io: LayerIO) -> Tensor:
+    r"""Norm of each sample's gradient, ``[B]``; :math:`\|r_i\| \, \|h_i\|` where T is 1."""
+    if layer_io.inputs_BTD.shape[1] == 1:
+        outputs, inputs = layer_io.output_grads_BTC.flatten(1), layer_io.inputs_BTD.flatten(1)
+        product: Tensor = torch.linalg.vector_norm(outputs, dim=1) * torch.linalg.vector_norm(inputs, dim=1)
+        return product
+    gradients = torch.einsum("btc,btd->bcd", layer_io.output_grads_BTC, layer_io.inputs_BTD)
+    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    return norms

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 from architectures import named
 from faults import KillBefore, KillingPairs
 from samples import Pairs, pairs, tensors
@@ -17,7 +16,8 @@ from imu_ray.distributed import influence_job
 from imu_ray.errors import ConfigError, ForgetSetError, StageFailedError
 from imu_ray.forget_set import open_forget_set
 from imu_ray.influence.curvature import CURVATURES
-from imu_ray.influence.curvature.base import Moments, damped_direction
+from imu_ray.influence.curvature.base import Damping, Moments, damped_direction
+from imu_ray.influence.curvature.hessian import Hessian
 from imu_ray.influence.features import score_shard
 from imu_ray.inputs import Inputs
 from imu_ray.models import Head
@@ -40,8 +40,7 @@ def features(dataset, settings, model=None):
 
 def scores(dataset, settings):
     made, head = features(dataset, settings)
-    table, moments = influence_job.score(made, head, settings)
-    return table, moments
+    return influence_job.score(made, head, settings)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +52,21 @@ def expected():
 @pytest.mark.parametrize("run", [1, 4, 64])
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_scores_are_bit_identical_for_any_workers_and_shards(workers, run, expected):
-    table, moments = scores(pairs(ROWS), config(workers, run))
+    table, figures = scores(pairs(ROWS), config(workers, run))
     assert table.equals(expected[0])
-    assert torch.equal(moments.squared_sum_CD, expected[1].squared_sum_CD)
+    assert figures == expected[1]
+
+
+@pytest.mark.parametrize("curvature", ["identity", "kfac", "hessian", "implicit"])
+def test_every_curvature_gives_the_same_bits_for_any_workers_and_shards(curvature, monkeypatch):
+    if curvature == "implicit":
+        monkeypatch.setitem(CURVATURES, "implicit", Hessian(dense_size=0))
+    runs = [(1, 1), (4, 4), (2, 64)]
+    (first, figures), *others = (
+        scores(pairs(60), config(*run).with_overrides({"influence.curvature": curvature, "influence.robust": "clip"})) for run in runs
+    )
+    assert all(table.equals(first) and told == figures for table, told in others)
+    assert ("iterations" in figures) == (curvature == "implicit")
 
 
 class LastFirst(Pairs):
@@ -98,7 +109,7 @@ def test_a_worker_killed_in_the_forward_pass_changes_nothing(tmp_path, expected)
 def test_a_worker_killed_in_the_statistics_or_the_scores_changes_nothing(tmp_path, expected):
     made, head = features(pairs(ROWS), config(2, 4))
     moments = made.reduce("moments", head, KillBefore(Moments.of, tmp_path, "moments"))
-    direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, 0.01), moments)
+    direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, Damping(0.01)), moments)
     function = KillBefore(functools.partial(score_shard, head=head, direction_CD=direction), tmp_path, "scores")
     tables = made.map("scores", function)
     assert [row for table in tables for row in table["influence"].to_pylist()] == expected[0]["influence"].to_pylist()

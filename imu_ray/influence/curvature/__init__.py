@@ -1,15 +1,19 @@
 """Curvature of the forget-set loss in the head: one class per kind, and the registries that the stages read."""
 
-from imu_ray.influence.curvature.base import Curvature
+from imu_ray.influence.curvature.base import Curvature, Preconditioner
 from imu_ray.influence.curvature.diagonal import DiagonalFisher, Identity
 from imu_ray.influence.curvature.ggn import BlockGGN, FeatureSecondMoment, FullGGN
+from imu_ray.influence.curvature.hessian import Hessian
+from imu_ray.influence.curvature.kronecker import KFAC
 
 CURVATURES: dict[str, Curvature] = {
     "diagonal_fisher": DiagonalFisher(),
     "identity": Identity(),
+    "kfac": KFAC(),
+    "hessian": Hessian(),
 }
-# Apart, because their damping is a share of the mean eigenvalue and that of the others is absolute.
-PRECONDITIONERS: dict[str, Curvature] = {
+# Apart, because they are scaled, so that a learning rate means about the same under each.
+PRECONDITIONERS: dict[str, Preconditioner] = {
     "feature_second_moment": FeatureSecondMoment(),
     "block_ggn": BlockGGN(),
     "full_ggn": FullGGN(),

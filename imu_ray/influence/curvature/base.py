@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imu_ray.errors import NonFiniteError
-from imu_ray.influence.gradients import LayerIO, gradient_sum, squared_gradient_sum
+from imu_ray.influence.gradients import LayerIO, gradient_norms, gradient_sum, squared_gradient_sum
 
 S = TypeVar("S", bound="Additive")
 
@@ -39,8 +39,11 @@ class Moments:
     squared_sum_CD: Tensor
 
     @classmethod
-    def of(cls, layer_io: LayerIO) -> "Moments":
-        """Moments of one block."""
+    def of(cls, layer_io: LayerIO, clip: float | None = None) -> "Moments":
+        """Moments of one block; ``clip`` is the largest norm that a sample's gradient goes in with."""
+        if clip is not None:
+            scale = (clip / gradient_norms(layer_io).clamp_min(clip)).view(-1, 1, 1)
+            layer_io = LayerIO(layer_io.inputs_BTD, layer_io.output_grads_BTC * scale)
         return cls(len(layer_io.inputs_BTD), gradient_sum(layer_io), squared_gradient_sum(layer_io))
 
     def merge(self, other: "Moments") -> "Moments":
@@ -80,6 +83,18 @@ def merge_tree(parts: Iterable[S]) -> S:
     return total
 
 
+@dataclass(frozen=True)
+class Damping:
+    """What is added to the curvature's diagonal: a number, or a share of the diagonal's mean."""
+
+    value: float
+    relative: bool = False
+
+    def of(self, diagonal: Tensor) -> float:
+        """The number to add to a curvature with this diagonal, or with these eigenvalues."""
+        return self.value * float(diagonal.mean()) if self.relative else self.value
+
+
 class FittedCurvature(Protocol):
     """A curvature whose statistics are in."""
 
@@ -88,15 +103,32 @@ class FittedCurvature(Protocol):
         ...
 
 
+class FittedInfluence(FittedCurvature, Protocol):
+    """One that influence is scored with: it tells what it did."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """``damping`` (the number added), and ``iterations`` and ``residual`` of the last solve where it iterates."""
+        ...
+
+
 class Curvature(Protocol):
-    """A kind of curvature. ``influence`` applies its inverse to the mean gradient, the ascent to the gradient of each step."""
+    """A kind of curvature whose damped inverse influence applies to the mean gradient."""
+
+    def fit(self, reduce: Reduce[Any], damping: Damping) -> FittedInfluence:
+        """Gather the statistics and return the damped inverse."""
+        ...
+
+
+class Preconditioner(Protocol):
+    """A kind of curvature whose damped inverse the ascent applies to the gradient of each step."""
 
     def memory(self, classes: int, width: int) -> int:
         """Bytes that fitting and applying it take in one process."""
         ...
 
     def fit(self, reduce: Reduce[Any], damping: float) -> FittedCurvature:
-        """Gather the statistics and return the damped inverse."""
+        """Gather the statistics and return the inverse; the damping is a share of the mean eigenvalue."""
         ...
 
 
@@ -114,3 +146,23 @@ def damped_direction(fitted: FittedCurvature, moments: Moments) -> Tensor:
             "check the model's weights and the scale of its inputs"
         )
     return direction
+
+
+def describe_direction(direction_CD: Tensor, moments: Moments, damping: float) -> dict[str, Any]:
+    """How far the damping, rather than the curvature, makes the direction.
+
+    Returns:
+        ``fisher_quantiles`` of the diagonal Fisher, ``fisher_below_damping`` (share of its entries), and ``plain_gradient_share``:
+        squared cosine between the direction and the plain mean gradient. At 1 the scores are a plain gradient product.
+    """
+    fisher, gradient = moments.fisher_CD.flatten(), moments.mean_gradient_CD
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    # torch.quantile stops at 2^24 entries.
+    ordered = fisher.sort().values
+    quantiles = ordered[(levels * (len(ordered) - 1)).round().long()]
+    norms = float(direction_CD.norm() * gradient.norm())
+    return {
+        "fisher_quantiles": dict(zip(("0.05", "0.5", "0.95"), quantiles.tolist(), strict=True)),
+        "fisher_below_damping": float((fisher < damping).double().mean()),
+        "plain_gradient_share": (float((direction_CD * gradient).sum()) / norms) ** 2 if norms else 1.0,
+    }
