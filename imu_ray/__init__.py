@@ -15,6 +15,7 @@ from imu_ray.errors import (
 from imu_ray.job import JobConfig, run_job
 from imu_ray.models import ModelSpec
 from imu_ray.pipeline import UnlearnResult
+from imu_ray.plan import plan
 from imu_ray.sweep import SweepConfig, SweepResult, sweep
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "UnsupportedModelError",
     "ascend",
     "audit",
+    "plan",
     "run_job",
     "score",
     "sweep",

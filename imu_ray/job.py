@@ -17,6 +17,7 @@ from imu_ray.distributed.session import submitted_job
 from imu_ray.errors import ConfigError, EmptySelectionError, ImuError, StageFailedError
 from imu_ray.events import event, log_events
 from imu_ray.models import ModelSpec
+from imu_ray.plan import plan
 from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, replace_settings, settings_of
 from imu_ray.sweep import SweepConfig, read_axes
 
@@ -117,7 +118,21 @@ def _warn_of_credentials() -> None:
         event("credentials in the runtime environment", level=logging.WARNING, variables=", ".join(shown), advice=advice)
 
 
-def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]], *, resumable: bool = False) -> None:
+def _plan(job: JobConfig) -> dict[str, Any]:
+    """The plan, with its figures in words on standard error."""
+    made = plan(job.model, job.forget_set, task=job.task, evaluation=job.evaluation, config=job.config)
+    lines = [f"{name}: {part['samples']:,} samples, {part['shards']:,} shards, {part['feature_bytes'] / 1e6:,.1f} MB of features"
+             for name, part in made["sets"].items()]  # fmt: skip
+    lines += [f"{key.replace('_', ' ')}: {value / 1e6:,.1f} MB at most" for key, value in made["peak_bytes"].items()]
+    lines += [
+        f"{made['seconds']['without_ascent']:,.1f} s on {made['workers']} workers, the ascent not included (estimate)",
+        *made["notes"],
+    ]
+    print("\n".join(lines), file=sys.stderr)
+    return {"run_dir": None, "plan": made}
+
+
+def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]], *, resumable: bool = False, plannable: bool = False) -> None:
     """Run one stage from the command line and exit.
 
     The last line of standard output is one JSON object, what ``stage`` returned. Exit status 0; 2 for a bad configuration or
@@ -126,6 +141,8 @@ def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]], *
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, required=True, help="YAML file with model, forget_set, evaluation and settings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
+    if plannable:
+        parser.add_argument("--plan", action="store_true", help="say what the run will cost, and run nothing")
     if resumable:
         parser.add_argument("--resume", action="store_true", help="go on with what run_dir holds; finished trials are not repeated")
     options = parser.parse_args()
@@ -134,7 +151,7 @@ def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]], *
         job = JobConfig.load(options.config, options.set, resumable and options.resume)
         log_events(job.config.log)
         _warn_of_credentials()
-        result = stage(job)
+        result = _plan(job) if plannable and options.plan else stage(job)
     except ImuError as error:
         event("job failed", level=logging.ERROR, error=f"{type(error).__name__}: {error}")
         sys.exit(1 if isinstance(error, StageFailedError | EmptySelectionError) else 2)

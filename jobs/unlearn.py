@@ -12,4 +12,4 @@ def unlearn(job: imu_ray.JobConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    imu_ray.run_job(__doc__, unlearn)
+    imu_ray.run_job(__doc__, unlearn, plannable=True)

@@ -33,7 +33,7 @@ ORDER = [
     ["inputs"],
     ["pipeline"],
     ["api"],
-    ["sweep"],
+    ["sweep", "plan"],
     ["demo", "job"],
     [""],
 ]

@@ -102,10 +102,10 @@ def test_a_credential_in_the_runtime_environment_is_pointed_out(submitted, caplo
     assert "OMP_NUM_THREADS" not in caplog.text
 
 
-def run(job, job_file, python_environment, *assignments):
+def run(job, job_file, python_environment, *assignments, more=()):
     sets = [part for assignment in assignments for part in ("--set", assignment)]
     return subprocess.run(
-        [sys.executable, ROOT / "jobs" / f"{job}.py", "--config", job_file, *sets],
+        [sys.executable, ROOT / "jobs" / f"{job}.py", "--config", job_file, *sets, *more],
         env=python_environment, capture_output=True, text=True, timeout=200, cwd=job_file.parent,
     )  # fmt: skip
 
@@ -129,6 +129,16 @@ def test_the_jobs_run_one_after_the_other_and_end_in_a_json_line(job_file, pytho
         *original, "original.kwargs.name=fc",
     )  # fmt: skip
     assert json.loads(audited.stdout.splitlines()[-1])["metrics"] == last["metrics"], audited.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_runs_nothing(job_file, python_environment):
+    done = run("unlearn", job_file, python_environment, more=["--plan"])
+    assert done.returncode == 0, done.stderr
+    planned = json.loads(done.stdout.splitlines()[-1])["plan"]
+    assert planned["sets"]["forget"]["samples"] == 40
+    assert "forget: 40 samples, 1 shards" in done.stderr
+    assert not (job_file.parent / "run").exists()
 
 
 @pytest.mark.slow

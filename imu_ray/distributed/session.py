@@ -124,6 +124,11 @@ def slots(resources: ResourcesConfig) -> int:
     return sum(workers_on(node.get("CPU", 0), node.get("GPU", 0), resources) for node in nodes)
 
 
+def object_store_bytes() -> int:
+    """Memory of all nodes' object stores."""
+    return int(ray.cluster_resources().get("object_store_memory", 0))
+
+
 def require_resources(resources: ResourcesConfig) -> None:
     """Compare what is asked for with what the cluster has, or can get; Ray itself would wait for ever."""
     room = slots(resources)

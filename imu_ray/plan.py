@@ -1,0 +1,122 @@
+"""What a run will cost, before it runs: counted where it can be counted, and estimated from two timed blocks."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.distributed.session import object_store_bytes, ray_session, slots
+from imu_ray.forget_set import ForgetSet
+from imu_ray.influence.features import extract_features, score_shard
+from imu_ray.inputs import Inputs
+from imu_ray.models import Head, ModelSpec
+from imu_ray.pipeline import resolve_settings
+
+# Of one task of a stage in the driver, and what the driver keeps of a shard and of a sample (ids, five numbers, columns of a table);
+# measured by tests/benchmarks/bench_cluster.py.
+TASK_SECONDS = 0.0015
+SHARD_BYTES, SAMPLE_BYTES = 2_500, 250
+SCORING_ROUNDS = 5  # tasks per shard after the features: moments, scores, ids, and two audits
+
+
+def plan(
+    model: nn.Module | ModelSpec,
+    forget_set: Any,
+    *,
+    task: str = "classification",
+    evaluation: Mapping[str, Any] | None = None,
+    recipe: str | None = None,
+    config: UnlearnConfig | None = None,
+) -> dict[str, Any]:
+    """Count and estimate what ``unlearn`` with the same arguments will take. Nothing is written.
+
+    Two blocks are read, run through the model and scored in this process, on the CPU with ``resources.cpus_per_worker`` threads; the
+    second is timed.
+
+    Returns:
+        ``sets`` (per sample set: samples, blocks, shards, feature bytes, forward seconds of one worker), ``forward_passes`` (per
+        sample), ``tasks``, ``peak_bytes`` (per worker above its imports, in the object store, in the driver), ``seconds``
+        (estimates: features, scoring and audit, in all; the ascent depends on when it stops and is not in it), ``workers`` and
+        ``workers_that_fit``, ``fits`` and ``notes``.
+
+    Raises:
+        ImuError: as ``unlearn`` would.
+    """
+    settings = resolve_settings(recipe, config)
+    inputs = Inputs.open(model, forget_set, task, evaluation, settings)
+    width = inputs.task.target_layers(inputs.model)[inputs.task.head].in_features
+    matrix = inputs.head.matrix_CD
+    item = 8 if next(inputs.model.parameters()).dtype == torch.float64 else 4
+    read_forward, scoring = _time_block(inputs, settings)
+    sets = {name: _describe(source, width * item, read_forward, settings) for name, source in inputs.sources.items()}
+    samples, shards, stored = (sum(part[key] for part in sets.values()) for key in ("samples", "shards", "feature_bytes"))
+    tasks = shards * (1 + SCORING_ROUNDS)
+    workers = settings.resources.workers
+    rows = settings.influence.block_rows
+    shard_rows = rows * settings.influence.blocks_per_shard
+    model_bytes = sum(tensor.nbytes for tensor in inputs.model.state_dict().values())
+    # A shard as read and as features, one block in float64 with its products, sums and direction of the head, and the model.
+    per_worker = shard_rows * (width * item + _row_bytes(inputs.sources["forget"])) + rows * width * 8 * 2 + 6 * matrix.nbytes + model_bytes
+    features = sum(part["forward_seconds"] for part in sets.values()) / workers + TASK_SECONDS * shards
+    scored = scoring * samples * SCORING_ROUNDS / workers + TASK_SECONDS * shards * SCORING_ROUNDS
+    with ray_session(dataclasses.replace(settings.resources, workers=1)):  # too many are told, not refused
+        store, room = object_store_bytes(), slots(settings.resources)
+    kept = stored + model_bytes
+    notes = []
+    if kept > store:
+        notes.append(f"the features do not fit in the object store ({kept:,} of {store:,} bytes) and will spill to the nodes' disks")
+    if workers > room:
+        notes.append(f"{workers} workers do not fit now ({room} do); an autoscaler has to add nodes")
+    if settings.resources.gpus_per_worker:
+        notes.append("seconds are those of this CPU; the workers have GPUs")
+    return {
+        "sets": sets,
+        "forward_passes": 1,
+        "tasks": tasks,
+        "peak_bytes": {"per_worker": per_worker, "object_store": kept, "driver": SHARD_BYTES * shards + SAMPLE_BYTES * samples},
+        "seconds": {"features": features, "scoring_and_audit": scored, "without_ascent": features + scored},
+        "workers": workers,
+        "workers_that_fit": room,
+        "fits": kept <= store and workers <= room,
+        "notes": notes,
+    }
+
+
+def _describe(source: ForgetSet, feature_bytes: int, seconds: float, settings: UnlearnConfig) -> dict[str, Any]:
+    shards = source.shards(settings.influence.block_rows, settings.influence.blocks_per_shard)
+    return {
+        "samples": source.num_rows,
+        "blocks": sum(len(list(shard.blocks())) for shard in shards),
+        "shards": len(shards),
+        "feature_bytes": source.num_rows * feature_bytes,
+        "forward_seconds": source.num_rows * seconds,
+    }
+
+
+def _time_block(inputs: Inputs, settings: UnlearnConfig) -> tuple[float, float]:
+    """Seconds per sample of reading with the forward pass, and of scoring."""
+    source = inputs.sources["forget"]
+    (shard, *_) = source.shards(min(settings.influence.block_rows, source.num_rows), 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.resources.cpus_per_worker)
+    try:
+        for _ in range(2):
+            started = time.perf_counter()
+            features, report = extract_features(source, shard, inputs.task, inputs.model, torch.device("cpu"))
+            extracted = time.perf_counter()
+            score_shard(features, inputs.head, Head.of(inputs.model, inputs.head.name).matrix_CD)
+            scored = time.perf_counter()
+    finally:
+        torch.set_num_threads(before)
+    rows = max(report.rows, 1)
+    return (extracted - started) / rows, (scored - extracted) / rows
+
+
+def _row_bytes(source: ForgetSet) -> int:
+    """Bytes of one sample as it is read."""
+    value = source.read(0, 1).inputs[0]
+    return len(value) if isinstance(value, bytes) else int(getattr(value, "nbytes", 0))

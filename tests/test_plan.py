@@ -1,0 +1,55 @@
+"""What a run will cost: the counts are those of the run."""
+
+import math
+
+import pytest
+from architectures import named
+from samples import pairs
+
+from imu_ray import ConfigError, UnlearnConfig, plan, unlearn
+
+SETTINGS = {"influence.block_rows": 16, "influence.blocks_per_shard": 2, "ascent.stop.max_epochs": 1, "ascent.stop.forget_accuracy": None}
+
+
+def config(**changes):
+    return UnlearnConfig().with_overrides(SETTINGS | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_the_counts_are_those_of_the_run(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = plan(named("fc"), pairs(50), evaluation={"test": pairs(20, seed=1)}, config=config())
+    assert not list(tmp_path.iterdir()), "nothing is written"
+    run = unlearn(named("fc"), pairs(50), evaluation={"test": pairs(20, seed=1)}, config=config(), run_dir=tmp_path / "run").manifest
+    for name, described in (("forget", run["forget_set"]), ("test", run["evaluation"]["test"])):
+        assert made["sets"][name]["samples"] == described["rows_used"]
+        assert made["sets"][name]["blocks"] == described["forward_calls"]
+        assert made["sets"][name]["feature_bytes"] == described["feature_bytes"]
+        assert made["sets"][name]["shards"] == math.ceil(described["forward_calls"] / 2)
+    assert made["fits"]
+    assert made["notes"] == []
+    assert all(value > 0 for part in (made["peak_bytes"], made["seconds"]) for value in part.values())
+
+
+def test_twice_the_samples_take_twice_the_bytes(ray_cluster):
+    one, two = (plan(named("fc"), pairs(count), config=config()) for count in (64, 128))
+    assert two["sets"]["forget"]["feature_bytes"] == 2 * one["sets"]["forget"]["feature_bytes"]
+    assert two["peak_bytes"]["driver"] == 2 * one["peak_bytes"]["driver"]
+    assert two["peak_bytes"]["per_worker"] == one["peak_bytes"]["per_worker"], "a shard in flight, whatever the set"
+
+
+def test_workers_that_do_not_fit_are_told_and_not_refused(ray_cluster):
+    made = plan(named("fc"), pairs(20), config=config(resources__workers=99))
+    assert not made["fits"]
+    assert made["notes"] == ["99 workers do not fit now (4 do); an autoscaler has to add nodes"]
+
+
+def test_features_beyond_the_object_store_are_told(ray_cluster, monkeypatch):
+    monkeypatch.setattr("imu_ray.distributed.session.ray.cluster_resources", lambda: {"object_store_memory": 100.0})
+    made = plan(named("fc"), pairs(20), config=config())
+    assert not made["fits"]
+    assert "will spill to the nodes' disks" in made["notes"][0]
+
+
+def test_what_a_run_would_refuse_is_refused(ray_cluster):
+    with pytest.raises(ConfigError, match="forget_set.size is 500"):
+        plan(named("fc"), pairs(20), config=config(forget_set__size=500))
