@@ -32,7 +32,7 @@ from imu_ray.settings import Section, nearest, setting, settings_of
 from imu_ray.storage import below
 
 SIZE = "forget_set.size"
-RECORD, ROW = "sweep.json", "trial.json"
+RECORD = "sweep.json"
 # What a trial cannot change, because the features that all trials share depend on it, or because it is not a trial's to say.
 FIXED = ("forget_set.", "influence.block_rows", "influence.blocks_per_shard", "resources.", "audit.", "recipe", "log")
 
@@ -201,6 +201,7 @@ def _run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings:
     # A trial itself waits for its tasks and takes no room (Tune wants some resource: a byte), so that a worker group of all CPUs still
     # fits beside it; more trials at a time than fit would starve each other.
     trainable = tune.with_resources(tune.with_parameters(_run_trial, shared=shared), {"CPU": 0, "memory": 1})
+    rows = _Rows(run)
     named = [{"name": name, "overrides": overrides} for name, overrides in pending.items()]
     tuner = tune.Tuner(
         trainable,
@@ -216,11 +217,12 @@ def _run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings:
             storage_path=run.storage.root,
             storage_filesystem=run.storage.filesystem,
             failure_config=tune.FailureConfig(max_failures=settings.max_retries),
-            callbacks=[_Rows(run, shared.base)],
+            callbacks=[rows],
             verbose=0,
         ),
     )
     tuner.fit()
+    rows.write_failed()
 
 
 def _name_of(trial: Any) -> str:
@@ -258,8 +260,9 @@ def _run_trial(config: Mapping[str, Any], shared: Shared) -> None:
 class _Rows(tune.Callback):
     """Writes the row of each trial when it ends, so that a sweep that dies has lost none that was finished."""
 
-    def __init__(self, run: RunDirectory, base: UnlearnConfig) -> None:
-        self.run, self.base = run, base
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.failed: list[Any] = []
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Finished, or stopped early by the scheduler."""
@@ -268,16 +271,22 @@ class _Rows(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Failed more often than it may be retried."""
-        cause = getattr(trial.get_pickled_error(), "cause", None) or trial.get_pickled_error()
-        last = str(cause).strip().splitlines() or [""]
-        self._write(trial, {"status": "failed", "reason": f"{type(cause).__name__}: {last[-1]}"})
+        self.failed.append(trial)  # Tune stores the error only after this call
+
+    def write_failed(self) -> None:
+        """Rows of the failed trials, with what stopped them."""
+        for trial in self.failed:
+            error = trial.get_pickled_error()
+            cause = getattr(error, "cause", None) or error
+            last = str(cause).strip().splitlines() or [""]
+            self._write(trial, {"status": "failed", "reason": f"{type(cause).__name__}: {last[-1]}"})
 
     def _write(self, trial: Any, figures: Mapping[str, Any]) -> None:
         chosen = trial.config["trial"]
         kept = {key: value for key, value in figures.items() if key in COLUMNS or key.endswith("_accuracy")}
         run_dir = below(self.run.location, "trials", chosen["name"])
         row = {"trial": chosen["name"], **chosen["overrides"], **dict.fromkeys(COLUMNS), **kept, "run_dir": run_dir}
-        self.run.write_json(f"trials/{chosen['name']}/{ROW}", row)
+        self.run.write_json(f"rows/{chosen['name']}.json", row)
         event("trial ended", trial=chosen["name"], status=row["status"])
 
 
@@ -286,7 +295,7 @@ COLUMNS = ("rows", "status", "reason", "steps", "forget_accuracy_before", "forge
 
 
 def _row(run: RunDirectory, name: str) -> dict[str, Any] | None:
-    with run.storage.fetch(f"trials/{name}/{ROW}") as path:
+    with run.storage.fetch(f"rows/{name}.json") as path:
         return json.loads(path.read_text()) if path else None
 
 

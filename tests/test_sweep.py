@@ -117,14 +117,14 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
     died = drive(tmp_path, python_environment, SIZES, (), (), 2)
     assert died.returncode == -signal.SIGKILL, died.stderr
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/trials/*/model.safetensors")}
-    rows = list(tmp_path.glob("sweep/trials/*/trial.json"))
+    rows = list(tmp_path.glob("sweep/rows/*.json"))
     assert len(rows) == 2
     forward = (tmp_path / "forward").stat().st_size
 
     done = drive(tmp_path, python_environment, SIZES)
     assert done.returncode == 0, done.stderr
     for row in rows:
-        model = row.with_name("model.safetensors")
+        model = tmp_path / "sweep" / "trials" / row.stem / "model.safetensors"
         assert model.stat().st_mtime_ns == finished[model], "a finished trial is not repeated"
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["rows"]) == 6
@@ -157,3 +157,18 @@ def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates,
     assert rows[0]["status"] == "epochs_done"
     assert {row["status"] for row in rows[1:]} == {"stopped_early"}
     assert all(row["forget_accuracy"] > rows[0]["forget_accuracy"] for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_is_listed_and_tried_again_on_resume(tmp_path, python_environment):
+    axes = {"forget_set.size": [[1], [3]]}  # there is no 3 among the samples
+    for _ in range(2):
+        done = drive(tmp_path, python_environment, axes, {"max_retries": 0}, {"ascent.stop.max_epochs": 1})
+        assert done.returncode == 0, done.stderr
+        good, bad = json.loads(done.stdout.splitlines()[-1])["rows"]
+        assert good["status"] in ("reached", "not_reached")
+        assert bad["status"] == "failed"
+        assert "ConfigError: forget_set.size names classes [3]" in bad["reason"]
+        assert "1 failed" in (tmp_path / "sweep" / "sweep.html").read_text()
+        (tmp_path / "sweep" / "trials" / good["trial"] / "model.safetensors").stat()
+    assert len(list((tmp_path / "sweep").glob("tune/*/error.txt"))) >= 1
