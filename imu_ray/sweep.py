@@ -209,6 +209,7 @@ def _run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings:
         tune_config=tune.TuneConfig(
             max_concurrent_trials=max(1, slots(resources) // resources.workers),
             scheduler=asha,
+            reuse_actors=True,  # a new process for each trial would spend seconds on imports
             trial_name_creator=_name_of,
             trial_dirname_creator=_name_of,
         ),
