@@ -16,7 +16,8 @@ from imu_ray.job import JobConfig, run_job
 from imu_ray.models import ModelSpec
 from imu_ray.pipeline import UnlearnResult
 from imu_ray.plan import plan
-from imu_ray.sweep import SweepConfig, SweepResult, sweep
+from imu_ray.sweep import SweepResult, sweep
+from imu_ray.sweep_axes import SweepConfig
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ from imu_ray.events import event, log_events
 from imu_ray.models import ModelSpec
 from imu_ray.plan import plan
 from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, replace_settings, settings_of
-from imu_ray.sweep import SweepConfig, read_axes
+from imu_ray.sweep_axes import SweepConfig, read_axes
 
 _JOB_KEYS = ("forget_set.path", "run_dir", "task", "recipe")
 

@@ -33,7 +33,8 @@ ORDER = [
     ["inputs"],
     ["pipeline"],
     ["api"],
-    ["sweep", "plan"],
+    ["sweep_axes", "plan"],
+    ["sweep"],
     ["demo", "job"],
     [""],
 ]

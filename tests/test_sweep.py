@@ -13,14 +13,14 @@ from architectures import named
 from ray import tune
 from samples import pairs
 
-from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep
+from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep, sweep_axes
 
 module = sys.modules["imu_ray.sweep"]  # the function of the same name hides it
 BASE = UnlearnConfig()
 
 
 def trials(axes, **settings):
-    return module._trials(axes, BASE, SweepConfig(**settings))
+    return sweep_axes.make_trials(axes, BASE, SweepConfig(**settings))
 
 
 def test_every_combination_is_a_trial_under_a_name_that_says_so():
@@ -59,30 +59,32 @@ def test_a_wrong_axis_is_refused_before_anything_runs(axes, settings, message):
 
 
 def test_axes_of_a_job_file_are_lists_or_distributions():
-    axes = module.read_axes({"forget_set.size": [0.1, 1.0], "ascent.learning_rate.loguniform": ["1e-4", 0.1]})
+    axes = sweep_axes.read_axes({"forget_set.size": [0.1, 1.0], "ascent.learning_rate.loguniform": ["1e-4", 0.1]})
     assert axes["forget_set.size"] == [0.1, 1.0]
     assert (axes["ascent.learning_rate"].lower, axes["ascent.learning_rate"].upper) == (1e-4, 0.1)
     with pytest.raises(ConfigError, match="did you mean loguniform"):
-        module.read_axes({"ascent.learning_rate.loguniforn": [1, 2]})
+        sweep_axes.read_axes({"ascent.learning_rate.loguniforn": [1, 2]})
 
 
 def test_the_largest_size_contains_the_others():
-    assert module._largest([10, 500, 20]) == 500
-    assert module._largest([0.1, 1.0]) == 1.0
-    assert module._largest([None, 10]) is None
-    assert module._largest([0.1, 10]) is None
-    assert module._largest([(1,), (1, 2)]) is None
+    assert sweep_axes.largest_size([10, 500, 20]) == 500
+    assert sweep_axes.largest_size([0.1, 1.0]) == 1.0
+    assert sweep_axes.largest_size([None, 10]) is None
+    assert sweep_axes.largest_size([0.1, 10]) is None
+    assert sweep_axes.largest_size([(1,), (1, 2)]) is None
 
 
 def test_the_best_trial_reached_its_target():
     rows = [
-        {"trial": "a", "status": "not_reached", "output_change": 0.0, "retain_accuracy": 1.0},
-        {"trial": "b", "status": "reached", "output_change": 0.3, "retain_accuracy": 0.9},
-        {"trial": "c", "status": "reached", "output_change": 0.1, "retain_accuracy": 0.8},
+        {"trial": "a", "status": "not_reached", "output_change": 0.0, "parameter_drift": 0.0, "retain_accuracy": 1.0, "label_share": 0.1},
+        {"trial": "b", "status": "reached", "output_change": 0.3, "parameter_drift": 0.1, "retain_accuracy": 0.9, "label_share": 0.1},
+        {"trial": "c", "status": "reached", "output_change": 0.1, "parameter_drift": 0.2, "retain_accuracy": 0.8, "label_share": 0.1},
     ]
     assert module.best_trial(rows, "output_change") == "c"
     assert module.best_trial(rows, "retain_accuracy") == "b"
-    assert module.best_trial(rows[:1], "output_change") is None
+    assert module.best_trial(rows, "auto") == "c", "a set of few classes"
+    assert module.best_trial([row | {"label_share": 1.0} for row in rows], "auto") == "b", "a mixed set"
+    assert module.best_trial(rows[:1], "auto") is None
 
 
 def test_a_choice_by_a_set_that_is_not_there_is_refused(tmp_path):

@@ -59,8 +59,9 @@ def judge(rows: list[dict]) -> dict:
     record = {"reached": len(reached), "retain_best": max(retain), "retain_worst": min(retain)}
     for figure in FIGURES:
         values = [row[figure] for row in reached]
+        differ = len(set(retain)) > 1  # with equal retain accuracies there is nothing to agree with
         record[figure] = {
-            "spearman": float(spearmanr([-value for value in values], retain).statistic),
+            "spearman": float(spearmanr([-value for value in values], retain).statistic) if differ else None,
             "retain_lost": max(retain) - retain[int(np.argmin(values))],
         }
     return record
@@ -78,7 +79,10 @@ def main() -> None:
             result[what] = {
                 "runs": judged,
                 **{
-                    figure: {key: statistics.median(run[figure][key] for run in judged) for key in ("spearman", "retain_lost")}
+                    figure: {
+                        key: statistics.median(run[figure][key] for run in judged if run[figure][key] is not None)
+                        for key in ("spearman", "retain_lost")
+                    }
                     for figure in FIGURES
                 },
             }
