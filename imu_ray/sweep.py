@@ -101,7 +101,7 @@ def sweep(
         largest = base.with_overrides({SIZE: largest_size([base.with_overrides(trial).forget_set.size for trial in trials.values()])})
         inputs = Inputs.open(model, forget_set, task, evaluation, largest)
         with ray_session(base.resources):
-            shared = Shared(inputs.extract(largest).without_sources(), base, str(run.location))
+            shared = Shared(inputs.extract(largest).without_sources(), base, str(run.location), settings.scheduler == "asha")
             _run_trials(pending, shared, settings, run)
     return _collect(run, record, list(evaluation or {}))
 
@@ -127,6 +127,7 @@ class Shared:
     inputs: Inputs
     base: UnlearnConfig
     sweep_dir: str
+    stops_early: bool
 
 
 def _run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings: SweepConfig, run: RunDirectory) -> None:
@@ -169,7 +170,8 @@ def _run_trial(config: Mapping[str, Any], shared: Shared) -> None:
     name, overrides = config["trial"]["name"], config["trial"]["overrides"]
     run = RunDirectory(below(shared.sweep_dir, "trials", name))
     job = Pipeline("unlearn", shared.inputs, shared.base.with_overrides(overrides), run)
-    job.trial = Trial(tune.report, [TuneReportCallback()])
+    if shared.stops_early:  # a report per check costs Tune more than the check
+        job.trial = Trial(tune.report, [TuneReportCallback()])
     with job.recorded():
         job.take_inputs()
         result = job.unlearn(shared.inputs.model)
