@@ -38,6 +38,8 @@ from imu_ray.tasks.base import Task
 
 logger = logging.getLogger("imu_ray")
 R = TypeVar("R")
+NAMES = 100  # different names of tasks in a stage, because Ray keeps figures for every name that it has seen
+JOINED = 64  # neighbouring results that the driver makes one
 REDUCE_FAN_IN = 8  # a power of two, so that the tree over block index is kept
 
 
@@ -48,7 +50,8 @@ def _model(ref: "ray.ObjectRef[nn.Module]", device: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=4)
-def _source(ref: "ray.ObjectRef[ForgetSet]") -> ForgetSet:
+def _shared(ref: "ray.ObjectRef[Any]") -> Any:
+    """What all tasks of a stage share, fetched once per worker process: in their arguments the driver would keep it for each."""
     return ray.get(ref)
 
 
@@ -61,22 +64,23 @@ def _begin(stage: str, threads: int) -> None:
 
 
 @ray.remote
-def _extract(refs: Sequence[Any], shard: Shard, task: Task, stage: str, threads: int, device: str) -> tuple[FeatureShard, ShardReport]:
+def _extract(refs: "Sequence[ray.ObjectRef[Any]]", shard: Shard) -> tuple[FeatureShard, ShardReport]:
+    source, task, stage, threads, device = _shared(refs[0])
     _begin(stage, threads)
-    return extract_features(_source(refs[0]), shard, task, _model(refs[1], device), torch.device(device))
+    return extract_features(source, shard, task, _model(refs[1], device), torch.device(device))
 
 
 @ray.remote
-def _map(function: Callable[[FeatureShard], R], shard: FeatureShard, stage: str, threads: int) -> R:
+def _map(refs: "Sequence[ray.ObjectRef[Any]]", shard: FeatureShard) -> Any:
+    function, stage, threads = _shared(refs[0])
     _begin(stage, threads)
     return function(shard)
 
 
 @ray.remote
-def _select(
-    choose: Callable[[FeatureShard], npt.NDArray[np.bool_]], shard: FeatureShard, report: ShardReport, threads: int
-) -> tuple[FeatureShard, ShardReport]:
-    _begin("selection", threads)
+def _select(refs: "Sequence[ray.ObjectRef[Any]]", shard: FeatureShard, report: ShardReport) -> tuple[FeatureShard, ShardReport]:
+    choose, stage, threads = _shared(refs[0])
+    _begin(stage, threads)
     return take_rows(shard, report, choose(shard))
 
 
@@ -105,6 +109,14 @@ class TaskRunner:
             "scheduling_strategy": "SPREAD",
             **more,
         }
+
+    def tasks(self, function: Any, stage: str, count: int, **more: Any) -> Callable[[int], Any]:
+        """The remote function for each of ``count`` tasks, named by stage and place: ``moments [1201-1300/10000]``."""
+        step = max(1, -(-count // NAMES))
+        places = [(first + 1, min(first + step, count)) for first in range(0, count, step)]
+        names = [f"{stage} [{first if first == last else f'{first}-{last}'}/{count}]" for first, last in places]
+        made = [function.options(**self.options(name, **more)) for name in names]
+        return lambda index: made[index // step]
 
     def run(
         self,
@@ -186,10 +198,11 @@ class FeatureSet:
         """The features of the samples that ``choose`` marks in each shard."""
         refs: list[Any] = [None] * len(self.refs)
         reports: list[Any] = [None] * len(self.refs)
+        tasks = self.runner.tasks(_select, "selection", len(self.refs), num_returns=2)
+        shared = [ray.put((choose, "selection", self.runner.threads))]
 
         def submit(index: int) -> "ray.ObjectRef[ShardReport]":
-            options = self.runner.options(f"selection [{index + 1}/{len(self.refs)}]", num_returns=2)
-            refs[index], report = _select.options(**options).remote(choose, self.refs[index], self.reports[index], self.runner.threads)
+            refs[index], report = tasks(index).remote(shared, self.refs[index], self.reports[index])
             return report
 
         def done(index: int, report: ShardReport) -> int:
@@ -200,36 +213,54 @@ class FeatureSet:
         kept = [index for index, report in enumerate(reports) if report.rows]
         return FeatureSet(self.runner, [refs[index] for index in kept], [reports[index] for index in kept])
 
-    def map(self, stage: str, function: Callable[[FeatureShard], R]) -> list[R]:
-        """``function`` of every shard, in shard order."""
-        results: list[Any] = [None] * len(self.refs)
+    def map(self, stage: str, function: Callable[[FeatureShard], R], join: Callable[[list[R]], R] | None = None) -> list[R]:
+        """``function`` of every shard, in shard order; with ``join``, a result for every ``JOINED`` neighbours."""
+        runs: list[list[Any]] = [[None] * min(JOINED, len(self.refs) - i) for i in range(0, len(self.refs), JOINED)]
+        missing = [len(run) for run in runs]
 
         def done(index: int, result: R) -> int:
-            results[index] = result
+            run, place = divmod(index, JOINED)
+            runs[run][place] = result
+            missing[run] -= 1
+            if join is not None and not missing[run]:
+                runs[run] = [join(runs[run])]
             return self.reports[index].rows
 
-        self.runner.run(stage, lambda i: self._submit(stage, function, i), len(self.refs), done)
-        return results
+        self.runner.run(stage, self._submitter(stage, function), len(self.refs), done)
+        return [result for run in runs for result in run]
 
-    def _submit(self, stage: str, function: Callable[[FeatureShard], R], index: int) -> "ray.ObjectRef[R]":
-        options = self.runner.options(f"{stage} [{index + 1}/{len(self.refs)}]")
-        return _map.options(**options).remote(function, self.refs[index], stage, self.runner.threads)
+    def _submitter(self, stage: str, function: Callable[[FeatureShard], R]) -> Callable[[int], "ray.ObjectRef[R]"]:
+        """What submits the task of each shard."""
+        tasks = self.runner.tasks(_map, stage, len(self.refs))
+        shared = [ray.put((function, stage, self.runner.threads))]
+        return lambda index: tasks(index).remote(shared, self.refs[index])
 
     def reduce(self, stage: str, head: Head, statistics: Callable[[LayerIO], S]) -> S:
         """``statistics`` of every block, merged in one binary tree over block index."""
-        function = functools.partial(shard_statistics, head=head, statistics=statistics)
-        parts: list[Any] = [None] * len(self.refs)
+        submit_part = self._submitter(stage, functools.partial(shard_statistics, head=head, statistics=statistics))
+        merge = _merge.options(**self.runner.options(f"{stage} merge"))
+        # Of each level of the tree, the parts whose group is not whole yet; merged parts are let go as the stage runs.
+        levels: list[list[Any]] = [[]]
+
+        def push(part: "ray.ObjectRef[S]", level: int = 0) -> None:
+            if level == len(levels):
+                levels.append([])
+            levels[level].append(part)
+            if len(levels[level]) == REDUCE_FAN_IN:
+                group, levels[level] = levels[level], []
+                push(merge.remote(*group), level + 1)
 
         def submit(index: int) -> "ray.ObjectRef[S]":
-            parts[index] = self._submit(stage, function, index)
-            return parts[index]
+            part = submit_part(index)
+            push(part)
+            return part
 
         self.runner.run(stage, submit, len(self.refs), lambda index, _: self.reports[index].rows, fetch=False)
-        while len(parts) > 1:
-            groups = [parts[i : i + REDUCE_FAN_IN] for i in range(0, len(parts), REDUCE_FAN_IN)]
-            parts = [_merge.options(**self.runner.options(f"{stage} merge")).remote(*group) for group in groups]
+        rest: list[Any] = []
+        for level in levels:  # what is left of a level stands after the groups that were whole
+            rest = [merge.remote(*level, *rest)] if level else rest
         try:
-            return ray.get(parts[0])
+            return ray.get(rest[0])
         except RayError as error:
             raise _explain(stage, error) from None
 
@@ -238,13 +269,13 @@ def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConf
     """One forward pass over ``source``; the features stay in the object store."""
     runner = TaskRunner(config)
     shards = source.shards(config.influence.block_rows, config.influence.blocks_per_shard)
-    shared = [ray.put(source), ray.put(model)]
+    tasks = runner.tasks(_extract, stage, len(shards), gpu=True, num_returns=2)
+    shared = [ray.put((source, task, stage, runner.threads, runner.device)), ray.put(model)]
     refs: list[Any] = [None] * len(shards)
     reports: list[Any] = [None] * len(shards)
 
     def submit(index: int) -> "ray.ObjectRef[ShardReport]":
-        options = runner.options(f"{stage} [{index + 1}/{len(shards)}]", gpu=True, num_returns=2)
-        refs[index], report = _extract.options(**options).remote(shared, shards[index], task, stage, runner.threads, runner.device)
+        refs[index], report = tasks(index).remote(shared, shards[index])
         return report
 
     def done(index: int, report: ShardReport) -> int:
@@ -282,9 +313,15 @@ def score(features: FeatureSet, head: Head, config: UnlearnConfig, fitted_on: Fe
 
     fitted = CURVATURES[settings.curvature].fit(reduce, Damping(settings.damping, settings.damping_mode == "relative"))
     direction = damped_direction(fitted, moments)
-    table = pa.concat_tables(features.map("scores", functools.partial(score_shard, head=head, direction_CD=direction)))
+    table = pa.concat_tables(features.map("scores", functools.partial(score_shard, head=head, direction_CD=direction), _join_tables))
     norm = table["gradient_norm"].to_numpy()
     limit = float(np.quantile(norm, settings.clip_quantile))
     outlier = norm / limit if limit else np.zeros_like(norm)
     figures = {**describe_direction(direction, moments, fitted.figures["damping"]), **fitted.figures, "clipped_at": clip}
     return table.append_column("outlier", pa.array(outlier)), figures
+
+
+def _join_tables(tables: list[pa.Table]) -> pa.Table:
+    """One table with memory of its own, for many that each hold the message they came in."""
+    # A table of one chunk would be handed back as it is.
+    return pa.concat_tables([*tables, tables[0].slice(0, 0)]).combine_chunks()
