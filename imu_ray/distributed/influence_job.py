@@ -65,9 +65,9 @@ def _begin(stage: str, threads: int) -> None:
 
 @ray.remote
 def _extract(refs: "Sequence[ray.ObjectRef[Any]]", shard: Shard) -> tuple[FeatureShard, ShardReport]:
-    source, task, stage, threads, device = _shared(refs[0])
+    source, task, model, stage, threads, device = _shared(refs[0])
     _begin(stage, threads)
-    return extract_features(source, shard, task, _model(refs[1], device), torch.device(device))
+    return extract_features(source, shard, task, _model(model, device), torch.device(device))
 
 
 @ray.remote
@@ -270,7 +270,7 @@ def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConf
     runner = TaskRunner(config)
     shards = source.shards(config.influence.block_rows, config.influence.blocks_per_shard)
     tasks = runner.tasks(_extract, stage, len(shards), gpu=True, num_returns=2)
-    shared = [ray.put((source, task, stage, runner.threads, runner.device)), ray.put(model)]
+    shared = [ray.put((source, task, ray.put(model), stage, runner.threads, runner.device))]
     refs: list[Any] = [None] * len(shards)
     reports: list[Any] = [None] * len(shards)
 

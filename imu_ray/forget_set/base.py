@@ -57,7 +57,7 @@ def _content(value: Any) -> bytes:
     return str(type(value)).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # the driver holds all of them
 class Shard:
     """An aligned run of blocks: rows ``start`` to ``stop`` of the source."""
 

@@ -52,7 +52,7 @@ class FeatureShard:
         return (self.read(rows) for rows in self.block_rows())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # the driver holds one for each shard
 class ShardReport:
     """What the driver needs to know of an extracted shard; small."""
 
