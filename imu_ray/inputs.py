@@ -86,6 +86,7 @@ class Inputs:
             features[name], described[name] = made, describe_samples(source, made.reports)
             size = described[name]["feature_bytes"]
             metrics.gauge("feature_bytes", size, f"features of {name}")
+            metrics.flush()
             event("features made", set=name, rows=made.rows, left_out=len(described[name]["bad_rows"]), bytes=size)
         return dataclasses.replace(self, features=features, described=described)
 

@@ -137,6 +137,7 @@ class Pipeline:
             yield
         seconds = self.manifest.values["seconds"][name]
         metrics.gauge("stage_seconds", seconds, name)
+        metrics.flush()
         event(f"{name} done", seconds=seconds)
 
     def take_inputs(self) -> None:

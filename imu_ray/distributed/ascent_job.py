@@ -127,6 +127,7 @@ def _run(arguments: Mapping[str, Any], workers: Workers) -> AscentOutcome:
     def checked(record: Record, head: Head) -> None:
         metrics.gauge("forget_loss", record["forget_loss"], "ascent")
         metrics.gauge("forget_accuracy", record["forget_accuracy"], "ascent")
+        metrics.flush(every=1.0)
         if problem.config.keep == "all":
             run.save_head(math.ceil(record["step"]), head)
         report(record)

@@ -38,6 +38,7 @@ from imu_ray.tasks.base import Task
 
 logger = logging.getLogger("imu_ray")
 R = TypeVar("R")
+METRIC_SECONDS = 1.0  # between records, each of which the process holds until it is exported
 NAMES = 100  # different names of tasks in a stage, because Ray keeps figures for every name that it has seen
 JOINED = 64  # neighbouring results that the driver makes one
 REDUCE_FAN_IN = 8  # a power of two, so that the tree over block index is kept
@@ -59,6 +60,7 @@ def _begin(stage: str, threads: int) -> None:
     """Fix what the bits of a result depend on in this worker process, and count a second attempt."""
     if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
         metrics.count("shards_retried", 1, stage)
+        metrics.flush()
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 features are float32, on a GPU as on the CPU
 
@@ -154,9 +156,11 @@ class TaskRunner:
                         metrics.count("shards_done", 1, stage)
                         metrics.count("samples", samples, stage)
                         metrics.gauge("samples_per_second", progress.rate, stage)
+                    metrics.flush(every=METRIC_SECONDS)
             except (RayError, torch.OutOfMemoryError) as error:
                 raise _explain(stage, error) from None
             finally:
+                metrics.flush()
                 for ref in pending:
                     ray.cancel(ref, force=True)
 

@@ -4,6 +4,7 @@ A process reports every few seconds, so that a run of seconds may end unseen; it
 """
 
 import functools
+import time
 
 from ray.util.metrics import Counter, Gauge, Metric
 
@@ -27,12 +28,30 @@ def _metric(name: str) -> Metric:
     return kind(f"imu_ray_{name}", description=doc, tag_keys=("stage",))
 
 
+# What was said since the last flush: sums of counters, last values of gauges.
+_said: dict[tuple[str, str], float] = {}
+_flushed = [0.0]
+
+
 def count(name: str, value: float, stage: str) -> None:
-    """Add to a counter."""
-    if value > 0:
-        _metric(name).inc(value, tags={"stage": stage})
+    """Add to a counter at the next flush."""
+    _said[name, stage] = _said.get((name, stage), 0.0) + value
 
 
 def gauge(name: str, value: float, stage: str) -> None:
-    """Set a gauge."""
-    _metric(name).set(value, tags={"stage": stage})
+    """Set a gauge at the next flush."""
+    _said[name, stage] = value
+
+
+def flush(every: float = 0.0) -> None:
+    """Record what was said, unless the last flush is less than ``every`` seconds ago."""
+    now = time.monotonic()
+    if now - _flushed[0] < every:
+        return
+    _flushed[0] = now
+    for (name, stage), value in _said.items():
+        if name in COUNTERS and value > 0:
+            _metric(name).inc(value, tags={"stage": stage})
+        elif name in GAUGES:
+            _metric(name).set(value, tags={"stage": stage})
+    _said.clear()
