@@ -16,10 +16,10 @@ from imu_ray.inputs import Inputs
 from imu_ray.models import Head, ModelSpec
 from imu_ray.pipeline import resolve_settings
 
-# Of one task of a stage in the driver, and what the driver keeps of a shard and of a sample (ids, five numbers, columns of a table);
-# measured by tests/benchmarks/bench_cluster.py.
-TASK_SECONDS = 0.0015
-SHARD_BYTES, SAMPLE_BYTES = 2_500, 250
+# Of one task in the driver, and what the driver keeps of a shard, as measured with 10,000 shards (cluster/README.md, Sizing). Of a
+# sample 60 bytes travel; ids as text and the copies on the way take several times that.
+TASK_SECONDS = 0.002
+SHARD_BYTES, SAMPLE_BYTES = 6_000, 250
 SCORING_ROUNDS = 5  # tasks per shard after the features: moments, scores, ids, and two audits
 
 
