@@ -1,0 +1,234 @@
+"""A driver script on a cluster of several nodes on one machine, which are lost, added or refused; run by test_nodes.py.
+
+What must happen at a certain place is triggered by the sample or the shard that is worked on there, once, marked by a token file.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from architectures import named
+from ray.cluster_utils import Cluster
+from samples import Pairs, tensors
+from torch import nn
+
+import imu_ray
+from imu_ray import pipeline
+from imu_ray.ascent.stopping import StopTarget
+from imu_ray.config import UnlearnConfig
+from imu_ray.distributed import influence_job
+from imu_ray.errors import ConfigError
+from imu_ray.forget_set import ForgetSet, Rows
+
+# A killed raylet is noticed within a second or two instead of fifteen.
+NOTICE_QUICKLY = {"health_check_period_ms": 500, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
+SMALL = {"influence.block_rows": 16, "influence.blocks_per_shard": 1, "ascent.batch_size": 16, "ascent.stop.every_steps": 2}
+ROWS, MIDDLE = 160, 80  # rows of the disturbed runs, and the first row of the shard at which it happens
+
+
+class Wide(nn.Module):
+    """A fixed random projection and a wide head: results of a task above 100 kB stay on the node that made them."""
+
+    def __init__(self, width, classes=5):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("projection", torch.randn(36, width, generator=generator) / 6)
+        self.fc = nn.Linear(width, classes)
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.randn(classes, width, generator=generator) / width**0.5)
+            self.fc.bias.zero_()
+
+    def forward(self, x):
+        return self.fc(torch.tanh(x.flatten(1) @ self.projection))
+
+
+def lose_this_node(folder):
+    """SIGKILL the raylet, the parent of this worker, the first time; its node and all that is stored there are gone."""
+    try:
+        os.close(os.open(Path(folder) / "lost", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+class CountedPairs(Pairs):
+    """Appends a byte to the file ``reads`` for every read."""
+
+    def __init__(self, inputs, labels, folder):
+        super().__init__(inputs, labels)
+        self.folder = str(folder)
+
+    def __getitem__(self, row):
+        with open(Path(self.folder) / "reads", "ab") as file:
+            file.write(b".")
+        return super().__getitem__(row)
+
+
+class LosingPairs(CountedPairs):
+    """Loses the node that first reads the row in the middle."""
+
+    def __getitem__(self, row):
+        if row == MIDDLE:
+            lose_this_node(self.folder)
+        return super().__getitem__(row)
+
+
+class Losing:
+    """A function of a shard which, once, loses the node that works on the shard in the middle: the one that begins at ``row``."""
+
+    def __init__(self, function, folder, row=MIDDLE):
+        self.function, self.folder, self.row = function, str(folder), row
+
+    def __call__(self, shard, **more):
+        if shard.ids[0] == str(self.row):
+            lose_this_node(self.folder)
+        return self.function(shard, **more)
+
+
+class RecordingPairs(Pairs):
+    """Notes the node of every read. The first reader asks for another node, then waits until that node reads something too."""
+
+    def __init__(self, inputs, labels, folder, driver):
+        super().__init__(inputs, labels)
+        self.folder, self.driver = Path(folder), driver
+
+    def __getitem__(self, row):
+        node = ray.get_runtime_context().get_node_id()
+        if node != self.driver:
+            (self.folder / node).touch()
+            try:
+                (self.folder / "first").open("x").write(node)
+                (self.folder / "wanted").open("w").close()
+                (self.folder / "seen").open("r").close()  # a named pipe, opened at the other end by a reader on another node
+            except FileExistsError:
+                if (self.folder / "first").read_text() != node and self._once("answered"):
+                    (self.folder / "seen").open("w").close()
+        return super().__getitem__(row)
+
+    def _once(self, token):
+        try:
+            (self.folder / token).open("x").close()
+        except FileExistsError:
+            return False
+        return True
+
+
+class OneRowShards(ForgetSet):
+    """As many random samples as there should be shards."""
+
+    name = "one row a shard"
+
+    def __init__(self, count):
+        self.num_rows = count
+
+    def read(self, start, stop):
+        inputs = np.random.default_rng(start).normal(size=(stop - start, 1, 6, 6)).astype(np.float32)
+        return Rows([str(row) for row in range(start, stop)], np.arange(start, stop) % 5, list(inputs))
+
+
+def settings(workers, **more):
+    return UnlearnConfig().with_overrides({**SMALL, "resources.workers": workers, **more})
+
+
+def start_cluster(**head):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": NOTICE_QUICKLY, **head})
+    ray.init(address=cluster.address, log_to_driver=False)
+    return cluster
+
+
+def lose_nodes(folder):
+    """An undisturbed run on one node; then, on three, one lost in each stage, and replaced after it."""
+    data = tensors(ROWS)
+    plain = {name: getattr(influence_job, name) for name in ("shard_statistics", "score_shard")}
+    cluster = start_cluster()
+    cluster.add_node(num_cpus=2)
+    target = StopTarget("forget_accuracy", -1.0, "test")
+    pipeline.stop_targets = lambda *_: [target]
+    imu_ray.unlearn(Wide(2048), Pairs(*data), config=settings(1), run_dir=folder / "none" / "run")
+    cluster.add_node(num_cpus=2)
+    for stage in ("features", "statistics", "scores"):
+        cluster.add_node(num_cpus=2)
+        place = folder / stage
+        place.mkdir()
+        samples = (LosingPairs if stage == "features" else CountedPairs)(*data, place)
+        for name, function in plain.items():
+            hit = name == {"statistics": "shard_statistics", "scores": "score_shard"}.get(stage)
+            setattr(influence_job, name, Losing(function, place) if hit else function)
+        imu_ray.score(Wide(2048), samples, config=settings(3), run_dir=place / "run")
+        for name, function in plain.items():
+            setattr(influence_job, name, function)
+    return cluster
+
+
+def add_a_node(folder):
+    """One node with one CPU, and another that comes when the first has begun."""
+    for name in ("wanted", "seen"):
+        os.mkfifo(folder / name)
+    cluster = start_cluster()
+    cluster.add_node(num_cpus=1)
+
+    samples = RecordingPairs(*tensors(64), folder, ray.get_runtime_context().get_node_id())
+    # Two workers on one CPU are refused unless nodes may come.
+    config = settings(2, **{"resources.autoscaling": True})
+    # A node can be started by the main thread only.
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(imu_ray.score, named(), samples, config=config, run_dir=folder / "run")
+        (folder / "wanted").open("r").close()  # returns when a task has begun to read
+        cluster.add_node(num_cpus=1)
+        run.result()
+    return cluster
+
+
+def spill(folder):
+    """Features of 164 MB, in an object store of 80 MB and in one of 400."""
+    data = tensors(10_000)
+    for name, megabytes in (("large", 400), ("small", 80)):
+        cluster = start_cluster(num_cpus=2, object_store_memory=megabytes * 10**6)
+        config = UnlearnConfig().with_overrides({"resources.workers": 2})
+        imu_ray.score(Wide(4096), Pairs(*data), config=config, run_dir=folder / name)
+        (folder / f"{name}.json").write_text(json.dumps(ray.cluster_resources()["object_store_memory"]))
+        if name == "large":
+            ray.shutdown()
+            cluster.shutdown()
+    return cluster
+
+
+def memory():
+    """Resident memory of this process and its highest, in MB."""
+    gc.collect()
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")}
+
+
+def refuse_a_node(folder):
+    """One node like the driver's, and one with another torch."""
+    made = folder / "site" / "torch-1.0.dist-info"
+    made.mkdir(parents=True)
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+    cluster = start_cluster()
+    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": os.pathsep.join([str(made.parent), os.environ["PYTHONPATH"]])})
+    try:
+        imu_ray.score(named(), Pairs(*tensors(32)), config=settings(1), run_dir=folder / "run")
+    except ConfigError as error:
+        (folder / "refused").write_text(str(error))
+    (folder / "nodes").write_text(json.dumps([node["NodeManagerAddress"] for node in ray.nodes()]))
+    return cluster
+
+
+SCENARIOS = {
+    "lose": lose_nodes, "add": add_a_node, "spill": spill, "refuse": refuse_a_node,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    running = SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
+    ray.shutdown()
+    running.shutdown()

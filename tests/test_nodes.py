@@ -1,0 +1,69 @@
+"""Nodes that are lost, come late, are small or differ: several nodes on one machine, in a process of their own.
+
+A node lost during the ascent with features small enough to travel with the task's reply is in test_resume.py; here they are lost too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+ROWS = 160
+
+
+def drive(scenario, folder, **variables):
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp"), **variables
+    }  # fmt: skip
+    script = str(Path(__file__).with_name("nodes_driver.py"))
+    done = subprocess.run([sys.executable, script, scenario, str(folder)], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def scores(run):
+    return pq.read_table(run / "intensities.parquet")
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """An undisturbed run on one node, and on three nodes one run for each stage in which a node was lost."""
+    return drive("lose", tmp_path_factory.mktemp("lose"))
+
+
+@pytest.mark.parametrize("stage", ["features", "statistics", "scores"])
+def test_a_node_lost_while_scoring_leaves_the_same_bits(losses, stage):
+    assert (losses / stage / "lost").exists(), "a node was lost"
+    assert (losses / stage / "reads").stat().st_size > ROWS + 1, "its features were made again"
+    assert scores(losses / stage / "run").equals(scores(losses / "none" / "run"))
+
+
+def test_a_node_that_comes_during_the_features_is_used(tmp_path):
+    drive("add", tmp_path)
+    nodes = [path for path in tmp_path.iterdir() if len(path.name) == 56]
+    assert len(nodes) == 2, "samples were read on both"
+    assert len(scores(tmp_path / "run")) == 64
+
+
+def test_an_object_store_smaller_than_the_features_gives_the_same_scores(tmp_path):
+    drive("spill", tmp_path)
+    stores = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("small", "large")}
+    made = json.loads((tmp_path / "small" / "manifest.json").read_text())["forget_set"]["feature_bytes"]
+    assert made > 150e6
+    assert stores["small"] < made < stores["large"]
+    assert scores(tmp_path / "small").equals(scores(tmp_path / "large"))
+
+
+def test_a_node_with_another_torch_is_refused_by_name(tmp_path):
+    drive("refuse", tmp_path)
+    said = (tmp_path / "refused").read_text()
+    address = json.loads((tmp_path / "nodes").read_text())[0]
+    assert f"1 of 3 nodes cannot do the work: node {address}: torch 1.0 (driver {torch.__version__.partition('+')[0]}" in said
+    assert not (tmp_path / "run").exists()
