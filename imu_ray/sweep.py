@@ -15,7 +15,7 @@ from ray.tune.schedulers import ASHAScheduler
 from torch import nn
 
 from imu_ray.audit.sweep_report import render_sweep
-from imu_ray.checkpoint import RunDirectory, default_run_dir
+from imu_ray.checkpoint import MANIFEST, RunDirectory, default_run_dir
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed.ascent_job import Trial
 from imu_ray.distributed.session import ray_session, slots
@@ -181,7 +181,6 @@ def _run_trial(config: Mapping[str, Any], shared: Shared) -> None:
         {
             "status": manifest["ascent"]["status"],
             "reason": manifest["ascent"]["reason"],
-            "rows": manifest["forget_set"]["rows_used"],
             "label_share": len(manifest["forget_set"]["label_counts"]) / shared.inputs.task.num_classes,
             "steps": manifest["ascent"]["steps"],
             "forget_accuracy_before": result.metrics["before"]["forget"]["accuracy"],
@@ -223,7 +222,9 @@ class _Rows(tune.Callback):
         chosen = trial.config["trial"]
         kept = {key: value for key, value in figures.items() if key in COLUMNS or key.endswith("_accuracy")}
         run_dir = below(self.run.location, "trials", chosen["name"])
-        row = {"trial": chosen["name"], **chosen["overrides"], **dict.fromkeys(COLUMNS), **kept, "run_dir": run_dir}
+        with RunDirectory(run_dir).storage.fetch(MANIFEST) as path:  # a trial that was stopped early has no more than its manifest
+            rows = json.loads(path.read_text())["forget_set"]["rows_used"] if path else None
+        row = {"trial": chosen["name"], **chosen["overrides"], **dict.fromkeys(COLUMNS), "rows": rows, **kept, "run_dir": run_dir}
         self.run.write_json(f"rows/{chosen['name']}.json", row)
         event("trial ended", trial=chosen["name"], status=row["status"])
 

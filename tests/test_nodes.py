@@ -15,7 +15,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.slow
-ROWS = 160
+ROWS, STAGES = 160, ("features", "statistics", "scores")
 
 
 def drive(scenario, folder, **variables):
@@ -38,11 +38,15 @@ def losses(tmp_path_factory):
     return drive("lose", tmp_path_factory.mktemp("lose"))
 
 
-@pytest.mark.parametrize("stage", ["features", "statistics", "scores"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_node_lost_while_scoring_leaves_the_same_bits(losses, stage):
     assert (losses / stage / "lost").exists(), "a node was lost"
-    assert (losses / stage / "reads").stat().st_size > ROWS + 1, "its features were made again"
     assert scores(losses / stage / "run").equals(scores(losses / "none" / "run"))
+
+
+def test_features_that_were_lost_with_their_node_are_made_again(losses):
+    # How many the node held, and whether copies were elsewhere, is up to Ray's scheduler: it may be none in a stage.
+    assert sum((losses / stage / "reads").stat().st_size for stage in STAGES) > len(STAGES) * (ROWS + 1)
 
 
 def test_a_node_that_comes_during_the_features_is_used(tmp_path):

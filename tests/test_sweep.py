@@ -159,6 +159,7 @@ def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates,
     assert rows[0]["status"] == "epochs_done"
     assert {row["status"] for row in rows[1:]} == {"stopped_early"}
     assert all(row["forget_accuracy"] > rows[0]["forget_accuracy"] for row in rows[1:])
+    assert {row["rows"] for row in rows} == {64}
 
 
 @pytest.mark.slow

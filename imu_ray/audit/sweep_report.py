@@ -20,7 +20,7 @@ def render_sweep(sweep: Mapping[str, Any], rows: Sequence[Row], sets: Sequence[s
         sets: names of the evaluation sets.
         best: names of the best trials.
     """
-    shown = [row for row in rows if row["forget_accuracy"] is not None]
+    shown = [row for row in rows if row["forget_accuracy"] is not None and row["rows"] is not None]
     accuracy = [("accuracy on the forget set in %", [("forget", "forget_accuracy", 100.0)])]
     accuracy += [("accuracy in %", [(name, f"{name}_accuracy", 100.0) for name in sets])] if sets else []
     others = [("membership inference, balanced accuracy", [("", "membership", 1.0)]), ("seconds", [("", "seconds", 1.0)])]

@@ -15,7 +15,7 @@ What is timed or measured:
 - ``moved``: bytes, as Ray serialises them, of what a shard's tasks send to the driver (report, ids, score table, predictions) for 1 row
   and for 1024, and of the statistics of one part, for several heads.
 - ``memory``: resident memory of a driver of its own after extract and score, for each of ``--counts`` shards of one row, in ascending
-  order in one process; with Ray's export of task events, and without. ``samples``: the same for 100 shards of 1024 rows.
+  order in one process; with ``--without-task-events``, without Ray's export of them. ``samples``: the same for 100 shards of 1024 rows.
 
 Writes ``results/cluster-DATE.json`` and prints a table.
 """
@@ -37,12 +37,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["OMP_NUM_THREADS"] = "1"
-# ruff: noqa: E402 - torch reads the variable when it is imported
+# ruff: noqa: E402 - this tree comes first
 
 import numpy as np
 import ray
@@ -63,6 +58,13 @@ from imu_ray.models import Head
 HEADS = [(10, 513), (1000, 2049)]
 DISTURBED_SHARDS = 160  # of 16 rows each
 MIDDLE = DISTURBED_SHARDS // 2 * 16
+
+
+# For Ray's processes, which import this tree; and a cluster that is private and quiet.
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
 
 
 class WaitingPairs(CountedPairs):
@@ -231,8 +233,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--only", choices=["tasks", "nodes", "moved", "memory"], nargs="+", default=["tasks", "nodes", "moved", "memory"])
+    parser.add_argument("--without-task-events", action="store_true", help="memory: without Ray's export of task events")
     parser.add_argument("--drive-memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
     torch.set_num_threads(1)
     if options.drive_memory:
         drive_memory(options.counts)
@@ -244,7 +248,10 @@ def main() -> None:
         "tasks": lambda: measure_tasks(options.shards, options.repeat, options.nodes),
         "nodes": lambda: measure_nodes(options.repeat, options.nodes),
         "moved": measure_moved,
-        "memory": lambda: [measure_memory(options.counts, events) for events in (True, False)],
+        "memory": lambda: (
+            [entry for entry in record.get("memory", []) if entry["task_events"] == options.without_task_events]
+            + [measure_memory(options.counts, not options.without_task_events)]
+        ),
     }
     for part in options.only:
         before = os.getloadavg()[0]
