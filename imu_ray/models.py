@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -61,6 +60,8 @@ class ModelSpec:
     def _factory(self) -> Any:
         module, colon, name = self.factory.partition(":")
         if not colon:
+            import torchvision  # here, because it takes longer to import than torch, in every worker process
+
             names = torchvision.models.list_models(module=torchvision.models)
             if self.factory not in names:
                 raise ConfigError(
