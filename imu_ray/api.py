@@ -85,7 +85,7 @@ def ascend(
         ForgetSetError: the intensities are not those of the samples of the forget set.
     """
     with Pipeline.open("ascend", model, forget_set, task, evaluation, resolve_settings(recipe, config), run_dir) as job:
-        job.take_intensities(intensities)
+        job.take_intensities(job.check_intensities(intensities))
         outcome = job.ascend(intensities)
         return job.finish(with_head(_as_held(model, job), outcome.head), {}, intensities, outcome)
 

@@ -24,7 +24,7 @@ PACKAGES = ("imu-ray", "torch", "torchvision", "ray", "pyarrow", "numpy", "safet
 
 def fingerprint(reports: Sequence[ShardReport]) -> str:
     """SHA-256 over the contents of all blocks, in order."""
-    return hashlib.sha256("".join(digest for report in reports for digest in report.digests).encode()).hexdigest()
+    return hashlib.sha256(b"".join(report.digests for report in reports)).hexdigest()
 
 
 def describe_samples(source: ForgetSet, reports: Sequence[ShardReport]) -> dict[str, Any]:

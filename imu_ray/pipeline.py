@@ -164,8 +164,8 @@ class Pipeline:
         weights = weigh(scores, losses, self.config.intensity, self.config.seed)
         return self.take_intensities(scored.append_column("intensity", pa.array(weights)))
 
-    def take_intensities(self, intensities: pa.Table) -> pa.Table:
-        """Check that the table is that of the forget set, and write it."""
+    def check_intensities(self, intensities: pa.Table) -> pa.Table:
+        """Check that a table that was given is that of the forget set."""
         missing = {"sample_id", "label", "intensity"} - set(intensities.column_names)
         if missing or intensities["sample_id"].to_pylist() != self.features["forget"].ids():
             raise ForgetSetError(
@@ -173,6 +173,10 @@ class Pipeline:
                 f"{self.features['forget'].rows} samples of {self.manifest.values['forget_set']['name']}; expected the table that score() gave for this "
                 "forget set, in its order"
             )
+        return intensities
+
+    def take_intensities(self, intensities: pa.Table) -> pa.Table:
+        """Check that there is something to ascend with, record it, and write the table."""
         weights = intensities["intensity"].to_numpy()
         if not (np.isfinite(weights).all() and (weights >= 0).all()):
             raise NonFiniteError(f"{int((~(weights >= 0)).sum())} intensities are negative or NaN; expected finite weights of 0 or more")

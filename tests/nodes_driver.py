@@ -207,6 +207,17 @@ def memory():
     return {name: int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")}
 
 
+def count_shards(folder):
+    """Resident memory of the driver with 100 shards and with 10,000."""
+    cluster = start_cluster(num_cpus=2)
+    found = {}
+    for shards in (100, 10_000):
+        imu_ray.score(named(), OneRowShards(shards), config=settings(2, **{"influence.block_rows": 1}), run_dir=folder / str(shards))
+        found[shards] = memory()
+    (folder / "memory.json").write_text(json.dumps(found))
+    return cluster
+
+
 def refuse_a_node(folder):
     """One node like the driver's, and one with another torch."""
     made = folder / "site" / "torch-1.0.dist-info"
@@ -224,7 +235,7 @@ def refuse_a_node(folder):
 
 
 SCENARIOS = {
-    "lose": lose_nodes, "add": add_a_node, "spill": spill, "refuse": refuse_a_node,
+    "lose": lose_nodes, "add": add_a_node, "spill": spill, "refuse": refuse_a_node, "count": count_shards,
 }  # fmt: skip
 
 if __name__ == "__main__":

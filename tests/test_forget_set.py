@@ -117,7 +117,7 @@ def test_files_with_other_columns_are_refused_by_name(tmp_path):
 
 def test_a_missing_input_has_the_same_fingerprint_everywhere():
     rows = Rows(["a"], np.array([0]), [None])
-    assert rows.digest() == hashlib.sha256(b"1:a0:4:none").hexdigest()
+    assert rows.digest() == hashlib.sha256(b"1:a0:4:none").digest()
 
 
 def test_a_dataset_label_that_is_not_whole_is_refused():

@@ -71,3 +71,9 @@ def test_a_node_with_another_torch_is_refused_by_name(tmp_path):
     address = json.loads((tmp_path / "nodes").read_text())[0]
     assert f"1 of 3 nodes cannot do the work: node {address}: torch 1.0 (driver {torch.__version__.partition('+')[0]}" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_drivers_memory_stays_flat_from_100_to_10_000_shards(tmp_path):
+    drive("count", tmp_path)
+    few, many = json.loads((tmp_path / "memory.json").read_text()).values()
+    assert many["VmHWM"] - few["VmRSS"] < 50

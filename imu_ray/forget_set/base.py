@@ -37,14 +37,14 @@ class Rows:
         ids = [sample_id for part in parts for sample_id in part.ids]
         return cls(ids, np.concatenate([part.labels for part in parts]), [value for part in parts for value in part.inputs])
 
-    def digest(self) -> str:
+    def digest(self) -> bytes:
         """SHA-256 of ids, labels and inputs: the same content gives the same digest whatever file it lies in."""
         seen = hashlib.sha256()
         for sample_id, label, value in zip(self.ids, self.labels.tolist(), self.inputs, strict=True):
             content = _content(value)
             seen.update(f"{len(sample_id)}:{sample_id}{label}:{len(content)}:".encode())
             seen.update(content)
-        return seen.hexdigest()
+        return seen.digest()
 
 
 def _content(value: Any) -> bytes:

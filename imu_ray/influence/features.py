@@ -59,7 +59,7 @@ class ShardReport:
     index: int
     rows: int
     block_sizes: tuple[int, ...]
-    digests: tuple[str, ...]
+    digests: bytes  # of the blocks, 32 bytes each
     bad_rows: tuple[BadRow, ...]
     forward_seconds: float
     feature_bytes: int
@@ -82,7 +82,7 @@ def extract_features(
         ForgetSetError: a row cannot be used.
         NonFiniteError: a feature is NaN or infinite; the message names the sample.
     """
-    features, labels, ids, digests, places = [], [], [], [], []
+    features, labels, ids, digests, places = [], [], [], b"", []
     bad: list[BadRow] = []
     seconds = 0.0
     head = Head.of(model, task.head)
@@ -91,7 +91,7 @@ def extract_features(
     with evaluation_mode(model):
         for start, stop in shard.blocks():
             rows = everything.part(start - shard.start, stop - shard.start)
-            digests.append(rows.digest())
+            digests += rows.digest()
             batch = task.collate(rows)
             bad += batch.bad_rows
             labels.append(batch.labels_B.numpy())
@@ -110,7 +110,7 @@ def extract_features(
     stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
     sizes = tuple(len(part) for part in ids)
     flat = [sample_id for part in ids for sample_id in part]
-    report = ShardReport(shard.index, len(flat), sizes, tuple(digests), tuple(bad), seconds, stacked.nbytes)
+    report = ShardReport(shard.index, len(flat), sizes, digests, tuple(bad), seconds, stacked.nbytes)
     return FeatureShard(stacked, np.concatenate(labels), flat, sizes, np.concatenate(places)), report
 
 
