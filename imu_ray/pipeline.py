@@ -19,7 +19,7 @@ from imu_ray.ascent.objectives import OBJECTIVES
 from imu_ray.ascent.stopping import recipe_warning, stop_targets
 from imu_ray.audit.accuracy import Predictions, output_change, predict_shard, summarise
 from imu_ray.audit.membership import membership_inference
-from imu_ray.audit.report import render_report
+from imu_ray.audit.report import DOMINATED, render_report
 from imu_ray.checkpoint import MANIFEST, RunDirectory, default_run_dir
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import ascent_job, influence_job, metrics
@@ -33,10 +33,6 @@ from imu_ray.inputs import Inputs
 from imu_ray.manifest import Manifest, digest_of, label_counts
 from imu_ray.models import Head, ModelSpec, model_hash, with_head
 from imu_ray.settings import nearest
-
-# Squared cosine with the plain gradient above which the curvature has no say to speak of.
-DOMINATED = 0.99
-
 
 @dataclass(frozen=True)
 class UnlearnResult:

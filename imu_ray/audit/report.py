@@ -12,6 +12,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# Squared cosine with the plain gradient above which the curvature has no say to speak of.
+DOMINATED = 0.99
+
 
 def render_report(
     manifest: Mapping[str, Any], metrics: Mapping[str, Any], intensities: pa.Table | None, trajectory: pa.Table | None
@@ -24,7 +27,7 @@ def render_report(
         figures.append(("Influence and intensity", _draw_distributions(intensities)))
     sides = [side for side in ("before", "after") if side in metrics]
     sets = [name for name in metrics[sides[-1]] if name != "membership"] if sides else []
-    return render_page("report.html.j2", manifest=manifest, metrics=metrics, sides=sides, sets=sets, figures=figures)
+    return render_page("report.html.j2", manifest=manifest, metrics=metrics, sides=sides, sets=sets, figures=figures, dominated=DOMINATED)
 
 
 def render_page(template: str, **values: Any) -> str:

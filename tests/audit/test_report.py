@@ -27,3 +27,20 @@ def test_a_run_without_metrics_still_has_a_page():
     page = render_report(MANIFEST, {}, table, None)
     assert page.count("<svg") == 1
     assert "f00d" in page
+
+
+INFLUENCE = {
+    "damping": 0.01, "fisher_quantiles": {"0.05": 1e-9, "0.5": 2e-6, "0.95": 3e-4}, "fisher_below_damping": 0.987,
+    "plain_gradient_share": 0.5, "clipped_at": None,
+}  # fmt: skip
+
+
+def test_the_page_says_how_far_the_damping_dominates():
+    config = {"recipe": "paper", "influence": {"curvature": "kfac", "curvature_set": "forget"}}
+    page = render_report({**MANIFEST, "config": config, "influence": INFLUENCE}, {}, None, None)
+    assert "98.7 %" in page
+    assert "50.0 %" in page
+    assert "The damping dominates" not in page
+    page = render_report({**MANIFEST, "config": config, "influence": {**INFLUENCE, "plain_gradient_share": 0.999}}, {}, None, None)
+    assert "The damping dominates" in page
+    assert "kfac" not in render_report({**MANIFEST, "config": config}, {}, None, None)
