@@ -8,6 +8,7 @@ import pyarrow as pa
 from torch import nn
 
 from imu_ray.config import UnlearnConfig
+from imu_ray.errors import ConfigError
 from imu_ray.models import ModelSpec, with_head
 from imu_ray.pipeline import Pipeline, UnlearnResult, resolve_settings
 
@@ -84,7 +85,13 @@ def ascend(
     Raises:
         ForgetSetError: the intensities are not those of the samples of the forget set.
     """
-    with Pipeline.open("ascend", model, forget_set, task, evaluation, resolve_settings(recipe, config), run_dir) as job:
+    settings = resolve_settings(recipe, config)
+    if settings.influence.refresh == "step":
+        raise ConfigError(
+            "influence.refresh is 'step', which scores every batch anew, so that the given intensities would never be used; expected once "
+            "or epoch (they serve the first epoch), or unlearn()"
+        )
+    with Pipeline.open("ascend", model, forget_set, task, evaluation, settings, run_dir) as job:
         job.take_intensities(job.check_intensities(intensities))
         outcome = job.ascend(intensities)
         return job.finish(with_head(_as_held(model, job), outcome.head), {}, intensities, outcome)

@@ -56,6 +56,11 @@ class InfluenceConfig(Section):
         "diagonal_fisher",
         "curvature whose damped inverse weights the mean gradient: `diagonal_fisher` (paper), `identity`, `kfac`, `hessian`",
     )
+    refresh: Literal["once", "epoch", "step"] = setting(
+        "once",
+        "when influence is scored: of the original head; or again, from the cached features, at the start of each epoch of the ascent, or "
+        "within each batch",
+    )
     curvature_set: str = setting("forget", "samples that the curvature is fitted on: `forget`, or the name of an evaluation set")
     damping: float = setting(0.01, "lambda, added to the curvature's diagonal", above=0)
     damping_mode: Literal["absolute", "relative"] = setting(

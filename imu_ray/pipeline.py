@@ -16,6 +16,7 @@ from torch import nn
 
 from imu_ray.ascent.loop import AscentOutcome, AscentProblem
 from imu_ray.ascent.objectives import OBJECTIVES
+from imu_ray.ascent.rescoring import Rescoring
 from imu_ray.ascent.stopping import recipe_warning, stop_targets
 from imu_ray.audit.accuracy import Predictions, output_change, predict_shard, summarise
 from imu_ray.audit.membership import membership_inference
@@ -33,6 +34,7 @@ from imu_ray.inputs import Inputs
 from imu_ray.manifest import Manifest, digest_of, label_counts
 from imu_ray.models import Head, ModelSpec, model_hash, with_head
 from imu_ray.settings import nearest
+
 
 @dataclass(frozen=True)
 class UnlearnResult:
@@ -202,7 +204,17 @@ class Pipeline:
         weights = intensities["intensity"].to_numpy()
         with self.stage("preconditioner"):
             preconditioner = self._fit_preconditioner()
-        problem = AscentProblem(self.head, weights, self.config.ascent, self.config.seed, targets, preconditioner)
+        influence = self.config.influence
+        problem = AscentProblem(
+            self.head,
+            weights,
+            self.config.ascent,
+            self.config.seed,
+            targets,
+            preconditioner,
+            rescoring=None if influence.refresh == "once" else Rescoring(influence, self.config.intensity),
+            curvature_set=None if influence.curvature_set == "forget" else influence.curvature_set,
+        )
         measured = {name: features for name, features in self.features.items() if name != "forget"}
         with self.stage("ascent"):
             outcome = ascent_job.ascend(problem, self.features["forget"], measured, self.config.resources, self.run, self.trial)

@@ -146,6 +146,20 @@ def test_the_curvature_may_be_fitted_on_an_evaluation_set(finished, tmp_path):
         score(named("heads.head"), pairs(50), config=settings)
 
 
+@pytest.mark.parametrize("refresh", ["epoch", "step"])
+def test_scoring_again_leaves_the_first_intensities_and_another_model(refresh, finished, tmp_path):
+    again = unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=config(influence__refresh=refresh), run_dir=tmp_path / "run")
+    once = finished[2]
+    assert again.intensities.equals(once.intensities)
+    assert again.manifest["forget_set"]["forward_calls"] == once.manifest["forget_set"]["forward_calls"]
+    assert again.manifest["model"]["hash_after"] != once.manifest["model"]["hash_after"]
+
+
+def test_given_intensities_that_would_never_be_used_are_refused(finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"influence.refresh is 'step'"):
+        ascend(named("heads.head"), pairs(50), finished[2].intensities, config=config(influence__refresh="step"), run_dir=tmp_path / "run")
+
+
 def test_the_report_stands_alone_and_shows_no_sample_id(finished):
     page = (finished[2].run_dir / "report.html").read_text()
     assert page.count("<svg") == 2

@@ -68,6 +68,11 @@ class FeatureStore:
         sizes = [size for shard in self.shards for size in shard.block_sizes]
         return np.cumsum([0] + sizes[:-1])
 
+    def shard_of(self, positions: Positions) -> FeatureShard:
+        """The features of ascending positions as a shard of one block."""
+        features, labels = self.gather(positions)
+        return FeatureShard(features.numpy().copy(), labels.numpy(), [""] * len(labels), (len(labels),))
+
     def gather(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Features ``[B, F]`` (float64) and labels ``[B]`` of ascending positions.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from imu_ray.ascent.batches import FeatureStore, Positions, epoch_batches
 from imu_ray.ascent.measure import Record, measure
 from imu_ray.ascent.objectives import OBJECTIVES
+from imu_ray.ascent.rescoring import Rescoring
 from imu_ray.ascent.step import HeadOptimiser, Workers, batch_gradient, learning_rate
 from imu_ray.ascent.stopping import StopTarget, guard_violation
 from imu_ray.config import AscentConfig
@@ -33,6 +34,8 @@ class AscentProblem:
     seed: int
     targets: Sequence[StopTarget] = ()
     preconditioner: FittedCurvature | None = None
+    rescoring: Rescoring | None = None
+    curvature_set: str | None = None  # of the evaluation sets, where influence is fitted on other samples
     forget: FeatureStore = field(default_factory=lambda: FeatureStore(()))
     evaluation: Mapping[str, FeatureStore] = field(default_factory=dict)
 
@@ -63,8 +66,10 @@ class Ascent:
     def __init__(self, problem: AscentProblem, workers: Workers) -> None:
         self.problem, self.workers, self.config = problem, workers, problem.config
         self.optimiser = HeadOptimiser(problem.head, problem.config, problem.preconditioner, workers.device)
-        self.kept = np.flatnonzero(problem.weights > 0)
-        self.steps_per_epoch = math.ceil(len(self.kept) / self.config.batch_size)
+        # Samples that are not kept now may be when they are scored again.
+        self.candidates = np.flatnonzero(problem.weights > 0) if problem.rescoring is None else np.arange(len(problem.weights))
+        self.weights, self._scored_at = problem.weights, problem.head.matrix_CD
+        self.steps_per_epoch = math.ceil(len(self.candidates) / self.config.batch_size)
         steps = self.steps_per_epoch * self.config.stop.max_epochs
         self.total_steps = min(steps, self.config.stop.max_steps or steps)
         self.step, self.gradient_norm, self.scale = 0, 0.0, 1.0
@@ -76,13 +81,17 @@ class Ascent:
     def take_step(self) -> None:
         """One global step, halved as long as it leaves the trust region, if there is one."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
+        problem, matrix = self.problem, self.optimiser.matrix
         if epoch != self._epoch:
-            starts = self.problem.forget.block_starts
-            self._epoch, self._batches = epoch, epoch_batches(self.kept, starts, self.config, self.problem.seed, epoch)
-        matrix = self.optimiser.matrix
-        objective = OBJECTIVES[self.config.objective]
-        problem = self.problem
-        gradient = batch_gradient(self._batches[place], problem.forget, problem.weights, objective, matrix, problem.head, self.workers)
+            starts = problem.forget.block_starts
+            self._epoch, self._batches = epoch, epoch_batches(self.candidates, starts, self.config, problem.seed, epoch)
+        batch = self._batches[place]
+        if problem.rescoring is not None:
+            self._rescore(problem.rescoring, place)
+            batch = [kept for positions in batch if len(kept := positions[self.weights[positions] > 0])]
+        gradient = batch_gradient(
+            batch, problem.forget, self.weights, OBJECTIVES[self.config.objective], matrix, problem.head, self.workers
+        )
         self.gradient_norm = float(gradient.norm())
         rate = learning_rate(self.config, self.step, self.total_steps)
         control = self.config.step_control
@@ -91,6 +100,30 @@ class Ascent:
         else:
             self._controlled_step(gradient, rate)
         self.step += 1
+
+    def _rescore(self, rescoring: Rescoring, place: int) -> None:
+        """New weights, of this batch at every step; or of the forget set at the start of every epoch after the first."""
+        problem = self.problem
+        if rescoring.every_step:
+            head = self.head(self.optimiser.matrix)
+            self.weights = rescoring.batch_weights(self._batches[place], problem.forget, head, self._fitted_on(), problem.seed)
+        elif place == 0 and self.step > 0:
+            self._score_at(rescoring, self.optimiser.matrix)
+
+    def _score_at(self, rescoring: Rescoring, matrix_CD: Tensor) -> None:
+        problem, head = self.problem, self.head(matrix_CD)
+        self._scored_at = head.matrix_CD
+        self.weights = problem.weights
+        if not torch.equal(self._scored_at, problem.head.matrix_CD):
+            self.weights = rescoring.weights(problem.forget.shards, head, self._fitted_on(), problem.seed)
+
+    def _fitted_on(self) -> FeatureStore | None:
+        name = self.problem.curvature_set
+        return None if name is None else self.problem.evaluation[name]
+
+    def head(self, matrix_CD: Tensor) -> Head:
+        """A head with a copy of this matrix, on the CPU."""
+        return Head(self.problem.head.name, matrix_CD.detach().cpu().clone(), self.problem.head.has_bias)
 
     def _controlled_step(self, gradient_CD: Tensor, rate: float) -> None:
         if self._now is None:
@@ -119,7 +152,7 @@ class Ascent:
     def check(self, step: float | None = None) -> Record:
         """Every figure of the trajectory with the present head; ``step`` when it lies between two steps."""
         at = float(self.step if step is None else step)
-        original, weights = self.problem.head, self.problem.weights
+        original, weights = self.problem.head, self.weights
         sets = {"forget": self.problem.forget, **self.problem.evaluation}
         record = {"step": at, "epoch": at / self.steps_per_epoch, **measure(sets, original, self.optimiser.matrix, self.workers)}
         drift = float((self.optimiser.matrix.cpu() - original.matrix_CD).norm() / original.matrix_CD.norm())
@@ -130,12 +163,14 @@ class Ascent:
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all that the next step depends on."""
         counters = {"at_step": torch.tensor(self.step), "scale": torch.tensor(self.scale, dtype=torch.float64)}
-        return {**self.optimiser.state(), **counters}
+        return {**self.optimiser.state(), **counters, "scored_at": self._scored_at}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot."""
         self.step, self.scale, self._now = int(snapshot["at_step"]), float(snapshot["scale"]), None
-        self.optimiser.load_state({key: value for key, value in snapshot.items() if key not in ("at_step", "scale")})
+        self.optimiser.load_state({key: value for key, value in snapshot.items() if key not in ("at_step", "scale", "scored_at")})
+        if self.problem.rescoring is not None and not torch.equal(snapshot["scored_at"], self._scored_at):
+            self._score_at(self.problem.rescoring, snapshot["scored_at"])
 
     def go_on(self, good: Mapping[str, Tensor]) -> Record:
         """Steps up to the next check, and the check; from ``good``, the last one, an overshoot is taken back."""
@@ -219,7 +254,7 @@ def run_ascent(
             trajectory.append(record)
             good = ascent.snapshot()
             status, reason = _verdict(problem.targets, record)
-            checked(record, _head(ascent))
+            checked(record, ascent.head(ascent.optimiser.matrix))
             if _nearest(problem.targets, trajectory) == len(trajectory) - 1:
                 best = ascent.optimiser.matrix.clone()
             checks += 1
@@ -232,18 +267,13 @@ def run_ascent(
         kept = trajectory[_nearest(problem.targets, trajectory)]
     if not status:
         status, reason = _steps_ran_out(problem.targets, kept)
-    return AscentOutcome(_head(ascent), kept, status, reason, trajectory)
+    return AscentOutcome(ascent.head(ascent.optimiser.matrix), kept, status, reason, trajectory)
 
 
 def _steps_ran_out(targets: Sequence[StopTarget], kept: Record) -> tuple[str, str]:
     if not targets:
         return "epochs_done", "there was no target; all steps were taken"
     return "not_reached", f"of all steps, at step {kept['step']:g} " + "; ".join(target.describe(kept) for target in targets)
-
-
-def _head(ascent: Ascent) -> Head:
-    original = ascent.problem.head
-    return Head(original.name, ascent.optimiser.matrix.detach().cpu().clone(), original.has_bias)
 
 
 def _nearest(targets: Sequence[StopTarget], trajectory: Sequence[Record]) -> int:

@@ -63,6 +63,8 @@ def batch_gradient(
     A worker without a microbatch adds zeros.
     """
     gradient = torch.zeros_like(matrix_CD)
+    if not microbatches:  # no sample of the batch was kept when it was scored again
+        return gradient
     start_CD = original.matrix_CD.to(workers.device)
     for positions in workers.mine(microbatches):
         inputs, labels = (part.to(workers.device) for part in features.gather(positions))

@@ -21,8 +21,8 @@ from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import metrics
 from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.forget_set import ForgetSet, Shard
-from imu_ray.influence.curvature import CURVATURES
-from imu_ray.influence.curvature.base import Damping, Moments, S, damped_direction, describe_direction, merge_tree
+from imu_ray.influence.curvature.base import S, merge_tree
+from imu_ray.influence.direction import fit_direction
 from imu_ray.influence.features import (
     FeatureShard,
     ShardReport,
@@ -313,24 +313,16 @@ def score(features: FeatureSet, head: Head, config: UnlearnConfig, fitted_on: Fe
         source; and ``describe_direction`` with what the curvature tells.
     """
     settings = config.influence
-    clip = None
-    if settings.robust == "clip":
-        norms = features.map("gradient norms", functools.partial(norms_of, head=head))
-        clip = float(np.quantile(np.concatenate(norms), settings.clip_quantile))
-    moments = features.reduce("moments", head, functools.partial(Moments.of, clip=clip))
-
-    def reduce(statistics: Callable[[LayerIO], Any]) -> Any:
-        if fitted_on is None and statistics == Moments.of:
-            return moments
-        return (fitted_on or features).reduce("curvature", head, statistics)
-
-    fitted = CURVATURES[settings.curvature].fit(reduce, Damping(settings.damping, settings.damping_mode == "relative"))
-    direction = damped_direction(fitted, moments)
+    direction, figures = fit_direction(
+        settings,
+        functools.partial(features.reduce, "moments", head),
+        None if fitted_on is None else functools.partial(fitted_on.reduce, "curvature", head),
+        lambda: np.concatenate(features.map("gradient norms", functools.partial(norms_of, head=head))),
+    )
     table = pa.concat_tables(features.map("scores", functools.partial(score_shard, head=head, direction_CD=direction), _join_tables))
     norm = table["gradient_norm"].to_numpy()
     limit = float(np.quantile(norm, settings.clip_quantile))
     outlier = norm / limit if limit else np.zeros_like(norm)
-    figures = {**describe_direction(direction, moments, fitted.figures["damping"]), **fitted.figures, "clipped_at": clip}
     return table.append_column("outlier", pa.array(outlier)), figures
 
 

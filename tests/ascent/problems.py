@@ -5,7 +5,8 @@ import torch
 
 from imu_ray.ascent.batches import FeatureStore
 from imu_ray.ascent.loop import AscentProblem
-from imu_ray.config import AscentConfig, StopConfig
+from imu_ray.ascent.rescoring import Rescoring
+from imu_ray.config import AscentConfig, InfluenceConfig, IntensityConfig, StopConfig
 from imu_ray.influence.features import FeatureShard
 from imu_ray.models import Head
 
@@ -33,10 +34,12 @@ def head(seed=1, bias=True):
     return Head("fc", torch.cat(columns, dim=1), bias)
 
 
-def problem(*, targets=(), seed=0, dtype=np.float64, rows=90, bias=True, preconditioner=None, stop=None, **settings):
+def problem(*, targets=(), seed=0, dtype=np.float64, rows=90, bias=True, preconditioner=None, stop=None, refresh="once", **settings):
     forget = store(rows, dtype=dtype)
     weights = np.random.default_rng(2).random(rows)
     weights[::5] = 0
     stop = StopConfig(**{"every_steps": 2, "max_epochs": 3, **(stop or {})})
     config = AscentConfig(**{"batch_size": 20, "microbatch_rows": 6, "stop": stop, **settings})
-    return AscentProblem(head(bias=bias), weights, config, seed, targets, preconditioner, forget, {"test": store(40, seed=5, dtype=dtype)})
+    rescoring = None if refresh == "once" else Rescoring(InfluenceConfig(refresh=refresh), IntensityConfig())
+    evaluation = {"test": store(40, seed=5, dtype=dtype)}
+    return AscentProblem(head(bias=bias), weights, config, seed, targets, preconditioner, rescoring, None, forget, evaluation)

@@ -77,6 +77,15 @@ def test_any_number_of_workers_takes_the_same_steps(world, dtype, tolerance, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("refresh", ["epoch", "step"])
+def test_workers_that_score_again_take_the_same_steps(refresh, tmp_path):
+    options = {"refresh": refresh, "stop": {"max_epochs": 2}}
+    alone = run_ascent(problem(**options), Workers())
+    for _, matrix, *_ in distributed(2, tmp_path, options):
+        np.testing.assert_allclose(matrix, alone.head.matrix_CD.numpy(), rtol=1e-9)
+
+
+@pytest.mark.slow
 def test_more_workers_than_rows_in_a_batch_change_nothing(tmp_path):
     options = {"batch_size": 2, "microbatch_rows": 1, "stop": {"max_epochs": 1}}
     alone = run_ascent(problem(**options), Workers())
@@ -221,6 +230,8 @@ STEPPERS = {
     "cosine": {"schedule": "cosine"},
     "trust region": {"learning_rate": 1.0, "step_control": StepControlConfig(max_loss_change=0.1)},
     "best": {"keep": "best"},
+    "scored again each epoch": {"refresh": "epoch"},
+    "scored again each step": {"refresh": "step"},
 }
 
 

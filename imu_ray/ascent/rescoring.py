@@ -1,0 +1,65 @@
+"""Intensities that follow the head: influence scored again from the cached features while the ascent goes on.
+
+Every worker scores everything it needs itself: the sums then do not depend on the number of workers, and nothing waits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imu_ray.ascent.batches import FeatureStore, Positions
+from imu_ray.config import InfluenceConfig, IntensityConfig
+from imu_ray.influence.curvature.base import Reduce, merge_tree
+from imu_ray.influence.direction import fit_direction
+from imu_ray.influence.features import FeatureShard, norms_of, score_shard, shard_statistics
+from imu_ray.influence.intensity import SCHEMES
+from imu_ray.models import Head
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """How intensities are made again, ``influence.refresh`` times an epoch or a step."""
+
+    influence: InfluenceConfig
+    intensity: IntensityConfig
+
+    @property
+    def every_step(self) -> bool:
+        """Within each batch, rather than over the forget set at the start of each epoch."""
+        return self.influence.refresh == "step"
+
+    def weights(self, shards: Sequence[FeatureShard], head: Head, curvature: FeatureStore | None, seed: int) -> npt.NDArray[np.float64]:
+        """Intensities ``[N]`` of the samples of ``shards`` under ``head``.
+
+        Args:
+            shards: what is scored: the forget set, or one batch of it.
+            head: the present head.
+            curvature: features that the curvature is fitted on; None: those that are scored.
+            seed: seed of the run.
+        """
+        direction, _ = fit_direction(
+            self.influence,
+            _reduce(shards, head),
+            None if curvature is None else _reduce(curvature.shards, head),
+            lambda: np.concatenate([norms_of(shard, head) for shard in shards]),
+        )
+        tables = [score_shard(shard, head, direction) for shard in shards]
+        scores, losses = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("influence", "loss"))
+        return SCHEMES[self.intensity.scheme](scores, losses, self.intensity, seed)
+
+    def batch_weights(
+        self, microbatches: Sequence[Positions], forget: FeatureStore, head: Head, curvature: FeatureStore | None, seed: int
+    ) -> npt.NDArray[np.float64]:
+        """Intensities ``[N]`` that are those of one batch under ``head``, and 0 elsewhere."""
+        weights = np.zeros(len(forget))
+        shards = [forget.shard_of(positions) for positions in microbatches]
+        weights[np.concatenate(microbatches)] = self.weights(shards, head, curvature, seed)
+        return weights
+
+
+def _reduce(shards: Sequence[FeatureShard], head: Head) -> Reduce[Any]:
+    return lambda statistics: merge_tree(map(partial(shard_statistics, head=head, statistics=statistics), shards))
