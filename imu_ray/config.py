@@ -52,6 +52,18 @@ class InfluenceConfig(Section):
 
     block_rows: int = setting(256, "rows per block: one forward call, one statistics sum, one scoring call", low=1)
     blocks_per_shard: int = setting(4, "blocks per task, a power of two", low=1, identity=False)
+    features: Literal["cache", "recompute"] = setting(
+        "cache",
+        "keep the features in the object store; or run the forward pass again in every stage (about five in all), so that nothing is stored "
+        "or spilled; the workers of an ascent then hold them all in memory",
+        identity=False,
+    )
+    feature_dtype: Literal["float32", "float16", "bfloat16"] = setting(
+        "float32", "how features are kept (float32: float64 of a float64 model); what is computed from them is float64"
+    )
+    autocast: Literal["none", "float16", "bfloat16"] = setting("none", "type that autocast runs the forward pass in")
+    channels_last: bool = setting(False, "run the forward pass on images in channels-last memory format")
+    compile: bool = setting(False, "compile the parts of the model in front of the head (`torch.compile`), once per worker process")
     curvature: str = setting(
         "diagonal_fisher",
         "curvature whose damped inverse weights the mean gradient: `diagonal_fisher` (paper), `identity`, `kfac`, `hessian`",

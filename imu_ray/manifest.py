@@ -62,7 +62,7 @@ class Manifest:
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
             "hardware": {
                 "platform": platform.platform(),
-                "processor": _processor(),
+                "processor": processor(),
                 "cpus": os.cpu_count(),
                 "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
                 "device": "cuda" if config.resources.gpus_per_worker else "cpu",
@@ -95,7 +95,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of this machine's processor."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

@@ -138,6 +138,15 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+def compile_around(model: nn.Module, head: str) -> None:
+    """Compile, in place, every part of the model that does not hold the head, whose input is caught by a hook."""
+    for name, child in model.named_children():
+        if head.startswith(f"{name}."):
+            compile_around(child, head.removeprefix(f"{name}."))
+        elif head != name:
+            child.compile()
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode without gradients; the mode of every module is put back afterwards."""

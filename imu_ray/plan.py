@@ -11,7 +11,8 @@ from torch import nn
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed.session import object_store_bytes, ray_session, slots
 from imu_ray.forget_set import ForgetSet
-from imu_ray.influence.features import extract_features, score_shard
+from imu_ray.influence.extraction import extract_features
+from imu_ray.influence.features import score_shard
 from imu_ray.inputs import Inputs
 from imu_ray.models import Head, ModelSpec
 from imu_ray.pipeline import resolve_settings
@@ -20,7 +21,7 @@ from imu_ray.pipeline import resolve_settings
 # sample 60 bytes travel; ids as text and the copies on the way take several times that.
 TASK_SECONDS = 0.002
 SHARD_BYTES, SAMPLE_BYTES = 6_000, 250
-SCORING_ROUNDS = 5  # tasks per shard after the features: moments, scores, ids, and two audits
+SCORING_ROUNDS = 4  # tasks per shard after the features: moments, scores, and two audits
 
 
 def plan(
@@ -50,23 +51,29 @@ def plan(
     inputs = Inputs.open(model, forget_set, task, evaluation, settings)
     width = inputs.task.target_layers(inputs.model)[inputs.task.head].in_features
     matrix = inputs.head.matrix_CD
-    item = 8 if next(inputs.model.parameters()).dtype == torch.float64 else 4
+    recompute = settings.influence.features == "recompute"
+    item = 2 if settings.influence.feature_dtype != "float32" else 8 if next(inputs.model.parameters()).dtype == torch.float64 else 4
     read_forward, scoring = _time_block(inputs, settings)
     sets = {name: _describe(source, width * item, read_forward, settings) for name, source in inputs.sources.items()}
     samples, shards, stored = (sum(part[key] for part in sets.values()) for key in ("samples", "shards", "feature_bytes"))
     tasks = shards * (1 + SCORING_ROUNDS)
     workers = settings.resources.workers
+    passes = 1 + SCORING_ROUNDS if recompute else 1
     rows = settings.influence.block_rows
     shard_rows = rows * settings.influence.blocks_per_shard
     model_bytes = sum(tensor.nbytes for tensor in inputs.model.state_dict().values())
     # A shard as read and as features, one block in float64 with its products, sums and direction of the head, and the model.
     per_worker = shard_rows * (width * item + _row_bytes(inputs.sources["forget"])) + rows * width * 8 * 2 + 6 * matrix.nbytes + model_bytes
-    features = sum(part["forward_seconds"] for part in sets.values()) / workers + TASK_SECONDS * shards
+    features = passes * sum(part["forward_seconds"] for part in sets.values()) / workers + TASK_SECONDS * shards
     scored = scoring * samples * SCORING_ROUNDS / workers + TASK_SECONDS * shards * SCORING_ROUNDS
     with ray_session(dataclasses.replace(settings.resources, workers=1)):  # too many are told, not refused
         store, room = object_store_bytes(), slots(settings.resources)
-    kept = stored + model_bytes
+    kept = (0 if recompute else stored) + model_bytes
     notes = []
+    if recompute:
+        notes.append(
+            f"features are made again in every stage; each worker of an ascent makes all of them once more and holds {stored:,} bytes"
+        )
     if kept > store:
         notes.append(f"the features do not fit in the object store ({kept:,} of {store:,} bytes) and will spill to the nodes' disks")
     if workers > room:
@@ -75,7 +82,7 @@ def plan(
         notes.append("seconds are those of this CPU; the workers have GPUs")
     return {
         "sets": sets,
-        "forward_passes": 1,
+        "forward_passes": passes,
         "tasks": tasks,
         "peak_bytes": {"per_worker": per_worker, "object_store": kept, "driver": SHARD_BYTES * shards + SAMPLE_BYTES * samples},
         "seconds": {"features": features, "scoring_and_audit": scored, "without_ascent": features + scored},
@@ -106,7 +113,7 @@ def _time_block(inputs: Inputs, settings: UnlearnConfig) -> tuple[float, float]:
     try:
         for _ in range(2):
             started = time.perf_counter()
-            features, report = extract_features(source, shard, inputs.task, inputs.model, torch.device("cpu"))
+            features, report = extract_features(source, shard, inputs.task, inputs.model, torch.device("cpu"), settings.influence)
             extracted = time.perf_counter()
             score_shard(features, inputs.head, Head.of(inputs.model, inputs.head.name).matrix_CD)
             scored = time.perf_counter()

@@ -42,9 +42,9 @@ class KillBefore:
     def __init__(self, function, folder, key):
         self.function, self.folder, self.key = function, str(folder), key
 
-    def __call__(self, value):
+    def __call__(self, value, **more):
         kill_once(self.folder, self.key)
-        return self.function(value)
+        return self.function(value, **more)
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,15 @@ def test_scoring_again_leaves_the_first_intensities_and_another_model(refresh, f
     assert again.manifest["model"]["hash_after"] != once.manifest["model"]["hash_after"]
 
 
+def test_features_made_anew_give_the_same_model(finished, tmp_path):
+    again = unlearn(
+        named("heads.head"), pairs(50), evaluation=sets(), config=config(influence__features="recompute"), run_dir=tmp_path / "run"
+    )
+    assert again.manifest["forget_set"]["feature_bytes"] == 0
+    assert again.intensities.equals(finished[2].intensities)
+    assert again.manifest["model"]["hash_after"] == finished[2].manifest["model"]["hash_after"]
+
+
 def test_given_intensities_that_would_never_be_used_are_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"influence.refresh is 'step'"):
         ascend(named("heads.head"), pairs(50), finished[2].intensities, config=config(influence__refresh="step"), run_dir=tmp_path / "run")

@@ -13,7 +13,8 @@ from imu_ray.config import AscentConfig, ForgetSetConfig, StopConfig
 from imu_ray.forget_set import open_forget_set
 from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import Moments, damped_direction, merge_tree
-from imu_ray.influence.features import extract_features, score_shard, shard_statistics
+from imu_ray.influence.extraction import extract_features
+from imu_ray.influence.features import score_shard, shard_statistics
 from imu_ray.models import Head
 from imu_ray.tasks.classification import ClassificationTask
 

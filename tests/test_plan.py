@@ -30,6 +30,18 @@ def test_the_counts_are_those_of_the_run(ray_cluster, tmp_path, monkeypatch):
     assert all(value > 0 for part in (made["peak_bytes"], made["seconds"]) for value in part.values())
 
 
+def test_features_made_anew_take_no_room_and_more_passes(ray_cluster):
+    kept, anew = (plan(named("fc"), pairs(64), config=config(influence__features=way)) for way in ("cache", "recompute"))
+    assert (kept["forward_passes"], anew["forward_passes"]) == (1, 5)
+    assert kept["peak_bytes"]["object_store"] - anew["peak_bytes"]["object_store"] == kept["sets"]["forget"]["feature_bytes"]
+    assert "made again in every stage" in anew["notes"][0]
+
+
+def test_half_the_precision_takes_half_the_bytes(ray_cluster):
+    whole, half = (plan(named("fc"), pairs(64), config=config(influence__feature_dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert whole["sets"]["forget"]["feature_bytes"] == 2 * half["sets"]["forget"]["feature_bytes"]
+
+
 def test_twice_the_samples_take_twice_the_bytes(ray_cluster):
     one, two = (plan(named("fc"), pairs(count), config=config()) for count in (64, 128))
     assert two["sets"]["forget"]["feature_bytes"] == 2 * one["sets"]["forget"]["feature_bytes"]

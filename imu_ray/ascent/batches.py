@@ -85,6 +85,6 @@ class FeatureStore:
         for index in np.flatnonzero(np.diff(cuts)):
             rows = slice(cuts[index], cuts[index + 1])
             local = positions[rows] - self.starts[index]
-            features[rows] = self.shards[index].features_nF[local]
+            features[rows] = self.shards[index].features(local)
             labels[rows] = self.shards[index].labels_n[local]
         return torch.from_numpy(features), torch.from_numpy(labels)

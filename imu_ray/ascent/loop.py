@@ -34,10 +34,10 @@ class AscentProblem:
     seed: int
     targets: Sequence[StopTarget] = ()
     preconditioner: FittedCurvature | None = None
-    rescoring: Rescoring | None = None
-    curvature_set: str | None = None  # of the evaluation sets, where influence is fitted on other samples
     forget: FeatureStore = field(default_factory=lambda: FeatureStore(()))
     evaluation: Mapping[str, FeatureStore] = field(default_factory=dict)
+    rescoring: Rescoring | None = None
+    curvature_set: str | None = None  # of the evaluation sets, where influence is fitted on other samples
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from imu_ray.ascent.step import Workers
 from imu_ray.checkpoint import RunDirectory
 from imu_ray.config import ResourcesConfig
 from imu_ray.distributed import metrics
-from imu_ray.distributed.influence_job import FeatureSet
+from imu_ray.distributed.influence_job import FeatureSet, fetch
 from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.events import event
 from imu_ray.models import Head
@@ -110,7 +110,7 @@ def _ascend_as_worker(arguments: Mapping[str, Any]) -> AscentOutcome:
 
 def _run(arguments: Mapping[str, Any], workers: Workers) -> AscentOutcome:
     def store(refs: "list[ray.ObjectRef[Any]]") -> FeatureStore:
-        return FeatureStore(ray.get(refs))
+        return FeatureStore(fetch(refs))
 
     problem = dataclasses.replace(
         arguments["problem"],

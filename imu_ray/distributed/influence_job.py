@@ -3,10 +3,9 @@
 Every remote function is one line around a pure one. Features stay on the node that made them; statistics and scores travel.
 """
 
-import ctypes
 import functools
-import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,41 +13,34 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import RayError
 from torch import nn
 
-from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import metrics
-from imu_ray.errors import ImuError, StageFailedError
+from imu_ray.config import InfluenceConfig, UnlearnConfig
+from imu_ray.distributed.task_runner import TaskRunner, begin_task, explain_failure
 from imu_ray.forget_set import ForgetSet, Shard
 from imu_ray.influence.curvature.base import S, merge_tree
 from imu_ray.influence.direction import fit_direction
-from imu_ray.influence.features import (
-    FeatureShard,
-    ShardReport,
-    extract_features,
-    norms_of,
-    score_shard,
-    shard_statistics,
-    take_rows,
-)
+from imu_ray.influence.extraction import extract_features
+from imu_ray.influence.features import FeatureShard, ShardReport, norms_of, score_shard, shard_statistics, take_rows
 from imu_ray.influence.gradients import LayerIO
-from imu_ray.models import Head
-from imu_ray.progress import LINE_SECONDS, Progress
+from imu_ray.models import Head, compile_around
 from imu_ray.tasks.base import Task
 
-logger = logging.getLogger("imu_ray")
 R = TypeVar("R")
-METRIC_SECONDS = 1.0  # between records, each of which the process holds until it is exported
-NAMES = 16  # different names of tasks in a stage, because Ray keeps figures for every name: 60 kB in the driver
 JOINED = 64  # neighbouring results that the driver makes one
 REDUCE_FAN_IN = 8  # a power of two, so that the tree over block index is kept
 
 
 @functools.lru_cache(maxsize=2)
-def _model(ref: "ray.ObjectRef[nn.Module]", device: str) -> nn.Module:
-    """The model, fetched and moved once per worker process."""
-    return ray.get(ref).to(device)
+def _model(ref: "ray.ObjectRef[nn.Module]", head: str, device: str, settings: InfluenceConfig) -> nn.Module:
+    """The model, fetched, moved and compiled once per worker process."""
+    model = ray.get(ref).to(device)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if settings.compile:
+        compile_around(model, head)
+    return model
 
 
 @functools.lru_cache(maxsize=4)
@@ -57,33 +49,58 @@ def _shared(ref: "ray.ObjectRef[Any]") -> Any:
     return ray.get(ref)
 
 
-def _begin(stage: str, threads: int) -> None:
-    """Fix what the bits of a result depend on in this worker process, and count a second attempt."""
-    if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
-        metrics.count("shards_retried", 1, stage)
-        metrics.flush()
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 features are float32, on a GPU as on the CPU
+@dataclass(frozen=True)
+class Recipe:
+    """How a shard's features are made. In place of features that are not kept it travels to every task that works on them."""
+
+    refs: "Sequence[ray.ObjectRef[Any]]"
+    shard: Shard
+    choices: "tuple[ray.ObjectRef[Any], ...]" = ()
+
+    def make(self) -> tuple[FeatureShard, ShardReport]:
+        """The forward pass, and what is chosen of it."""
+        source, task, model, stage, threads, device, settings = _shared(self.refs[0])
+        begin_task(stage, threads)
+        made, report = extract_features(
+            source, self.shard, task, _model(model, task.head, device, settings), torch.device(device), settings
+        )
+        for choice in self.choices:
+            made, report = take_rows(made, report, _shared(choice)[0](made))
+        return made, report
+
+
+def _made(features: FeatureShard | Recipe) -> FeatureShard:
+    """Features that were kept, or that are made now."""
+    return features.make()[0] if isinstance(features, Recipe) else features
+
+
+def fetch(refs: "Sequence[ray.ObjectRef[FeatureShard]] | Sequence[Recipe]") -> list[FeatureShard]:
+    """The features of a whole set, in this process."""
+    return [_made(ray.get(item) if isinstance(item, ray.ObjectRef) else item) for item in refs]
 
 
 @ray.remote
 def _extract(refs: "Sequence[ray.ObjectRef[Any]]", shard: Shard) -> tuple[FeatureShard, ShardReport]:
-    source, task, model, stage, threads, device = _shared(refs[0])
-    _begin(stage, threads)
-    return extract_features(source, shard, task, _model(model, device), torch.device(device))
+    return Recipe(refs, shard).make()
 
 
 @ray.remote
-def _map(refs: "Sequence[ray.ObjectRef[Any]]", shard: FeatureShard) -> Any:
+def _report(recipe: Recipe) -> ShardReport:
+    return replace(recipe.make()[1], feature_bytes=0)
+
+
+@ray.remote
+def _map(refs: "Sequence[ray.ObjectRef[Any]]", features: FeatureShard | Recipe) -> Any:
     function, stage, threads = _shared(refs[0])
-    _begin(stage, threads)
+    shard = _made(features)
+    begin_task(stage, threads)
     return function(shard)
 
 
 @ray.remote
 def _select(refs: "Sequence[ray.ObjectRef[Any]]", shard: FeatureShard, report: ShardReport) -> tuple[FeatureShard, ShardReport]:
     choose, stage, threads = _shared(refs[0])
-    _begin(stage, threads)
+    begin_task(stage, threads)
     return take_rows(shard, report, choose(shard))
 
 
@@ -92,106 +109,14 @@ def _merge(*parts: Any) -> Any:
     return merge_tree(parts)
 
 
-class TaskRunner:
-    """Runs one stage's tasks, ``workers`` at a time, with retries, progress and clear errors."""
-
-    def __init__(self, config: UnlearnConfig) -> None:
-        self.resources = config.resources
-        self.threads = config.resources.cpus_per_worker
-        self.device = "cuda" if config.resources.gpus_per_worker else "cpu"
-
-    def options(self, name: str, *, gpu: bool = False, **more: Any) -> dict[str, Any]:
-        """Ray options of a task of this run."""
-        return {
-            "name": name,
-            "num_cpus": self.threads,
-            "num_gpus": self.resources.gpus_per_worker if gpu else 0,
-            "max_retries": self.resources.max_retries,
-            "retry_exceptions": [OSError],
-            # A plain task would inherit a Tune trial's placement group and could not be scheduled in it.
-            "scheduling_strategy": "SPREAD",
-            **more,
-        }
-
-    def tasks(self, function: Any, stage: str, count: int, **more: Any) -> Callable[[int], Any]:
-        """The remote function for each of ``count`` tasks, named by stage and place: ``moments [1201-1300/10000]``."""
-        step = max(1, -(-count // NAMES))
-        places = [(first + 1, min(first + step, count)) for first in range(0, count, step)]
-        names = [f"{stage} [{first if first == last else f'{first}-{last}'}/{count}]" for first, last in places]
-        made = [function.options(**self.options(name, **more)) for name in names]
-        return lambda index: made[index // step]
-
-    def run(
-        self,
-        stage: str,
-        submit: Callable[[int], "ray.ObjectRef[Any]"],
-        count: int,
-        on_done: Callable[[int, Any], int],
-        *,
-        fetch: bool = True,
-    ) -> None:
-        """Submit tasks ``0 .. count - 1``, at most ``workers`` in flight.
-
-        ``on_done`` takes each result in order of completion and returns its samples. With ``fetch=False`` results stay where
-        they were made and ``on_done`` gets None; a failure then shows in whoever fetches what depends on them.
-
-        Raises:
-            ImuError: what a task raised on purpose, as it was raised.
-            StageFailedError: anything else that stopped a task.
-        """
-        pending: dict[ray.ObjectRef[Any], int] = {}
-        submitted = 0
-        with Progress(stage, count, "shards") as progress:
-            try:
-                while pending or submitted < count:
-                    while submitted < count and len(pending) < self.resources.workers:
-                        pending[submit(submitted)] = submitted
-                        submitted += 1
-                    ready, _ = ray.wait(list(pending), num_returns=1, fetch_local=fetch, timeout=LINE_SECONDS)
-                    if not ready:
-                        progress.advance(0, note="waiting for the tasks in flight, or for room to start them")
-                    for ref in ready:
-                        index = pending.pop(ref)
-                        samples = on_done(index, ray.get(ref) if fetch else None)
-                        progress.advance(samples=samples)
-                        metrics.count("shards_done", 1, stage)
-                        metrics.count("samples", samples, stage)
-                        metrics.gauge("samples_per_second", progress.rate, stage)
-                    metrics.flush(every=METRIC_SECONDS)
-            except (RayError, torch.OutOfMemoryError) as error:
-                raise _explain(stage, error) from None
-            finally:
-                metrics.flush()
-                for ref in pending:
-                    ray.cancel(ref, force=True)
-                _trim()
-
-
-def _trim() -> None:
-    """Give freed memory back: Ray's threads leave some in every arena of glibc, so that a driver of many shards would seem to grow."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _explain(stage: str, error: BaseException) -> ImuError:
-    """The error to show for a failed task."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, ImuError):
-        return cause
-    if isinstance(cause, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
-        return StageFailedError(f"{stage} ran out of memory: {cause}; use a smaller influence.block_rows or fewer workers per node")
-    return StageFailedError(f"{stage} failed: {type(cause).__name__}: {cause}; see the worker's log above for the trace")
-
-
 def _ids(shard: FeatureShard) -> list[str]:
     return shard.ids
 
 
 class FeatureSet:
-    """Handle on the features of one sample set: references in the driver, arrays in the object store."""
+    """Handle on the features of one sample set: references in the driver, arrays in the object store; or how to make them anew."""
 
-    def __init__(self, runner: TaskRunner, refs: "list[ray.ObjectRef[FeatureShard]]", reports: list[ShardReport]) -> None:
+    def __init__(self, runner: TaskRunner, refs: "list[ray.ObjectRef[FeatureShard]] | list[Recipe]", reports: list[ShardReport]) -> None:
         self.runner, self.refs, self.reports = runner, refs, reports
 
     @property
@@ -209,12 +134,17 @@ class FeatureSet:
 
     def select(self, choose: Callable[[FeatureShard], npt.NDArray[np.bool_]]) -> "FeatureSet":
         """The features of the samples that ``choose`` marks in each shard."""
-        refs: list[Any] = [None] * len(self.refs)
+        refs: list[Any] = list(self.refs)
         reports: list[Any] = [None] * len(self.refs)
-        tasks = self.runner.tasks(_select, "selection", len(self.refs), num_returns=2)
         shared = [ray.put((choose, "selection", self.runner.threads))]
+        if self.runner.recompute:
+            refs = [replace(recipe, choices=(*recipe.choices, *shared)) for recipe in refs]
+        function, returns = (_report, 1) if self.runner.recompute else (_select, 2)
+        tasks = self.runner.tasks(function, "selection", len(self.refs), gpu=self.runner.recompute, num_returns=returns)
 
         def submit(index: int) -> "ray.ObjectRef[ShardReport]":
+            if self.runner.recompute:
+                return tasks(index).remote(refs[index])
             refs[index], report = tasks(index).remote(shared, self.refs[index], self.reports[index])
             return report
 
@@ -244,7 +174,7 @@ class FeatureSet:
 
     def _submitter(self, stage: str, function: Callable[[FeatureShard], R]) -> Callable[[int], "ray.ObjectRef[R]"]:
         """What submits the task of each shard."""
-        tasks = self.runner.tasks(_map, stage, len(self.refs))
+        tasks = self.runner.tasks(_map, stage, len(self.refs), gpu=self.runner.recompute)
         shared = [ray.put((function, stage, self.runner.threads))]
         return lambda index: tasks(index).remote(shared, self.refs[index])
 
@@ -275,19 +205,22 @@ class FeatureSet:
         try:
             return ray.get(rest[0])
         except RayError as error:
-            raise _explain(stage, error) from None
+            raise explain_failure(stage, error) from None
 
 
 def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConfig, stage: str) -> FeatureSet:
-    """One forward pass over ``source``; the features stay in the object store."""
+    """One forward pass over ``source``; the features stay in the object store, or are dropped and made again by what needs them."""
     runner = TaskRunner(config)
     shards = source.shards(config.influence.block_rows, config.influence.blocks_per_shard)
-    tasks = runner.tasks(_extract, stage, len(shards), gpu=True, num_returns=2)
-    shared = [ray.put((source, task, ray.put(model), stage, runner.threads, runner.device))]
-    refs: list[Any] = [None] * len(shards)
+    shared = [ray.put((source, task, ray.put(model), stage, runner.threads, runner.device, config.influence))]
+    refs: list[Any] = [Recipe(shared, shard) for shard in shards] if runner.recompute else [None] * len(shards)
     reports: list[Any] = [None] * len(shards)
+    function, returns = (_report, 1) if runner.recompute else (_extract, 2)
+    tasks = runner.tasks(function, stage, len(shards), gpu=True, num_returns=returns)
 
     def submit(index: int) -> "ray.ObjectRef[ShardReport]":
+        if runner.recompute:
+            return tasks(index).remote(refs[index])
         refs[index], report = tasks(index).remote(shared, shards[index])
         return report
 

@@ -1,35 +1,34 @@
-"""One forward pass leaves feature blocks behind; moments, scores and the ascent work on them.
+"""What a forward pass leaves behind; moments, scores and the ascent work on it.
 
 Shapes: n samples of a shard, F features (the head's input without the bias input).
 """
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from imu_ray.errors import NonFiniteError, UnsupportedModelError
-from imu_ray.forget_set import ForgetSet, Shard
 from imu_ray.influence.curvature.base import S, merge_tree
 from imu_ray.influence.gradients import LayerIO, classifier_io, gradient_norms
 from imu_ray.influence.scores import influence_scores, sample_losses
-from imu_ray.models import Head, evaluation_mode
-from imu_ray.tasks.base import BadRow, Batch, Task
+from imu_ray.models import Head
+from imu_ray.tasks.base import BadRow
 
 
 @dataclass(frozen=True)
 class FeatureShard:
-    """Features ``[n, F]`` (float32, or float64 of a float64 model), labels ``[n]``, ids, rows of each block, and places ``[n]``.
+    """Features ``[n, F]``, labels ``[n]``, ids, rows of each block, and places ``[n]``.
 
-    A place is the sample's row in what the caller gave.
+    Features are float32 (float64 of a float64 model), float16, or the upper halves of float32 as uint16: bfloat16, which numpy
+    does not have. A place is the sample's row in what the caller gave.
     """
 
-    features_nF: npt.NDArray[np.floating]
+    features_nF: npt.NDArray[np.floating] | npt.NDArray[np.uint16]
     labels_n: npt.NDArray[np.int64]
     ids: list[str]
     block_sizes: tuple[int, ...]
@@ -42,10 +41,15 @@ class FeatureShard:
             yield slice(start, start + size)
             start += size
 
+    def features(self, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        """Features of some rows as floating numbers."""
+        kept: npt.NDArray[Any] = self.features_nF[rows]
+        return (kept.astype(np.uint32) << 16).view(np.float32) if kept.dtype == np.uint16 else kept
+
     def read(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Float64 features and labels of some rows."""
         # The copies make arrays from the object store, which are read-only, safe to hand to torch.
-        return torch.from_numpy(self.features_nF[rows].astype(np.float64)), torch.from_numpy(self.labels_n[rows].copy())
+        return torch.from_numpy(self.features(rows).astype(np.float64)), torch.from_numpy(self.labels_n[rows].copy())
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Float64 features and labels of each block."""
@@ -71,78 +75,6 @@ def take_rows(shard: FeatureShard, report: ShardReport, kept_n: npt.NDArray[np.b
     ids = [sample_id for sample_id, kept in zip(shard.ids, kept_n, strict=True) if kept]
     part = FeatureShard(shard.features_nF[kept_n], shard.labels_n[kept_n], ids, sizes, shard.places_n[kept_n])
     return part, replace(report, rows=len(ids), block_sizes=sizes, feature_bytes=part.features_nF.nbytes)
-
-
-def extract_features(
-    source: ForgetSet, shard: Shard, task: Task, model: nn.Module, device: torch.device
-) -> tuple[FeatureShard, ShardReport]:
-    """Read a shard and run the model over it, one forward call per block, in eval mode.
-
-    Raises:
-        ForgetSetError: a row cannot be used.
-        NonFiniteError: a feature is NaN or infinite; the message names the sample.
-    """
-    features, labels, ids, digests, places = [], [], [], b"", []
-    bad: list[BadRow] = []
-    seconds = 0.0
-    head = Head.of(model, task.head)
-    matrix = head.matrix_CD.to(device)
-    everything = source.read(shard.start, shard.stop)
-    with evaluation_mode(model):
-        for start, stop in shard.blocks():
-            rows = everything.part(start - shard.start, stop - shard.start)
-            digests += rows.digest()
-            batch = task.collate(rows)
-            bad += batch.bad_rows
-            labels.append(batch.labels_B.numpy())
-            ids.append(batch.ids)
-            # Left-out rows are not in the batch; the others keep their order.
-            usable = np.isin(rows.ids, batch.ids) if batch.bad_rows else slice(None)
-            places.append(source.positions(start, stop)[usable])
-            if batch.ids:
-                started = time.perf_counter()
-                outputs = task.forward(model, _to(batch, device))
-                kept = _finite(outputs.features_BD, outputs.logits_BC, batch.ids)
-                _check_linear(head.logits(kept, matrix), outputs.logits_BC, model)
-                features.append(kept.cpu().numpy())
-                seconds += time.perf_counter() - started
-    width = task.target_layers(model)[task.head].in_features
-    stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
-    sizes = tuple(len(part) for part in ids)
-    flat = [sample_id for part in ids for sample_id in part]
-    report = ShardReport(shard.index, len(flat), sizes, digests, tuple(bad), seconds, stacked.nbytes)
-    return FeatureShard(stacked, np.concatenate(labels), flat, sizes, np.concatenate(places)), report
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return replace(batch, inputs=batch.inputs.to(device), labels_B=batch.labels_B.to(device))
-
-
-def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
-    """Features in float32 or better; refused when they, or the logits, are not finite."""
-    bad = ~(torch.isfinite(features_BF).all(dim=1) & torch.isfinite(logits_BC).all(dim=1))
-    if bad.any():
-        named = [ids[place] for place in bad.nonzero()[:, 0].tolist()]
-        raise NonFiniteError(
-            f"the model gives NaN or infinity for {len(named)} samples of a block (ids {', '.join(named[:5])}"
-            f"{', ...' if len(named) > 5 else ''}); expected finite features and logits; check the weights and the inputs' scale"
-        )
-    return features_BF if features_BF.dtype == torch.float64 else features_BF.float()
-
-
-# How far logits recomputed from the features in float64 may be from the model's own, as a share of the largest.
-LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-
-
-def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module) -> None:
-    """Refuse a model whose output is not the plain linear head of the cached features."""
-    tolerance = LOGIT_TOLERANCE.get(logits_BC.dtype, 0.05)
-    difference = (recomputed_BC - logits_BC).abs().max()
-    if difference > tolerance * max(1.0, float(logits_BC.abs().max())):
-        raise UnsupportedModelError(
-            f"the output of {type(model).__name__} differs by {float(difference):.3g} from weight x features + bias of its head; expected a "
-            "plain linear head with nothing after it; score and ascent would be those of another model"
-        )
 
 
 def block_io(features_BF: Tensor, labels_B: Tensor, head: Head) -> LayerIO:

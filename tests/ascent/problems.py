@@ -42,4 +42,4 @@ def problem(*, targets=(), seed=0, dtype=np.float64, rows=90, bias=True, precond
     config = AscentConfig(**{"batch_size": 20, "microbatch_rows": 6, "stop": stop, **settings})
     rescoring = None if refresh == "once" else Rescoring(InfluenceConfig(refresh=refresh), IntensityConfig())
     evaluation = {"test": store(40, seed=5, dtype=dtype)}
-    return AscentProblem(head(bias=bias), weights, config, seed, targets, preconditioner, rescoring, None, forget, evaluation)
+    return AscentProblem(head(bias=bias), weights, config, seed, targets, preconditioner, forget, evaluation, rescoring)

@@ -51,8 +51,10 @@ from imu_ray.audit.accuracy import predict_shard
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import influence_job
 from imu_ray.influence.curvature.base import Moments
-from imu_ray.influence.features import FeatureShard, extract_features, score_shard, shard_statistics
+from imu_ray.influence.extraction import extract_features
+from imu_ray.influence.features import FeatureShard, score_shard, shard_statistics
 from imu_ray.inputs import Inputs
+from imu_ray.manifest import processor
 from imu_ray.models import Head
 
 HEADS = [(10, 513), (1000, 2049)]
@@ -218,11 +220,6 @@ def measure_memory(counts: list[int], events: bool) -> dict[str, Any]:
     *lines, samples = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     kb = (lines[-1]["VmHWM"] - lines[0]["VmRSS"]) * 1024 / (lines[-1]["shards"] - lines[0]["shards"])
     return {"task_events": events, "resident_mb": lines, "samples": samples, "kb_per_shard": kb}
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

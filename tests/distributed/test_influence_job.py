@@ -69,6 +69,42 @@ def test_every_curvature_gives_the_same_bits_for_any_workers_and_shards(curvatur
     assert ("iterations" in figures) == (curvature == "implicit")
 
 
+@pytest.mark.parametrize("curvature", ["diagonal_fisher", "identity", "kfac", "hessian"])
+def test_workers_killed_in_every_stage_change_nothing_for_any_curvature(curvature, tmp_path, monkeypatch):
+    settings = config(2, 2).with_overrides({"influence.curvature": curvature, "influence.robust": "clip"})
+    table, figures = scores(pairs(60), settings)
+    for name in ("norms_of", "shard_statistics", "score_shard"):
+        monkeypatch.setattr(influence_job, name, KillBefore(getattr(influence_job, name), tmp_path, name))
+    again, told = scores(KillingPairs(*tensors(60), tmp_path, row=30), settings)
+    assert again.equals(table)
+    assert told == figures
+    assert sorted(os.listdir(tmp_path)) == ["norms_of", "row30", "score_shard", "shard_statistics"]
+
+
+def test_features_that_are_made_anew_in_every_stage_give_the_same_bits(expected, tmp_path):
+    settings = config(2, 4).with_overrides({"influence.features": "recompute"})
+    made, head = features(KillingPairs(*tensors(ROWS), tmp_path, row=100), settings)
+    assert sum(report.feature_bytes for report in made.reports) == 0
+    assert not any(isinstance(item, ray.ObjectRef) for item in made.refs), "nothing is kept"
+    table, figures = influence_job.score(made, head, settings)
+    assert table.equals(expected[0])
+    assert figures == expected[1]
+    odd = made.select(odd_rows).select(first_hundred)
+    assert (
+        odd.ids()
+        == [str(row) for row in range(1, 100, 2)]
+        == [sample_id for shard in influence_job.fetch(odd.refs) for sample_id in shard.ids]
+    )
+
+
+def odd_rows(shard):
+    return shard.places_n % 2 == 1
+
+
+def first_hundred(shard):
+    return shard.places_n < 100
+
+
 class LastFirst(Pairs):
     """Row 0 is read only after the last row was: shards end in reverse."""
 

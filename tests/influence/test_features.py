@@ -5,29 +5,10 @@ import oracle
 import pytest
 import torch
 from architectures import named
+from pure import pure_scores
 from samples import Pairs, tensors
 
-from imu_ray.config import ForgetSetConfig
 from imu_ray.errors import NonFiniteError
-from imu_ray.forget_set import open_forget_set
-from imu_ray.influence.curvature import CURVATURES
-from imu_ray.influence.curvature.base import Damping, Moments, damped_direction, merge_tree
-from imu_ray.influence.features import extract_features, score_shard, shard_statistics
-from imu_ray.models import Head
-from imu_ray.tasks.classification import ClassificationTask
-
-CPU = torch.device("cpu")
-
-
-def pure_scores(model, dataset, curvature="diagonal_fisher", block_rows=8):
-    """The pipeline without Ray."""
-    source = open_forget_set(dataset, ForgetSetConfig())
-    task = ClassificationTask.for_model(model, source, ForgetSetConfig())
-    head = Head.of(model, task.head)
-    shards = [extract_features(source, shard, task, model, CPU)[0] for shard in source.shards(block_rows, 1)]
-    reduce = lambda statistics: merge_tree([shard_statistics(shard, head, statistics) for shard in shards])
-    direction = damped_direction(CURVATURES[curvature].fit(reduce, Damping(0.01)), reduce(Moments.of))
-    return np.concatenate([score_shard(shard, head, direction)["influence"].to_numpy() for shard in shards])
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,0 +1,262 @@
+"""What scoring costs beside a plain forward pass and beside other ways to score, on CIFAR-sized random images.
+
+    python tests/benchmarks/bench_influence.py [--rows 1024] [--repeat 5] [--only small_cnn resnet18]
+
+One process on one core (it is pinned to it, so that decoding ahead has no second core to hide on), one thread, one run. Every way
+is timed in turn in each of ``--repeat`` rounds; seconds are medians, ratios are medians of the ratios within a round:
+
+- ``forward``: the model in eval mode over ready tensors in batches of 256, and nothing else.
+- ``scoring``: ours, from a map-style dataset to a table of scores: reading, checks, digests, the forward pass, moments, scores.
+- ``head``: the part of it after the forward pass, on cached features.
+- ``published``: the published code's way: twice over the samples one by one with autograd, an N x P matrix of head gradients kept.
+- ``torch.func``: per-sample head gradients by vmap(grad) in chunks of 64, the same N x P matrix.
+- ``captum``: TracInCPFast on the head with one checkpoint, the forget set against itself (no curvature: another score).
+- ``kronfluence``: diagonal factors and pairwise scores on the head with an aggregated query gradient (the same score; it writes to disk).
+
+The slow ways run on the first ``--slow-rows`` samples and are scaled to ``--rows``. All but captum must give our scores to 1e-3 of the
+largest, or the benchmark stops. Writes ``results/influence-DATE.json`` and prints a table. On a CUDA device see ``--device``.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+# ruff: noqa: E402 - this tree comes first
+from imu_ray.config import InfluenceConfig, UnlearnConfig
+from imu_ray.forget_set import open_forget_set
+from imu_ray.influence.curvature.base import merge_tree
+from imu_ray.influence.direction import fit_direction
+from imu_ray.influence.extraction import extract_features
+from imu_ray.influence.features import FeatureShard, score_shard, shard_statistics
+from imu_ray.manifest import processor
+from imu_ray.models import Head
+from imu_ray.tasks.classification import ClassificationTask
+
+CLASSES, BATCH, DAMPING = 10, 256, 0.01
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return self.inputs[row], int(self.labels[row])
+
+
+def small_cnn() -> nn.Module:
+    def stage(inner: int, outer: int) -> list[nn.Module]:
+        return [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)]
+
+    body = nn.Sequential(*stage(3, 32), *stage(32, 64), *stage(64, 128), nn.Flatten())
+    model = nn.Sequential()
+    model.add_module("body", body)
+    model.add_module("fc", nn.Linear(128 * 16, CLASSES))
+    return model
+
+
+def resnet18() -> nn.Module:
+    return torchvision.models.resnet18(weights=None, num_classes=CLASSES)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"small_cnn": small_cnn, "resnet18": resnet18}
+
+
+class Ways:
+    """Every way to score ``rows`` samples with one model; each call returns the scores, or None where they are others."""
+
+    def __init__(self, name: str, rows: int, slow_rows: int, device: torch.device, dtype: str) -> None:
+        torch.manual_seed(0)
+        self.model = MODELS[name]().eval().to(device)
+        self.inputs, self.labels = torch.randn(rows, 3, 32, 32), torch.randint(CLASSES, (rows,))
+        self.slow = slice(0, slow_rows)
+        self.device = device
+        self.settings = InfluenceConfig(autocast=dtype)
+        self.source = open_forget_set(Images(self.inputs, self.labels), UnlearnConfig().forget_set)
+        self.task = ClassificationTask.for_model(self.model.cpu(), self.source, UnlearnConfig().forget_set)
+        self.model.to(device)
+        self.head = Head.of(self.model, self.task.head)
+        self.ready = self.inputs.to(device)
+        self.shards = self._extract(len(self.labels))
+
+    def forward(self) -> None:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, getattr(torch, self.settings.autocast, None), self.settings.autocast != "none"),
+        ):
+            for batch in self.ready.split(BATCH):
+                outputs = self.model(batch)
+            outputs.sum().item()  # waits for a GPU
+
+    def _extract(self, rows: int) -> list[FeatureShard]:
+        shards = [shard for shard in self.source.shards(BATCH, 1) if shard.stop <= rows]
+        return [extract_features(self.source, shard, self.task, self.model, self.device, self.settings)[0] for shard in shards]
+
+    def _score(self, shards: list[FeatureShard]) -> np.ndarray:
+        reduce = lambda statistics: merge_tree(shard_statistics(shard, self.head, statistics) for shard in shards)
+        direction, _ = fit_direction(self.settings, reduce, None, lambda: np.empty(0))
+        return np.concatenate([score_shard(shard, self.head, direction)["influence"].to_numpy() for shard in shards])
+
+    def scoring(self) -> np.ndarray:
+        return self._score(self._extract(len(self.labels)))
+
+    def head_alone(self) -> np.ndarray:
+        return self._score(self.shards)
+
+    def published(self) -> np.ndarray:
+        parameters = [*self.model.fc.parameters()]
+        passes = []
+        for _ in range(2):
+            rows = []
+            for row in range(self.slow.stop):
+                loss = nn.functional.cross_entropy(self.model(self.ready[row : row + 1]), self.labels[row : row + 1].to(self.device))
+                rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
+            passes.append(torch.stack(rows))
+        return direct_scores(passes[0], passes[1])
+
+    def vmapped(self) -> np.ndarray:
+        fixed = {key: value.detach() for key, value in self.model.state_dict().items()}
+        chosen = {key: fixed.pop(key) for key in ("fc.weight", "fc.bias")}
+
+        def loss(head: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+            logits = torch.func.functional_call(self.model, {**fixed, **head}, image.unsqueeze(0))
+            return nn.functional.cross_entropy(logits, label.unsqueeze(0))
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), chunk_size=64)
+        gradients = per_sample(chosen, self.ready[self.slow], self.labels[self.slow].to(self.device))
+        flat = torch.cat([part.flatten(1) for part in gradients.values()], dim=1)
+        return direct_scores(flat, flat)
+
+    def captum(self) -> None:
+        from captum.influence import TracInCPFast
+
+        tracer = TracInCPFast(
+            self.model, self.model.fc, Images(self.inputs, self.labels), checkpoints=[""], checkpoints_load_func=lambda *_: 1.0,
+            loss_fn=nn.CrossEntropyLoss(reduction="sum"), batch_size=BATCH,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tracer.influence((self.inputs, self.labels))
+
+    def kronfluence(self) -> np.ndarray:
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.arguments import FactorArguments, ScoreArguments
+        from kronfluence.task import Task
+        from kronfluence.utils.dataset import DataLoaderKwargs
+
+        class Head(Task):
+            def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+                return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+            def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+                return self.compute_train_loss(batch, model)
+
+            def get_influence_tracked_modules(self) -> list[str]:
+                return ["fc"]
+
+        task, samples = Head(), torch.utils.data.TensorDataset(self.inputs, self.labels)
+        model = MODELS["small_cnn" if hasattr(self.model, "body") else "resnet18"]().eval()
+        model.load_state_dict(self.model.state_dict())
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            analyzer = Analyzer(
+                "head", prepare_model(model, task), task, cpu=self.device.type == "cpu", output_dir=folder, disable_tqdm=True
+            )
+            analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
+            analyzer.fit_all_factors(
+                "diagonal", samples, per_device_batch_size=BATCH, factor_args=FactorArguments("diagonal", use_empirical_fisher=True)
+            )
+            analyzer.compute_pairwise_scores(
+                "scores", "diagonal", samples, samples, per_device_query_batch_size=BATCH, per_device_train_batch_size=BATCH,
+                score_args=ScoreArguments(damping_factor=DAMPING, aggregate_query_gradients=True),
+            )  # fmt: skip
+            scores = analyzer.load_pairwise_scores("scores")["all_modules"].squeeze(0)
+        return -scores.double().numpy() / len(self.labels)
+
+    def expected(self, rows: int) -> np.ndarray:
+        """Our scores of the first rows, scored as a forget set of their own."""
+        return self._score(self._extract(rows))
+
+
+def direct_scores(first_NP: Tensor, second_NP: Tensor) -> np.ndarray:
+    """I = -G (F + damping)^-1 mean(G) from gradient matrices."""
+    direction = first_NP.mean(0) / ((first_NP**2).mean(0) + DAMPING)
+    return -(second_NP @ direction).double().cpu().numpy()
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    ways = Ways(name, options.rows, options.slow_rows, torch.device(options.device), options.autocast)
+    share = options.rows / options.slow_rows
+    timed: dict[str, tuple[Callable[[], Any], float]] = {
+        "forward": (ways.forward, 1.0), "scoring": (ways.scoring, 1.0), "head": (ways.head_alone, 1.0), "published": (ways.published, share),
+        "torch.func": (ways.vmapped, share), "captum": (ways.captum, 1.0), "kronfluence": (ways.kronfluence, 1.0),
+    }  # fmt: skip
+    whole, part = ways.head_alone(), ways.expected(options.slow_rows)
+    rounds: list[dict[str, float]] = []
+    for turn in range(options.repeat + 1):  # the first warms up
+        seconds = {}
+        for way, (run, scale) in timed.items():
+            begun = time.perf_counter()
+            scores = run()
+            seconds[way] = (time.perf_counter() - begun) * scale
+            if scores is not None and options.autocast == "none":
+                expected = whole if scale == 1.0 else part
+                difference = np.abs(scores - expected).max() / np.abs(expected).max()
+                assert difference < 1e-3, f"{way} on {name}: scores differ by {difference:.2g} of the largest"
+        if turn:
+            rounds.append(seconds)
+        print(f"{name} round {turn}: " + ", ".join(f"{way} {value:.3f} s" for way, value in seconds.items()), flush=True)
+    medians = {way: statistics.median(seconds[way] for seconds in rounds) for way in timed}
+    ratios = {way: statistics.median(seconds[way] / seconds["forward"] for seconds in rounds) for way in timed}
+    ratios["published / scoring"] = statistics.median(seconds["published"] / seconds["scoring"] for seconds in rounds)
+    return {"rows": options.rows, "slow_rows": options.slow_rows, "seconds": medians, "ratio_to_forward": ratios, "rounds": rounds}
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024, help="a multiple of 1024")
+    parser.add_argument("--slow-rows", type=int, default=256, help="samples of the slow ways, a multiple of 256")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", choices=list(MODELS), nargs="+", default=list(MODELS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--autocast", choices=["none", "bfloat16"], default="none")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(), "hardware": {"processor": processor(), "device": options.device, "threads": 1},
+        "torch": torch.__version__, "load_before": os.getloadavg()[0],
+    }  # fmt: skip
+    for name in options.only:
+        record[name] = measure(name, options)
+    path = Path(__file__).parent / "results" / f"influence-{record['date']}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    for name in options.only:
+        print(f"\n{name}, {options.rows} samples: seconds, ratio to the plain forward pass")
+        for way, seconds in record[name]["seconds"].items():
+            print(f"  {way:12} {seconds:8.3f} {record[name]['ratio_to_forward'][way]:8.3f}")
+        print(f"  published / scoring: {record[name]['ratio_to_forward']['published / scoring']:.1f}")
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    main()
