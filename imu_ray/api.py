@@ -64,9 +64,9 @@ def score(
         ``sample_id, label, loss, influence, gradient_norm, outlier, intensity`` in the order of the forget set; intensity is 0 where not kept.
     """
     with Pipeline.open("score", model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None) as job:
-        intensities = job.score()
+        scored = job.score()
         job.complete()
-        return intensities
+        return pa.concat_tables(scored.parts())
 
 
 def ascend(
@@ -92,9 +92,9 @@ def ascend(
             "or epoch (they serve the first epoch), or unlearn()"
         )
     with Pipeline.open("ascend", model, forget_set, task, evaluation, settings, run_dir) as job:
-        job.take_intensities(job.check_intensities(intensities))
-        outcome = job.ascend(intensities)
-        return job.finish(with_head(_as_held(model, job), outcome.head), {}, intensities, outcome)
+        samples = job.take_intensities(intensities)
+        outcome = job.ascend(samples)
+        return job.finish(with_head(_as_held(model, job), outcome.head), {}, samples, outcome)
 
 
 def audit(

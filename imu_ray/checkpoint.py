@@ -1,12 +1,13 @@
 """A run directory: which artifacts it holds, and when a run may go on in it."""
 
+import itertools
 import json
 import math
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from imu_ray.models import Head
 from imu_ray.storage import PART, open_storage
 
 MANIFEST = "manifest.json"
+INTENSITIES = "intensities.parquet"
 STATE = "state/ascent.safetensors"
 
 
@@ -105,7 +107,25 @@ class RunDirectory:
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """A Parquet artifact."""
-        self.write(name, lambda path: pq.write_table(table, path))
+        self.write_tables(name, iter([table]))
+
+    def write_tables(self, name: str, parts: Iterator[pa.Table]) -> None:
+        """A Parquet artifact from parts, of which one is held at a time."""
+
+        def fill(path: Path) -> None:
+            first = next(parts)
+            with pq.ParquetWriter(path, first.schema) as writer:
+                for part in itertools.chain([first], parts):
+                    writer.write_table(part)
+
+        self.write(name, fill)
+
+    def read_table(self, name: str) -> pa.Table:
+        """A Parquet artifact as it was written."""
+        with self.storage.fetch(name) as path:
+            if path is None:
+                raise CheckpointError(f"{self.location} holds no {name}; expected the artifact of a run")
+            return pq.read_table(path)
 
     def write_model(self, name: str, model: nn.Module) -> None:
         """All parameters and buffers of a model as safetensors; tensors that share memory are written each."""

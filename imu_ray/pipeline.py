@@ -4,13 +4,14 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from torch import nn
 
@@ -21,7 +22,7 @@ from imu_ray.ascent.stopping import recipe_warning, stop_targets
 from imu_ray.audit.accuracy import Predictions, output_change, predict_shard, summarise
 from imu_ray.audit.membership import membership_inference
 from imu_ray.audit.report import DOMINATED, render_report
-from imu_ray.checkpoint import MANIFEST, RunDirectory, default_run_dir
+from imu_ray.checkpoint import INTENSITIES, MANIFEST, RunDirectory, default_run_dir
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import ascent_job, influence_job, metrics
 from imu_ray.distributed.session import ray_session
@@ -44,7 +45,6 @@ class UnlearnResult:
         model: an unlearned copy of the model; the original is not modified.
         run_dir: where the artifacts lie: a path, or the URI as given.
         metrics: accuracy, loss and membership inference, before and after.
-        intensities: ``sample_id, label, loss, influence, gradient_norm, outlier, intensity``, a row per sample of the forget set.
         trajectory: a row per check of the ascent.
         manifest: the record of what was done.
     """
@@ -52,9 +52,26 @@ class UnlearnResult:
     model: nn.Module
     run_dir: Path | str
     metrics: dict[str, Any]
-    intensities: pa.Table
     trajectory: pa.Table
     manifest: dict[str, Any]
+
+    @functools.cached_property
+    def intensities(self) -> pa.Table:
+        """``sample_id, label, loss, influence, gradient_norm, outlier, intensity``, a row per sample of the forget set.
+
+        Read from the run directory when it is first asked for: of a large set it takes 60 bytes a sample and more.
+        """
+        return RunDirectory(self.run_dir).read_table(INTENSITIES)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The forget set's influence and intensities ``[N]``, its samples per label, and its table a part at a time."""
+
+    influence: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64]
+    label_counts: dict[int, int]
+    parts: Callable[[], Iterator[pa.Table]]
 
 
 def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> UnlearnConfig:
@@ -146,36 +163,36 @@ class Pipeline:
         self.manifest.values["inputs"] = {"model": self.manifest.values["model"]["hash_before"], **self.inputs.digests()}
         self.features = self.inputs.features
 
-    def score(self) -> pa.Table:
+    def score(self) -> Weighted:
         """Influence and intensity of every sample; begins the run directory."""
         curvature_set = self.config.influence.curvature_set
         with self.stage("scores"):
             fitted_on = None if curvature_set == "forget" else self.features[curvature_set]
-            scored, figures = influence_job.score(self.features["forget"], self.head, self.config, fitted_on)
-        self.manifest.values["influence"] = figures
+            scores = influence_job.score(self.features["forget"], self.head, self.config, fitted_on)
+        figures = self.manifest.values["influence"] = scores.figures
         if figures["plain_gradient_share"] > DOMINATED and self.config.influence.curvature != "identity":
             share, below = figures["plain_gradient_share"], figures["fisher_below_damping"]
             advice = "the scores are nearly a plain gradient product; influence.damping_mode=relative or another curvature gives it a say"
             event("damping dominates", level=logging.WARNING, plain_gradient_share=share, fisher_below_damping=below, advice=advice)
-        weigh = SCHEMES[self.config.intensity.scheme]
-        scores, losses = scored["influence"].to_numpy(), scored["loss"].to_numpy()
-        weights = weigh(scores, losses, self.config.intensity, self.config.seed)
-        return self.take_intensities(scored.append_column("intensity", pa.array(weights)))
+        weights = SCHEMES[self.config.intensity.scheme](scores.influence, scores.loss, self.config.intensity, self.config.seed)
+        parts = functools.partial(scores.batches, weights)
+        return self._take(Weighted(scores.influence, weights, dict(sorted(scores.label_counts.items())), parts))
 
-    def check_intensities(self, intensities: pa.Table) -> pa.Table:
-        """Check that a table that was given is that of the forget set."""
-        missing = {"sample_id", "label", "intensity"} - set(intensities.column_names)
-        if missing or intensities["sample_id"].to_pylist() != self.features["forget"].ids():
+    def take_intensities(self, table: pa.Table) -> Weighted:
+        """A table that was given, checked to be that of the forget set."""
+        missing = {"sample_id", "label", "influence", "intensity"} - set(table.column_names)
+        if missing or table["sample_id"].to_pylist() != self.features["forget"].ids():
             raise ForgetSetError(
-                f"the intensities ({len(intensities)} rows, columns {', '.join(intensities.column_names)}) are not those of the "
+                f"the intensities ({len(table)} rows, columns {', '.join(table.column_names)}) are not those of the "
                 f"{self.features['forget'].rows} samples of {self.manifest.values['forget_set']['name']}; expected the table that score() gave for this "
                 "forget set, in its order"
             )
-        return intensities
+        counts = label_counts(table["label"].to_pylist())
+        return self._take(Weighted(table["influence"].to_numpy(), table["intensity"].to_numpy(), counts, lambda: iter([table])))
 
-    def take_intensities(self, intensities: pa.Table) -> pa.Table:
+    def _take(self, samples: Weighted) -> Weighted:
         """Check that there is something to ascend with, record it, and write the table."""
-        weights = intensities["intensity"].to_numpy()
+        weights = samples.weights
         if not (np.isfinite(weights).all() and (weights >= 0).all()):
             raise NonFiniteError(f"{int((~(weights >= 0)).sum())} intensities are negative or NaN; expected finite weights of 0 or more")
         if not weights.any():
@@ -183,14 +200,14 @@ class Pipeline:
         self.manifest.values["inputs"]["set of intensities"] = digest_of(weights)
         if self.unfinished is not None:
             self.run.check_inputs(self.unfinished, self.manifest.values["inputs"])
-        self.manifest.values["forget_set"]["label_counts"] = label_counts(intensities["label"].to_pylist())
+        self.manifest.values["forget_set"]["label_counts"] = samples.label_counts
         self.begun = True
         self.record()
         if self.write:
-            self.run.write_table("intensities.parquet", intensities)
-        return intensities
+            self.run.write_tables(INTENSITIES, samples.parts())
+        return samples
 
-    def ascend(self, intensities: pa.Table) -> AscentOutcome:
+    def ascend(self, samples: Weighted) -> AscentOutcome:
         """The ascent on the head, from where an unfinished run stopped."""
         counts = self.manifest.values["forget_set"]["label_counts"]
         warning = recipe_warning(self.config.recipe, counts, self.task.num_classes)
@@ -201,7 +218,7 @@ class Pipeline:
         unseen = summarise(original["test"])["accuracy"] if "test" in original else None
         kept = set().union(*(found for name, found in labels.items() if name != "test"))
         targets = stop_targets(self.config.ascent.stop, counts, self.task.num_classes, unseen, labels.get("test", ()), kept)
-        weights = intensities["intensity"].to_numpy()
+        weights = samples.weights
         with self.stage("preconditioner"):
             preconditioner = self._fit_preconditioner()
         influence = self.config.influence
@@ -275,29 +292,30 @@ class Pipeline:
 
     def unlearn(self, original: nn.Module) -> UnlearnResult:
         """Every stage after the features; ``original`` is the model as the caller holds it."""
-        intensities = self.score()
-        outcome = self.ascend(intensities)
+        samples = self.score()
+        outcome = self.ascend(samples)
         changed = with_head(original, outcome.head)
-        return self.finish(changed, self.audit(Head.of(changed, self.head.name)), intensities, outcome)
+        return self.finish(changed, self.audit(Head.of(changed, self.head.name)), samples, outcome)
 
-    def finish(self, changed: nn.Module, metrics: dict[str, Any], intensities: pa.Table, outcome: AscentOutcome) -> UnlearnResult:
+    def finish(self, changed: nn.Module, metrics: dict[str, Any], samples: Weighted, outcome: AscentOutcome) -> UnlearnResult:
         """Write what is left to write and close the record."""
         trajectory = pa.Table.from_pylist(outcome.trajectory)
         self.manifest.values["model"]["hash_after"] = model_hash(changed)
         self.run.write_table("trajectory.parquet", trajectory)
         self.run.write_events(outcome.trajectory)
-        self.write_audit(metrics, intensities, trajectory)
+        self.write_audit(metrics, samples, trajectory)
         self.run.write_model("model.safetensors", changed)
         self.run.clear_state()
         self.complete()
-        return UnlearnResult(changed, self.run.location, metrics, intensities, trajectory, self.manifest.values)
+        return UnlearnResult(changed, self.run.location, metrics, trajectory, self.manifest.values)
 
-    def write_audit(self, metrics: dict[str, Any], intensities: pa.Table | None, trajectory: pa.Table | None) -> None:
+    def write_audit(self, metrics: dict[str, Any], samples: Weighted | None, trajectory: pa.Table | None) -> None:
         """``metrics.json`` and the report."""
         if self.write:
             self.run.write_json("metrics.json", metrics)
             if self.config.audit.report:
-                self.run.write_text("report.html", render_report(self.manifest.values, metrics, intensities, trajectory))
+                drawn = None if samples is None else (samples.influence, samples.weights)
+                self.run.write_text("report.html", render_report(self.manifest.values, metrics, drawn, trajectory))
 
     def complete(self) -> None:
         """Close the record of a run that ended well."""

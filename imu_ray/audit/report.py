@@ -7,24 +7,33 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Column = npt.NDArray[np.float64]
 # Squared cosine with the plain gradient above which the curvature has no say to speak of.
 DOMINATED = 0.99
 
 
 def render_report(
-    manifest: Mapping[str, Any], metrics: Mapping[str, Any], intensities: pa.Table | None, trajectory: pa.Table | None
+    manifest: Mapping[str, Any], metrics: Mapping[str, Any], intensities: tuple[Column, Column] | None, trajectory: pa.Table | None
 ) -> str:
-    """The page as text; parts without data are left out."""
+    """The page as text; parts without data are left out.
+
+    Args:
+        manifest: the record of the run.
+        metrics: figures before and after.
+        intensities: influence and intensity of every sample, ``[N]`` each.
+        trajectory: a row per check of the ascent.
+    """
     figures = []
     if trajectory is not None:
         figures.append(("Trajectory", _draw_trajectory(trajectory, (manifest.get("ascent") or {}).get("targets", []))))
     if intensities is not None:
-        figures.append(("Influence and intensity", _draw_distributions(intensities)))
+        figures.append(("Influence and intensity", _draw_distributions(*intensities)))
     sides = [side for side in ("before", "after") if side in metrics]
     sets = [name for name in metrics[sides[-1]] if name != "membership"] if sides else []
     return render_page("report.html.j2", manifest=manifest, metrics=metrics, sides=sides, sets=sets, figures=figures, dominated=DOMINATED)
@@ -73,10 +82,9 @@ def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]])
     return svg_of(figure)
 
 
-def _draw_distributions(intensities: pa.Table) -> Markup:
+def _draw_distributions(influence: Column, weights: Column) -> Markup:
     figure, (left, right) = figure_of(2)
-    weights = intensities["intensity"].to_numpy()
-    left.hist(intensities["influence"].to_numpy(), bins=60, color="#3b6ea5")
+    left.hist(influence, bins=60, color="#3b6ea5")
     left.axvline(0, color="grey", linewidth=1)
     left.set(xlabel="influence on the mean forget loss", ylabel="samples", yscale="log")
     right.hist(weights[weights > 0], bins=60, color="#c2703d")

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import ray
 import torch
 from ray.exceptions import RayError
@@ -24,11 +23,11 @@ from imu_ray.influence.direction import fit_direction
 from imu_ray.influence.extraction import extract_features
 from imu_ray.influence.features import FeatureShard, ShardReport, norms_of, score_shard, shard_statistics, take_rows
 from imu_ray.influence.gradients import LayerIO
+from imu_ray.influence.score_table import ScoreTable
 from imu_ray.models import Head, compile_around
 from imu_ray.tasks.base import Task
 
 R = TypeVar("R")
-JOINED = 64  # neighbouring results that the driver makes one
 REDUCE_FAN_IN = 8  # a power of two, so that the tree over block index is kept
 
 
@@ -156,21 +155,26 @@ class FeatureSet:
         kept = [index for index, report in enumerate(reports) if report.rows]
         return FeatureSet(self.runner, [refs[index] for index in kept], [reports[index] for index in kept])
 
-    def map(self, stage: str, function: Callable[[FeatureShard], R], join: Callable[[list[R]], R] | None = None) -> list[R]:
-        """``function`` of every shard, in shard order; with ``join``, a result for every ``JOINED`` neighbours."""
-        runs: list[list[Any]] = [[None] * min(JOINED, len(self.refs) - i) for i in range(0, len(self.refs), JOINED)]
-        missing = [len(run) for run in runs]
+    def map(self, stage: str, function: Callable[[FeatureShard], R]) -> list[R]:
+        """``function`` of every shard, in shard order."""
+        results: list[R] = []
+        self.stream(stage, function, results.append)
+        return results
+
+    def stream(self, stage: str, function: Callable[[FeatureShard], R], take: Callable[[R], None]) -> None:
+        """``function`` of every shard; ``take`` is given the results as they come, in shard order."""
+        early: dict[int, R] = {}
+        turn = 0
 
         def done(index: int, result: R) -> int:
-            run, place = divmod(index, JOINED)
-            runs[run][place] = result
-            missing[run] -= 1
-            if join is not None and not missing[run]:
-                runs[run] = [join(runs[run])]
+            nonlocal turn
+            early[index] = result
+            while turn in early:
+                take(early.pop(turn))
+                turn += 1
             return self.reports[index].rows
 
         self.runner.run(stage, self._submitter(stage, function), len(self.refs), done)
-        return [result for run in runs for result in run]
 
     def _submitter(self, stage: str, function: Callable[[FeatureShard], R]) -> Callable[[int], "ray.ObjectRef[R]"]:
         """What submits the task of each shard."""
@@ -232,7 +236,7 @@ def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConf
     return FeatureSet(runner, refs, reports)
 
 
-def score(features: FeatureSet, head: Head, config: UnlearnConfig, fitted_on: FeatureSet | None = None) -> tuple[pa.Table, dict[str, Any]]:
+def score(features: FeatureSet, head: Head, config: UnlearnConfig, fitted_on: FeatureSet | None = None) -> ScoreTable:
     """Influence of every sample and what stands behind it.
 
     Args:
@@ -242,24 +246,14 @@ def score(features: FeatureSet, head: Head, config: UnlearnConfig, fitted_on: Fe
         fitted_on: features that the curvature is fitted on; None: those of the forget set.
 
     Returns:
-        ``SCORE_SCHEMA`` and ``outlier`` (gradient norm as a multiple of its ``influence.clip_quantile``), in the order of the
-        source; and ``describe_direction`` with what the curvature tells.
+        The scores, in the order of the source.
     """
-    settings = config.influence
     direction, figures = fit_direction(
-        settings,
+        config.influence,
         functools.partial(features.reduce, "moments", head),
         None if fitted_on is None else functools.partial(fitted_on.reduce, "curvature", head),
         lambda: np.concatenate(features.map("gradient norms", functools.partial(norms_of, head=head))),
     )
-    table = pa.concat_tables(features.map("scores", functools.partial(score_shard, head=head, direction_CD=direction), _join_tables))
-    norm = table["gradient_norm"].to_numpy()
-    limit = float(np.quantile(norm, settings.clip_quantile))
-    outlier = norm / limit if limit else np.zeros_like(norm)
-    return table.append_column("outlier", pa.array(outlier)), figures
-
-
-def _join_tables(tables: list[pa.Table]) -> pa.Table:
-    """One table with memory of its own, for many that each hold the message they came in."""
-    # A table of one chunk would be handed back as it is.
-    return pa.concat_tables([*tables, tables[0].slice(0, 0)]).combine_chunks()
+    table = ScoreTable(features.rows, figures)
+    features.stream("scores", functools.partial(score_shard, head=head, direction_CD=direction), table.take)
+    return table.close(config.influence.clip_quantile)

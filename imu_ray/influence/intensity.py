@@ -37,8 +37,10 @@ def imu_intensities(scores: Scores, losses: Scores, config: IntensityConfig, see
             f"none of {len(scores)} samples has a negative influence, so the scheme 'imu' keeps none; expected at least one; "
             "use intensity.scheme=uniform to ascend on all samples alike"
         )
-    order = np.argsort(scores[selected], kind="stable")
-    kept = selected[order[: max(1, round(config.keep_fraction * len(selected)))]]
+    kept = selected
+    if config.keep_fraction < 1:
+        order = np.argsort(scores[selected], kind="stable")
+        kept = selected[order[: max(1, round(config.keep_fraction * len(selected)))]]
     strength = np.sqrt(-scores[kept])
     weights = np.zeros_like(scores)
     weights[kept] = np.minimum(strength, np.quantile(strength, config.clip_quantile))

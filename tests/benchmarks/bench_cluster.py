@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 # ruff: noqa: E402 - this tree comes first
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 from architectures import named
@@ -104,8 +105,8 @@ def work(model: torch.nn.Module, samples: Any, settings: UnlearnConfig) -> tuple
     begun = time.perf_counter()
     inputs = inputs.extract(settings)
     made = time.perf_counter()
-    table, _ = influence_job.score(inputs.features["forget"], inputs.head, settings)
-    return made - begun, time.perf_counter() - made, table
+    scores = influence_job.score(inputs.features["forget"], inputs.head, settings)
+    return made - begun, time.perf_counter() - made, pa.concat_tables(scores.batches(scores.influence))
 
 
 def merges(shards: int) -> int:

@@ -5,6 +5,8 @@ import itertools
 import os
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 from architectures import named
@@ -39,8 +41,13 @@ def features(dataset, settings, model=None):
 
 
 def scores(dataset, settings):
-    made, head = features(dataset, settings)
-    return influence_job.score(made, head, settings)
+    return table_of(*features(dataset, settings), settings)
+
+
+def table_of(made, head, settings):
+    """The whole table, with intensities of 1, and what stands behind it."""
+    found = influence_job.score(made, head, settings)
+    return pa.concat_tables(found.batches(np.ones(made.rows))), found.figures
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,7 @@ def test_features_that_are_made_anew_in_every_stage_give_the_same_bits(expected,
     made, head = features(KillingPairs(*tensors(ROWS), tmp_path, row=100), settings)
     assert sum(report.feature_bytes for report in made.reports) == 0
     assert not any(isinstance(item, ray.ObjectRef) for item in made.refs), "nothing is kept"
-    table, figures = influence_job.score(made, head, settings)
+    table, figures = table_of(made, head, settings)
     assert table.equals(expected[0])
     assert figures == expected[1]
     odd = made.select(odd_rows).select(first_hundred)
@@ -133,7 +140,7 @@ def test_scores_are_bit_identical_when_shards_end_in_reverse(tmp_path):
     task = ClassificationTask.for_model(model, source, settings.forget_set)
     dataset.waiting = True  # four shards, four workers: the first can end only after the last has begun
     made = influence_job.extract(source, task, model, settings, "features")
-    assert influence_job.score(made, Head.of(model, task.head), settings)[0].equals(expected)
+    assert table_of(made, Head.of(model, task.head), settings)[0].equals(expected)
 
 
 def test_a_worker_killed_in_the_forward_pass_changes_nothing(tmp_path, expected):
@@ -238,7 +245,7 @@ def test_classes_are_a_part_with_all_their_samples():
 
 def test_a_part_is_scored_as_if_it_were_all():
     part, head = selected(40)
-    table, _ = influence_job.score(part, head, config())
+    table, _ = table_of(part, head, config())
     rows = [int(sample_id) for sample_id in part.ids()]
     alone, _ = scores(Pairs(*(column[rows] for column in tensors(ROWS))), config())
     assert table["label"].to_pylist() == alone["label"].to_pylist()

@@ -1,0 +1,74 @@
+"""The scores of a whole forget set: what selection needs in memory, the rest in a file until it is written with the intensities."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imu_ray.influence.features import SCORE_SCHEMA
+
+ROW_GROUP = 65_536
+INTENSITY_SCHEMA = SCORE_SCHEMA.append(pa.field("outlier", pa.float64())).append(pa.field("intensity", pa.float64()))
+Column = npt.NDArray[np.float64]
+
+
+class ScoreTable:
+    """Takes the score tables of the shards in order. Of each sample three numbers stay in memory; ids and labels go to a temporary file.
+
+    Attributes:
+        influence, loss: ``[N]``.
+        label_counts: samples of each label.
+        figures: what stands behind the scores (``fit_direction``).
+    """
+
+    def __init__(self, rows: int, figures: Mapping[str, Any]) -> None:
+        self.figures = dict(figures)
+        self.influence, self.loss, self._norm = np.empty(rows), np.empty(rows), np.empty(rows)
+        self.label_counts: Counter[int] = Counter()
+        self._taken = 0
+        self._waiting: list[pa.Table] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="imu-scores-")  # readable by this user alone
+        self._writer = pq.ParquetWriter(Path(self._folder.name) / "scores.parquet", SCORE_SCHEMA)
+
+    def take(self, table: pa.Table) -> None:
+        """The next shard's samples (``SCORE_SCHEMA``)."""
+        rows = slice(self._taken, self._taken + len(table))
+        for column, name in ((self.influence, "influence"), (self.loss, "loss"), (self._norm, "gradient_norm")):
+            column[rows] = table[name].to_numpy()
+        for count in table["label"].value_counts().to_pylist():
+            self.label_counts[count["values"]] += count["counts"]
+        self._taken = rows.stop
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) >= ROW_GROUP:
+            self._flush()
+
+    def close(self, clip_quantile: float) -> "ScoreTable":
+        """All shards are in. ``outlier`` will be the gradient norm as a multiple of this quantile of the norms."""
+        self._flush()
+        self._writer.close()
+        self._outlier_at = float(np.quantile(self._norm, clip_quantile))
+        del self._norm
+        return self
+
+    def batches(self, weights: Column) -> Iterator[pa.Table]:
+        """The table with ``outlier`` and the intensities ``[N]``, a part at a time, in order (``INTENSITY_SCHEMA``)."""
+        start = 0
+        with pq.ParquetFile(Path(self._folder.name) / "scores.parquet") as file:
+            for group in range(file.num_row_groups):
+                part = file.read_row_group(group)
+                norm = part["gradient_norm"].to_numpy()
+                outlier = norm / self._outlier_at if self._outlier_at else np.zeros_like(norm)
+                stop = start + len(part)
+                yield part.append_column("outlier", pa.array(outlier)).append_column("intensity", pa.array(weights[start:stop]))
+                start = stop
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting), row_group_size=ROW_GROUP)
+            self._waiting = []
