@@ -1,6 +1,8 @@
 """Make a trained PyTorch model forget: influence-guided machine unlearning on Ray."""
 
-from imu_ray.api import ascend, audit, score, unlearn
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from imu_ray.config import UnlearnConfig
 from imu_ray.errors import (
     CheckpointError,
@@ -12,12 +14,15 @@ from imu_ray.errors import (
     StageFailedError,
     UnsupportedModelError,
 )
-from imu_ray.job import JobConfig, run_job
-from imu_ray.models import ModelSpec
-from imu_ray.pipeline import UnlearnResult
-from imu_ray.plan import plan
-from imu_ray.sweep import SweepResult, sweep
-from imu_ray.sweep_axes import SweepConfig
+
+if TYPE_CHECKING:
+    from imu_ray.api import ascend, audit, score, unlearn
+    from imu_ray.job import JobConfig, run_job
+    from imu_ray.models import ModelSpec
+    from imu_ray.pipeline import UnlearnResult
+    from imu_ray.planning import plan
+    from imu_ray.sweep_axes import SweepConfig
+    from imu_ray.sweep_run import SweepResult, sweep
 
 __version__ = "0.1.0"
 
@@ -44,3 +49,24 @@ __all__ = [
     "sweep",
     "unlearn",
 ]
+
+# Imported when first asked for: a worker process needs a part of the package, and Ray Train, Tune and the plots take seconds to import.
+_HOMES = {
+    **dict.fromkeys(("ascend", "audit", "score", "unlearn"), "imu_ray.api"),
+    **dict.fromkeys(("JobConfig", "run_job"), "imu_ray.job"),
+    **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.sweep_run"),
+    "ModelSpec": "imu_ray.models",
+    "SweepConfig": "imu_ray.sweep_axes",
+    "UnlearnResult": "imu_ray.pipeline",
+    "plan": "imu_ray.planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'imu_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -17,7 +17,7 @@ from imu_ray.distributed.session import submitted_job
 from imu_ray.errors import ConfigError, EmptySelectionError, ImuError, StageFailedError
 from imu_ray.events import event, log_events
 from imu_ray.models import ModelSpec
-from imu_ray.plan import plan
+from imu_ray.planning import plan
 from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, replace_settings, settings_of
 from imu_ray.sweep_axes import SweepConfig, read_axes
 

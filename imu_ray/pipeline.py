@@ -19,9 +19,9 @@ from imu_ray.ascent.loop import AscentOutcome, AscentProblem
 from imu_ray.ascent.objectives import OBJECTIVES
 from imu_ray.ascent.rescoring import Rescoring
 from imu_ray.ascent.stopping import recipe_warning, stop_targets
-from imu_ray.audit.accuracy import Predictions, output_change, predict_shard, summarise
-from imu_ray.audit.membership import membership_inference
-from imu_ray.audit.report import DOMINATED, render_report
+from imu_ray.audits.accuracy import Predictions, output_change, predict_shard, summarise
+from imu_ray.audits.membership import membership_inference
+from imu_ray.audits.report import DOMINATED, render_report
 from imu_ray.checkpoint import INTENSITIES, MANIFEST, RunDirectory, default_run_dir
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import ascent_job, influence_job, metrics

@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 
 import imu_ray
-from imu_ray import ModelSpec, SweepConfig, UnlearnConfig
+from imu_ray import ModelSpec, SweepConfig, UnlearnConfig, sweep_run
 from imu_ray.demo import SETTINGS, digits, train_and_save, write_digits
 
 
@@ -32,8 +32,8 @@ if __name__ == "__main__":
     kill_after = int(sys.argv[5]) if len(sys.argv) > 5 else None
     paths = {path.stem: str(path) for path in folder.glob("*.parquet")} or samples(folder)
     spec = ModelSpec("faults:counting_digits", {"log": str(folder / "forward")}, checkpoint=str(folder / "model.safetensors"))
-    rows = sys.modules["imu_ray.sweep"]  # the function of the same name hides the module
-    write, written = rows._Rows._write, []
+
+    write, written = sweep_run._Rows._write, []
 
     def write_and_die(self, *arguments):
         write(self, *arguments)
@@ -41,7 +41,7 @@ if __name__ == "__main__":
         if len(written) == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    rows._Rows._write = write_and_die
+    sweep_run._Rows._write = write_and_die
     with ray.init(address="local", num_cpus=2, logging_level="warning", log_to_driver=False):
         result = imu_ray.sweep(
             spec, paths.pop("forget"), axes, evaluation=paths, settings=SweepConfig(**settings), sweep_dir=folder / "sweep",

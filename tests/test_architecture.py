@@ -1,7 +1,13 @@
 """The shape of the package, checked on its source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+
+import imu_ray
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "imu_ray"
@@ -26,8 +32,8 @@ ORDER = [
     ["ascent.measure"],
     ["ascent.loop"],
     ["checkpoint", "manifest"],
-    ["audit.accuracy", "audit.membership", "audit.report"],
-    ["audit.sweep_report"],
+    ["audits.accuracy", "audits.membership", "audits.report"],
+    ["audits.sweep_report"],
     ["distributed.session", "distributed.metrics"],
     ["distributed.task_runner"],
     ["distributed.influence_job"],
@@ -35,13 +41,13 @@ ORDER = [
     ["inputs"],
     ["pipeline"],
     ["api"],
-    ["sweep_axes", "plan"],
-    ["sweep"],
+    ["sweep_axes", "planning"],
+    ["sweep_run"],
     ["demo", "job"],
     [""],
 ]
 RANK = {f"imu_ray.{name}".rstrip("."): rank for rank, row in enumerate(ORDER) for name in row}
-RAY_ROOMS = ("imu_ray.distributed", "imu_ray.sweep", "imu_ray.ensemble")
+RAY_ROOMS = ("imu_ray.distributed", "imu_ray.sweep_axes", "imu_ray.sweep_run", "imu_ray.ensemble")
 
 
 def modules():
@@ -61,7 +67,7 @@ def imports(tree):
 
 
 def test_every_module_has_its_place_in_the_order():
-    packages = {"imu_ray.tasks", "imu_ray.influence", "imu_ray.ascent", "imu_ray.audit", "imu_ray.distributed"}
+    packages = {"imu_ray.tasks", "imu_ray.influence", "imu_ray.ascent", "imu_ray.audits", "imu_ray.distributed"}
     assert {name for name, _ in modules()} == set(RANK) | packages
 
 
@@ -99,3 +105,19 @@ def test_modules_and_functions_stay_readable():
 def test_jobs_are_thin_and_use_public_names():
     for path in sorted((ROOT / "jobs").glob("*.py")):
         assert len(path.read_text().splitlines()) <= 40, path
+
+
+def test_a_worker_of_the_scoring_imports_neither_train_nor_tune_nor_plots():
+    heavy = ("matplotlib", "pandas", "ray.train", "ray.tune", "sklearn", "tensorboardX", "torchvision")
+    code = f"import sys, imu_ray.distributed.influence_job; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_every_public_name_is_there():
+    assert all(hasattr(imu_ray, name) for name in imu_ray.__all__)
+    assert set(imu_ray.__all__) <= set(dir(imu_ray))
+    places = {path.stem for path in PACKAGE.iterdir()}
+    assert not places & set(imu_ray.__all__), "a module of the same name would hide it once it is imported"
+    with pytest.raises(AttributeError, match="has no attribute 'forget'"):
+        _ = imu_ray.forget

@@ -14,8 +14,8 @@ from ray import tune
 from samples import pairs
 
 from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep, sweep_axes
+from imu_ray import sweep_run as module
 
-module = sys.modules["imu_ray.sweep"]  # the function of the same name hides it
 BASE = UnlearnConfig()
 
 

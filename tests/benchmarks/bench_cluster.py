@@ -48,7 +48,7 @@ from nodes_driver import CountedPairs, Losing, OneRowShards, Wide, memory
 from ray.cluster_utils import Cluster
 from samples import Pairs, tensors
 
-from imu_ray.audit.accuracy import predict_shard
+from imu_ray.audits.accuracy import predict_shard
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import influence_job
 from imu_ray.influence.curvature.base import Moments

@@ -30,8 +30,8 @@ from imu_ray.ascent.loop import AscentProblem, run_ascent
 from imu_ray.ascent.measure import measure
 from imu_ray.ascent.step import Workers
 from imu_ray.ascent.stopping import StopTarget, stop_targets
-from imu_ray.audit.accuracy import Predictions, predict_shard
-from imu_ray.audit.membership import membership_inference
+from imu_ray.audits.accuracy import Predictions, predict_shard
+from imu_ray.audits.membership import membership_inference
 from imu_ray.config import UnlearnConfig
 from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import Moments, damped_direction, merge_tree

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from imu_ray.audit.accuracy import Predictions, output_change, predict_shard, summarise
+from imu_ray.audits.accuracy import Predictions, output_change, predict_shard, summarise
 from imu_ray.influence.features import FeatureShard
 from imu_ray.models import Head
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from imu_ray.audit.accuracy import Predictions
+from imu_ray.audits.accuracy import Predictions
 from imu_ray.config import AuditConfig
 
 LIMIT = 20_000  # rows per side; more would not move a figure that is read to two digits

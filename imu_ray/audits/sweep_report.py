@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from imu_ray.audit.report import figure_of, render_page, svg_of
+from imu_ray.audits.report import figure_of, render_page, svg_of
 
 Row = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from torch import nn
 
-from imu_ray.audit.sweep_report import render_sweep
+from imu_ray.audits.sweep_report import render_sweep
 from imu_ray.checkpoint import MANIFEST, RunDirectory, default_run_dir
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed.ascent_job import Trial

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from imu_ray.audit.accuracy import Predictions
-from imu_ray.audit.membership import membership_inference
+from imu_ray.audits.accuracy import Predictions
+from imu_ray.audits.membership import membership_inference
 from imu_ray.config import AuditConfig
 
 

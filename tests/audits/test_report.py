@@ -1,6 +1,6 @@
 import numpy as np
 
-from imu_ray.audit.report import render_report
+from imu_ray.audits.report import render_report
 
 FIGURES = {"samples": 3, "accuracy": 0.5, "loss": 1.25, "per_class": {"7": {"samples": 3, "accuracy": 0.5, "loss": 1.25}}}
 MANIFEST = {
