@@ -47,14 +47,14 @@ class Rows:
         return seen.digest()
 
 
-def _content(value: Any) -> bytes:
+def _content(value: Any) -> bytes | memoryview:
     """The bytes of an input; of one that is no bytes and no numbers, which is a bad row, its type."""
     if isinstance(value, bytes):
         return value
     if value is None:
         return b"none"
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    return str(type(value)).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes()
+    return str(type(value)).encode() if array.dtype == object else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 @dataclass(frozen=True, slots=True)  # the driver holds all of them

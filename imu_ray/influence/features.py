@@ -79,8 +79,7 @@ def take_rows(shard: FeatureShard, report: ShardReport, kept_n: npt.NDArray[np.b
 
 def block_io(features_BF: Tensor, labels_B: Tensor, head: Head) -> LayerIO:
     """What the head sees and how the loss pulls on its outputs, for one block."""
-    inputs = head.inputs(features_BF)
-    return classifier_io(inputs, inputs @ head.matrix_CD.T, labels_B)
+    return classifier_io(head.inputs(features_BF), head.logits(features_BF), labels_B)
 
 
 def shard_statistics(shard: FeatureShard, head: Head, statistics: Callable[[LayerIO], S]) -> S:
@@ -97,8 +96,9 @@ def score_shard(shard: FeatureShard, head: Head, direction_CD: Tensor) -> pa.Tab
     """Loss, influence and gradient norm of every sample of a shard (``SCORE_SCHEMA``)."""
     losses, scores, norms = [torch.empty(0)], [torch.empty(0)], [torch.empty(0)]
     for features, labels in shard.blocks():
-        layer_io = block_io(features, labels, head)
-        losses.append(sample_losses(head.logits(features), labels))
+        logits = head.logits(features)
+        layer_io = classifier_io(head.inputs(features), logits, labels)
+        losses.append(sample_losses(logits, labels))
         scores.append(influence_scores(layer_io, direction_CD))
         norms.append(gradient_norms(layer_io))
     columns = [torch.cat(parts).double().numpy() for parts in (losses, scores, norms)]

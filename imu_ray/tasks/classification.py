@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, UnsupportedModelError
+from imu_ray.errors import ConfigError, ForgetSetError, ImuError, NonFiniteError, UnsupportedModelError
 from imu_ray.forget_set import ForgetSet, Rows
 from imu_ray.models import find_head, linear_layers
 from imu_ray.tasks.base import BadRow, Batch, Outputs
@@ -77,15 +77,26 @@ class ClassificationTask:
                 inputs.append(self._input(value))
                 kept.append(place)
             except _UnusableRowError as error:
-                if self.config.on_bad_row == "error":
-                    kind = NonFiniteError if error.non_finite else ForgetSetError
-                    raise kind(
-                        f"row {sample_id!r}: {error}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to leave "
-                        "it out and list it in the manifest"
-                    ) from None
-                bad.append(BadRow(sample_id, str(error)))
+                bad.append(self._leave_out(sample_id, str(error), ForgetSetError))
         stacked = torch.stack(inputs) if inputs else torch.empty(0)
+        # Once for the block: a check of every row would cost more than reading it.
+        finite = torch.isfinite(stacked).flatten(1).all(1) if inputs else torch.empty(0)
+        if not finite.all():
+            bad += [
+                self._leave_out(rows.ids[kept[at]], "the input holds NaN or infinity", NonFiniteError)
+                for at in (~finite).nonzero()[:, 0].tolist()
+            ]
+            stacked, kept = stacked[finite], [place for place, usable in zip(kept, finite.tolist(), strict=True) if usable]
         return Batch(stacked, torch.from_numpy(rows.labels[kept]), [rows.ids[place] for place in kept], bad)
+
+    def _leave_out(self, sample_id: str, reason: str, kind: type[ImuError]) -> BadRow:
+        """A row that cannot be used: listed, or refused with an error of ``kind``."""
+        if self.config.on_bad_row == "skip":
+            return BadRow(sample_id, reason)
+        raise kind(
+            f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to leave it out and list it in "
+            "the manifest"
+        ) from None
 
     def _input(self, value: Any) -> Tensor:
         if value is None:
@@ -104,8 +115,6 @@ class ClassificationTask:
             numbers = torch.as_tensor(value).to(self.dtype)
         except (TypeError, ValueError, RuntimeError):
             raise _UnusableRowError(f"the input is a {type(value).__name__}, not an image or an array of numbers") from None
-        if not torch.isfinite(numbers).all():
-            raise _UnusableRowError("the input holds NaN or infinity", non_finite=True)
         numbers = self._standardise(numbers)
         if self.shape is not None and tuple(numbers.shape) != self.shape:
             raise _UnusableRowError(
@@ -141,10 +150,6 @@ class ClassificationTask:
 
 class _UnusableRowError(Exception):
     """Why one row cannot be used."""
-
-    def __init__(self, reason: str, non_finite: bool = False) -> None:
-        super().__init__(reason)
-        self.non_finite = non_finite
 
 
 def _decode(encoded: bytes) -> Image.Image:

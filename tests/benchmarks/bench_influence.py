@@ -1,9 +1,9 @@
 """What scoring costs beside a plain forward pass and beside other ways to score, on CIFAR-sized random images.
 
-    python tests/benchmarks/bench_influence.py [--rows 1024] [--repeat 5] [--only small_cnn resnet18]
+    python tests/benchmarks/bench_influence.py [--rows 1024] [--repeat 5] [--only small_cnn resnet18] [--pin]
 
-One process on one core (it is pinned to it, so that decoding ahead has no second core to hide on), one thread, one run. Every way
-is timed in turn in each of ``--repeat`` rounds; seconds are medians, ratios are medians of the ratios within a round:
+One process, one torch thread, one run; decoding ahead is a second thread, as in a worker. With ``--pin`` the process is kept on one core,
+so that decoding has no other core to hide on; the results are recorded apart. Every way is timed in turn in each of ``--repeat`` rounds; seconds are medians, ratios are medians of the ratios within a round:
 
 - ``forward``: the model in eval mode over ready tensors in batches of 256, and nothing else.
 - ``scoring``: ours, from a map-style dataset to a table of scores: reading, checks, digests, the forward pass, moments, scores.
@@ -26,7 +26,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +64,24 @@ class Images(torch.utils.data.Dataset):
         return self.inputs[row], int(self.labels[row])
 
 
-def small_cnn() -> nn.Module:
-    def stage(inner: int, outer: int) -> list[nn.Module]:
-        return [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)]
-
-    body = nn.Sequential(*stage(3, 32), *stage(32, 64), *stage(64, 128), nn.Flatten())
-    model = nn.Sequential()
-    model.add_module("body", body)
-    model.add_module("fc", nn.Linear(128 * 16, CLASSES))
-    return model
+def cnn(channels: Sequence[int]) -> nn.Module:
+    """Stages of 3 x 3 convolution, batch normalisation, ReLU and 2 x 2 maximum; 16 positions of the last go into the head."""
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise([3, *channels]):
+        layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)]
+    body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    return nn.Sequential(OrderedDict(body=body, fc=nn.Linear(channels[-1] * 16, CLASSES)))
 
 
 def resnet18() -> nn.Module:
     return torchvision.models.resnet18(weights=None, num_classes=CLASSES)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"small_cnn": small_cnn, "resnet18": resnet18}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "small_cnn": partial(cnn, (8, 16)),
+    "cnn": partial(cnn, (32, 64, 128)),
+    "resnet18": resnet18,
+}
 
 
 class Ways:
@@ -84,6 +89,7 @@ class Ways:
 
     def __init__(self, name: str, rows: int, slow_rows: int, device: torch.device, dtype: str) -> None:
         torch.manual_seed(0)
+        self.name = name
         self.model = MODELS[name]().eval().to(device)
         self.inputs, self.labels = torch.randn(rows, 3, 32, 32), torch.randint(CLASSES, (rows,))
         self.slow = slice(0, slow_rows)
@@ -172,7 +178,7 @@ class Ways:
                 return ["fc"]
 
         task, samples = Head(), torch.utils.data.TensorDataset(self.inputs, self.labels)
-        model = MODELS["small_cnn" if hasattr(self.model, "body") else "resnet18"]().eval()
+        model = MODELS[self.name]().eval()
         model.load_state_dict(self.model.state_dict())
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -238,8 +244,9 @@ def main() -> None:
     parser.add_argument("--only", choices=list(MODELS), nargs="+", default=list(MODELS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--autocast", choices=["none", "bfloat16"], default="none")
+    parser.add_argument("--pin", action="store_true", help="keep the process on one core")
     options = parser.parse_args()
-    if options.device == "cpu":
+    if options.pin:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     record: dict[str, Any] = {
@@ -248,7 +255,8 @@ def main() -> None:
     }  # fmt: skip
     for name in options.only:
         record[name] = measure(name, options)
-    path = Path(__file__).parent / "results" / f"influence-{record['date']}.json"
+    kind = f"influence{'-pinned' if options.pin else ''}{'-cuda' if options.device == 'cuda' else ''}"
+    path = Path(__file__).parent / "results" / f"{kind}-{record['date']}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     for name in options.only:
         print(f"\n{name}, {options.rows} samples: seconds, ratio to the plain forward pass")
