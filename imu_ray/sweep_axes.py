@@ -17,7 +17,10 @@ from imu_ray.settings import Section, nearest, setting, settings_of
 
 SIZE = "forget_set.size"
 # What a trial cannot change, because the features that all trials share depend on it, or because it is not a trial's to say.
-FIXED = ("forget_set.", "influence.block_rows", "influence.blocks_per_shard", "resources.", "audit.", "recipe", "log")
+FIXED = (
+    "forget_set.", "influence.block_rows", "influence.blocks_per_shard", "influence.features", "influence.feature_dtype", "influence.autocast",
+    "influence.channels_last", "influence.compile", "resources.", "audit.", "recipe", "log",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -287,8 +287,9 @@ def test_a_finished_run_is_not_overwritten(finished):
 
 
 @pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    """A run that Ctrl-C stopped after its third state."""
+def interrupted(tmp_path, monkeypatch, request):
+    """A run that Ctrl-C stopped after its third state; a test may ask for other settings."""
+    settings = config(**getattr(request, "param", {}))
     count = 0
     save = RunDirectory.save_state
 
@@ -302,7 +303,7 @@ def interrupted(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "save_state", save_then_stop)
         with pytest.raises(KeyboardInterrupt):
-            unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=config(), run_dir=tmp_path / "run")
+            unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=settings, run_dir=tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -317,6 +318,27 @@ def test_the_same_call_goes_on_from_the_state_to_the_same_model(interrupted, fin
     assert all(torch.equal(value, finished[2].model.state_dict()[key]) for key, value in result.model.state_dict().items())
     assert result.trajectory["step"].to_pylist() == finished[2].trajectory["step"].to_pylist()
     assert not (interrupted / "state").exists()
+
+
+@pytest.mark.parametrize(
+    "interrupted",
+    [
+        {"influence__curvature": "identity"},
+        {"influence__curvature": "kfac"},
+        {"influence__curvature": "hessian", "influence__refresh": "epoch"},
+        {"influence__refresh": "step"},
+    ],
+    indirect=True,
+)
+def test_a_run_goes_on_to_the_same_bits_under_every_curvature_and_refresh(interrupted, tmp_path):
+    settings = UnlearnConfig().with_overrides(json.loads((interrupted / "manifest.json").read_text())["config"])
+    whole, rest = (
+        unlearn(named("heads.head"), pairs(50), evaluation=sets(), config=settings, run_dir=run)
+        for run in (tmp_path / "whole", interrupted)
+    )
+    assert all(torch.equal(value, whole.model.state_dict()[key]) for key, value in rest.model.state_dict().items())
+    assert rest.intensities.equals(whole.intensities)
+    assert rest.trajectory["step"].to_pylist() == whole.trajectory["step"].to_pylist()
 
 
 @pytest.mark.parametrize(("model_seed", "data_seed", "message"), [(0, 9, "another forget set"), (9, 0, "another model")])

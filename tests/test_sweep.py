@@ -46,6 +46,8 @@ def test_distributions_are_drawn_the_same_each_time():
         ({}, {}, "axes is empty"),
         ({"ascent.learning_rat": [1]}, {}, "did you mean ascent.learning_rate"),
         ({"influence.block_rows": [1]}, {}, "all trials share it"),
+        ({"influence.feature_dtype": ["float32", "bfloat16"]}, {}, "all trials share it"),
+        ({"influence.autocast": ["none", "bfloat16"]}, {}, "all trials share it"),
         ({"forget_set.image_size": [8]}, {}, "all trials share it"),
         ({"ascent.learning_rate": 0.1}, {}, "expected a list of values"),
         ({"ascent.learning_rate": [-1]}, {}, "ascent.learning_rate is -1"),

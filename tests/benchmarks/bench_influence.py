@@ -8,7 +8,8 @@ so that decoding has no other core to hide on; the results are recorded apart. E
 - ``forward``: the model in eval mode over ready tensors in batches of 256, and nothing else.
 - ``scoring``: ours, from a map-style dataset to a table of scores: reading, checks, digests, the forward pass, moments, scores.
 - ``head``: the part of it after the forward pass, on cached features.
-- ``published``: the published code's way: twice over the samples one by one with autograd, an N x P matrix of head gradients kept.
+- ``published``: the published way: twice over the samples, one at a time, ``loss.backward()``, an N x P matrix of head gradients kept.
+- ``published, head``: the same with gradients of the head alone (``autograd.grad``), which spares the backward pass through the rest.
 - ``torch.func``: per-sample head gradients by vmap(grad) in chunks of 64, the same N x P matrix.
 - ``captum``: TracInCPFast on the head with one checkpoint, the forget set against itself (no curvature: another score).
 - ``kronfluence``: diagonal factors and pairwise scores on the head with an aggregated query gradient (the same score; it writes to disk).
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 # ruff: noqa: E402 - this tree comes first
 from imu_ray.config import InfluenceConfig, UnlearnConfig
-from imu_ray.forget_set import open_forget_set
+from imu_ray.forget_set import ForgetSet, open_forget_set
 from imu_ray.influence.curvature.base import merge_tree
 from imu_ray.influence.direction import fit_direction
 from imu_ray.influence.extraction import extract_features
@@ -100,7 +101,7 @@ class Ways:
         self.model.to(device)
         self.head = Head.of(self.model, self.task.head)
         self.ready = self.inputs.to(device)
-        self.shards = self._extract(len(self.labels))
+        self.shards = self._extract(self.source)
 
     def forward(self) -> None:
         with (
@@ -111,9 +112,9 @@ class Ways:
                 outputs = self.model(batch)
             outputs.sum().item()  # waits for a GPU
 
-    def _extract(self, rows: int) -> list[FeatureShard]:
-        shards = [shard for shard in self.source.shards(BATCH, 1) if shard.stop <= rows]
-        return [extract_features(self.source, shard, self.task, self.model, self.device, self.settings)[0] for shard in shards]
+    def _extract(self, source: ForgetSet) -> list[FeatureShard]:
+        shards = source.shards(BATCH, self.settings.blocks_per_shard)
+        return [extract_features(source, shard, self.task, self.model, self.device, self.settings)[0] for shard in shards]
 
     def _score(self, shards: list[FeatureShard]) -> np.ndarray:
         reduce = lambda statistics: merge_tree(shard_statistics(shard, self.head, statistics) for shard in shards)
@@ -121,19 +122,23 @@ class Ways:
         return np.concatenate([score_shard(shard, self.head, direction)["influence"].to_numpy() for shard in shards])
 
     def scoring(self) -> np.ndarray:
-        return self._score(self._extract(len(self.labels)))
+        return self._score(self._extract(self.source))
 
     def head_alone(self) -> np.ndarray:
         return self._score(self.shards)
 
-    def published(self) -> np.ndarray:
+    def published(self, whole: bool = True) -> np.ndarray:
         parameters = [*self.model.fc.parameters()]
         passes = []
         for _ in range(2):
             rows = []
             for row in range(self.slow.stop):
                 loss = nn.functional.cross_entropy(self.model(self.ready[row : row + 1]), self.labels[row : row + 1].to(self.device))
-                rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
+                if whole:
+                    self.model.zero_grad()
+                    loss.backward()
+                gradients = [parameter.grad for parameter in parameters] if whole else torch.autograd.grad(loss, parameters)
+                rows.append(torch.cat([part.flatten() for part in gradients]))
             passes.append(torch.stack(rows))
         return direct_scores(passes[0], passes[1])
 
@@ -196,9 +201,11 @@ class Ways:
             scores = analyzer.load_pairwise_scores("scores")["all_modules"].squeeze(0)
         return -scores.double().numpy() / len(self.labels)
 
-    def expected(self, rows: int) -> np.ndarray:
-        """Our scores of the first rows, scored as a forget set of their own."""
-        return self._score(self._extract(rows))
+    def expected(self) -> np.ndarray:
+        """Our scores of the samples of the slow ways, scored as a forget set of their own."""
+        return self._score(
+            self._extract(open_forget_set(Images(self.inputs[self.slow], self.labels[self.slow]), UnlearnConfig().forget_set))
+        )
 
 
 def direct_scores(first_NP: Tensor, second_NP: Tensor) -> np.ndarray:
@@ -212,9 +219,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     share = options.rows / options.slow_rows
     timed: dict[str, tuple[Callable[[], Any], float]] = {
         "forward": (ways.forward, 1.0), "scoring": (ways.scoring, 1.0), "head": (ways.head_alone, 1.0), "published": (ways.published, share),
+        "published, head": (partial(ways.published, whole=False), share),
         "torch.func": (ways.vmapped, share), "captum": (ways.captum, 1.0), "kronfluence": (ways.kronfluence, 1.0),
     }  # fmt: skip
-    whole, part = ways.head_alone(), ways.expected(options.slow_rows)
+    whole, part = ways.head_alone(), ways.expected()
     rounds: list[dict[str, float]] = []
     for turn in range(options.repeat + 1):  # the first warms up
         seconds = {}
@@ -231,7 +239,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         print(f"{name} round {turn}: " + ", ".join(f"{way} {value:.3f} s" for way, value in seconds.items()), flush=True)
     medians = {way: statistics.median(seconds[way] for seconds in rounds) for way in timed}
     ratios = {way: statistics.median(seconds[way] / seconds["forward"] for seconds in rounds) for way in timed}
-    ratios["published / scoring"] = statistics.median(seconds["published"] / seconds["scoring"] for seconds in rounds)
+    for way in ("published", "published, head"):
+        ratios[f"{way} / scoring"] = statistics.median(seconds[way] / seconds["scoring"] for seconds in rounds)
     return {"rows": options.rows, "slow_rows": options.slow_rows, "seconds": medians, "ratio_to_forward": ratios, "rounds": rounds}
 
 
@@ -261,8 +270,9 @@ def main() -> None:
     for name in options.only:
         print(f"\n{name}, {options.rows} samples: seconds, ratio to the plain forward pass")
         for way, seconds in record[name]["seconds"].items():
-            print(f"  {way:12} {seconds:8.3f} {record[name]['ratio_to_forward'][way]:8.3f}")
-        print(f"  published / scoring: {record[name]['ratio_to_forward']['published / scoring']:.1f}")
+            print(f"  {way:16} {seconds:8.3f} {record[name]['ratio_to_forward'][way]:8.3f}")
+        for way in ("published", "published, head"):
+            print(f"  {way} / scoring: {record[name]['ratio_to_forward'][f'{way} / scoring']:.1f}")
     print(f"\nwrote {path}")
 
 
