@@ -54,7 +54,7 @@ class InfluenceConfig(Section):
     blocks_per_shard: int = setting(4, "blocks per task, a power of two", low=1, identity=False)
     features: Literal["cache", "recompute"] = setting(
         "cache",
-        "keep the features in the object store; or run the forward pass again in every stage (about five in all), so that nothing is stored "
+        "keep the features in the object store; or run the forward pass again in every stage (seven and more in all), so that nothing is stored "
         "or spilled; the workers of an ascent then hold them all in memory",
         identity=False,
     )
@@ -71,7 +71,7 @@ class InfluenceConfig(Section):
     refresh: Literal["once", "epoch", "step"] = setting(
         "once",
         "when influence is scored: of the original head; or again, from the cached features, at the start of each epoch of the ascent, or "
-        "within each batch",
+        "within each batch; every sample is then in a batch, and those that are not kept there have no weight",
     )
     curvature_set: str = setting("forget", "samples that the curvature is fitted on: `forget`, or the name of an evaluation set")
     damping: float = setting(0.01, "lambda, added to the curvature's diagonal", above=0)

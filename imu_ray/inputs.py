@@ -79,8 +79,9 @@ class Inputs:
     def extract(self, config: UnlearnConfig) -> "Inputs":
         """With features: one forward pass over every sample set."""
         features, described = {}, {}
+        model = influence_job.share(self.model)
         for name, source in self.sources.items():
-            made = influence_job.extract(source, self.task, self.model, config, f"features of {name}")
+            made = influence_job.extract(source, self.task, model, config, f"features of {name}")
             if not made.rows:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
             features[name], described[name] = made, describe_samples(source, made.reports)

@@ -143,6 +143,8 @@ def compile_around(model: nn.Module, head: str) -> None:
     for name, child in model.named_children():
         if head.startswith(f"{name}."):
             compile_around(child, head.removeprefix(f"{name}."))
+        elif isinstance(child, nn.ModuleList | nn.ModuleDict):  # never called themselves
+            compile_around(child, "")
         elif head != name:
             child.compile()
 

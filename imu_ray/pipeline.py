@@ -59,7 +59,8 @@ class UnlearnResult:
     def intensities(self) -> pa.Table:
         """``sample_id, label, loss, influence, gradient_norm, outlier, intensity``, a row per sample of the forget set.
 
-        Read from the run directory when it is first asked for: of a large set it takes 60 bytes a sample and more.
+        Read from the run directory when it is first asked for (of a large set it takes 60 bytes a sample and more), which must be there
+        still.
         """
         return RunDirectory(self.run_dir).read_table(INTENSITIES)
 

@@ -21,7 +21,7 @@ from imu_ray.pipeline import resolve_settings
 # sample 60 bytes travel; ids as text and the copies on the way take several times that.
 TASK_SECONDS = 0.002
 SHARD_BYTES, SAMPLE_BYTES = 6_000, 250
-SCORING_ROUNDS = 4  # tasks per shard after the features: moments, scores, and two audits
+SCORING_ROUNDS = 5  # tasks per shard after the features: moments, scores, change of the outputs, and two audits
 
 
 def plan(
@@ -58,7 +58,7 @@ def plan(
     samples, shards, stored = (sum(part[key] for part in sets.values()) for key in ("samples", "shards", "feature_bytes"))
     tasks = shards * (1 + SCORING_ROUNDS)
     workers = settings.resources.workers
-    passes = 1 + SCORING_ROUNDS if recompute else 1
+    passes = 1 + SCORING_ROUNDS + 1 if recompute else 1  # the ascent makes them once more
     rows = settings.influence.block_rows
     shard_rows = rows * settings.influence.blocks_per_shard
     model_bytes = sum(tensor.nbytes for tensor in inputs.model.state_dict().values())

@@ -58,7 +58,7 @@ def sweep(
     sweep_dir: str | Path | None = None,
     resume: bool = False,
 ) -> SweepResult:
-    """Run a trial for every combination of ``axes``, on features that are computed once.
+    """Run a trial for every combination of ``axes``, on features that are computed once (``influence.features=recompute``: by every stage).
 
     Args:
         model: as in ``unlearn``.

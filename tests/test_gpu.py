@@ -12,7 +12,7 @@ from imu_ray.ascent.step import Workers
 from imu_ray.config import AscentConfig, ForgetSetConfig, StopConfig
 from imu_ray.forget_set import open_forget_set
 from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
-from imu_ray.influence.curvature.base import Moments, damped_direction, merge_tree
+from imu_ray.influence.curvature.base import Damping, Moments, damped_direction, merge_tree
 from imu_ray.influence.extraction import extract_features
 from imu_ray.influence.features import score_shard, shard_statistics
 from imu_ray.models import Head
@@ -33,7 +33,7 @@ def features(dtype, device):
 
 def scores(shards, head):
     moments = merge_tree([shard_statistics(shard, head, Moments.of) for shard in shards])
-    direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, 0.01), moments)
+    direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, Damping(0.01)), moments)
     return np.concatenate([score_shard(shard, head, direction)["influence"].to_numpy() for shard in shards])
 
 

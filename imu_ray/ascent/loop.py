@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from imu_ray.ascent.step import HeadOptimiser, Workers, batch_gradient, learning
 from imu_ray.ascent.stopping import StopTarget, guard_violation
 from imu_ray.config import AscentConfig
 from imu_ray.influence.curvature.base import FittedCurvature
+from imu_ray.influence.features import FeatureShard
 from imu_ray.models import Head
 from imu_ray.progress import Progress
 
@@ -105,8 +106,11 @@ class Ascent:
         """New weights, of this batch at every step; or of the forget set at the start of every epoch after the first."""
         problem = self.problem
         if rescoring.every_step:
-            head = self.head(self.optimiser.matrix)
-            self.weights = rescoring.batch_weights(self._batches[place], problem.forget, head, self._fitted_on(), problem.seed)
+            batch = self._batches[place]
+            self.weights = np.zeros(len(problem.forget))
+            self.weights[np.concatenate(batch)] = self._scored(
+                rescoring, map(problem.forget.shard_of, batch), self.head(self.optimiser.matrix)
+            )
         elif place == 0 and self.step > 0:
             self._score_at(rescoring, self.optimiser.matrix)
 
@@ -115,11 +119,14 @@ class Ascent:
         self._scored_at = head.matrix_CD
         self.weights = problem.weights
         if not torch.equal(self._scored_at, problem.head.matrix_CD):
-            self.weights = rescoring.weights(problem.forget.shards, head, self._fitted_on(), problem.seed)
+            self.weights = self._scored(rescoring, problem.forget.shards, head)
 
-    def _fitted_on(self) -> FeatureStore | None:
-        name = self.problem.curvature_set
-        return None if name is None else self.problem.evaluation[name]
+    def _scored(self, rescoring: Rescoring, shards: Iterable[FeatureShard], head: Head) -> npt.NDArray[np.float64]:
+        """New weights of the samples of ``shards``, the first worker's on every worker."""
+        problem, name = self.problem, self.problem.curvature_set
+        fitted_on = None if name is None else problem.evaluation[name]
+        mine = rescoring.weights(list(shards), head, fitted_on, problem.seed) if self.workers.rank == 0 else np.empty(0)
+        return self.workers.agree(mine)
 
     def head(self, matrix_CD: Tensor) -> Head:
         """A head with a copy of this matrix, on the CPU."""
@@ -157,13 +164,14 @@ class Ascent:
         record = {"step": at, "epoch": at / self.steps_per_epoch, **measure(sets, original, self.optimiser.matrix, self.workers)}
         drift = float((self.optimiser.matrix.cpu() - original.matrix_CD).norm() / original.matrix_CD.norm())
         record |= {"parameter_drift": drift, f"parameter_drift.{original.name}": drift, "gradient_norm": self.gradient_norm}
-        record["effective_sample_size"] = float(weights.sum() ** 2 / (weights**2).sum())
+        record["effective_sample_size"] = float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0
         return {**record, "seconds": time.monotonic() - self.started}
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all that the next step depends on."""
         counters = {"at_step": torch.tensor(self.step), "scale": torch.tensor(self.scale, dtype=torch.float64)}
-        return {**self.optimiser.state(), **counters, "scored_at": self._scored_at}
+        scored = {} if self.problem.rescoring is None else {"scored_at": self._scored_at}
+        return {**self.optimiser.state(), **counters, **scored}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot."""

@@ -1,6 +1,6 @@
 """Intensities that follow the head: influence scored again from the cached features while the ascent goes on.
 
-Every worker scores everything it needs itself: the sums then do not depend on the number of workers, and nothing waits.
+One worker scores for all: the sums then do not depend on the number of workers, and no two can disagree on which samples are kept.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from imu_ray.ascent.batches import FeatureStore, Positions
+from imu_ray.ascent.batches import FeatureStore
 from imu_ray.config import InfluenceConfig, IntensityConfig
 from imu_ray.influence.curvature.base import Reduce, merge_tree
 from imu_ray.influence.direction import fit_direction
@@ -50,15 +50,6 @@ class Rescoring:
         tables = [score_shard(shard, head, direction) for shard in shards]
         scores, losses = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("influence", "loss"))
         return SCHEMES[self.intensity.scheme](scores, losses, self.intensity, seed)
-
-    def batch_weights(
-        self, microbatches: Sequence[Positions], forget: FeatureStore, head: Head, curvature: FeatureStore | None, seed: int
-    ) -> npt.NDArray[np.float64]:
-        """Intensities ``[N]`` that are those of one batch under ``head``, and 0 elsewhere."""
-        weights = np.zeros(len(forget))
-        shards = [forget.shard_of(positions) for positions in microbatches]
-        weights[np.concatenate(microbatches)] = self.weights(shards, head, curvature, seed)
-        return weights
 
 
 def _reduce(shards: Sequence[FeatureShard], head: Head) -> Reduce[Any]:

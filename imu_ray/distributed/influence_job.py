@@ -58,8 +58,7 @@ class Recipe:
 
     def make(self) -> tuple[FeatureShard, ShardReport]:
         """The forward pass, and what is chosen of it."""
-        source, task, model, stage, threads, device, settings = _shared(self.refs[0])
-        begin_task(stage, threads)
+        source, task, model, _, _, device, settings = _shared(self.refs[0])
         made, report = extract_features(
             source, self.shard, task, _model(model, task.head, device, settings), torch.device(device), settings
         )
@@ -73,27 +72,38 @@ def _made(features: FeatureShard | Recipe) -> FeatureShard:
     return features.make()[0] if isinstance(features, Recipe) else features
 
 
-def fetch(refs: "Sequence[ray.ObjectRef[FeatureShard]] | Sequence[Recipe]") -> list[FeatureShard]:
-    """The features of a whole set, in this process."""
-    return [_made(ray.get(item) if isinstance(item, ray.ObjectRef) else item) for item in refs]
+def fetch(refs: "list[ray.ObjectRef[FeatureShard]] | list[Recipe]") -> list[FeatureShard]:
+    """The features of a whole set, in this process, which may be the caller's own."""
+    if not isinstance(refs[0], Recipe):
+        return list(ray.get(refs))
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        return [_made(recipe) for recipe in refs]
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+        # This process may outlive the session, and the next one counts its references from the start again.
+        _shared.cache_clear()
+        _model.cache_clear()
 
 
 @ray.remote
 def _extract(refs: "Sequence[ray.ObjectRef[Any]]", shard: Shard) -> tuple[FeatureShard, ShardReport]:
+    begin_task(*_shared(refs[0])[3:5])
     return Recipe(refs, shard).make()
 
 
 @ray.remote
 def _report(recipe: Recipe) -> ShardReport:
+    begin_task(*_shared(recipe.refs[0])[3:5])
     return replace(recipe.make()[1], feature_bytes=0)
 
 
 @ray.remote
 def _map(refs: "Sequence[ray.ObjectRef[Any]]", features: FeatureShard | Recipe) -> Any:
     function, stage, threads = _shared(refs[0])
-    shard = _made(features)
     begin_task(stage, threads)
-    return function(shard)
+    return function(_made(features))
 
 
 @ray.remote
@@ -212,11 +222,19 @@ class FeatureSet:
             raise explain_failure(stage, error) from None
 
 
-def extract(source: ForgetSet, task: Task, model: nn.Module, config: UnlearnConfig, stage: str) -> FeatureSet:
-    """One forward pass over ``source``; the features stay in the object store, or are dropped and made again by what needs them."""
+def share(model: nn.Module) -> "ray.ObjectRef[nn.Module]":
+    """The model in the object store, from where each worker process takes it once for all sample sets."""
+    return ray.put(model)
+
+
+def extract(source: ForgetSet, task: Task, model: "ray.ObjectRef[nn.Module]", config: UnlearnConfig, stage: str) -> FeatureSet:
+    """One forward pass over ``source``; the features stay in the object store, or are dropped and made again by what needs them.
+
+    ``model`` is what ``share`` returned.
+    """
     runner = TaskRunner(config)
     shards = source.shards(config.influence.block_rows, config.influence.blocks_per_shard)
-    shared = [ray.put((source, task, ray.put(model), stage, runner.threads, runner.device, config.influence))]
+    shared = [ray.put((source, task, model, stage, runner.threads, runner.device, config.influence))]
     refs: list[Any] = [Recipe(shared, shard) for shard in shards] if runner.recompute else [None] * len(shards)
     reports: list[Any] = [None] * len(shards)
     function, returns = (_report, 1) if runner.recompute else (_extract, 2)

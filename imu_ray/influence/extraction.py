@@ -67,7 +67,7 @@ def extract_features(
                 with torch.autocast(device.type, getattr(torch, settings.autocast, None), enabled=settings.autocast != "none"):
                     outputs = task.forward(model, _to(batch, device, settings.channels_last))
                 kept = _finite(outputs.features_BD, outputs.logits_BC, batch.ids)
-                _check_linear(head.logits(kept, matrix), outputs.logits_BC, model)
+                _check_linear(head.logits(kept, matrix), outputs.logits_BC, model, settings.autocast != "none")
                 features.append(_kept(kept.cpu(), settings.feature_dtype, batch.ids))
                 seconds += time.perf_counter() - started
     width = task.target_layers(model)[task.head].in_features
@@ -126,9 +126,9 @@ def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
 LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module) -> None:
+def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module, autocast: bool) -> None:
     """Refuse a model whose output is not the plain linear head of the cached features."""
-    tolerance = LOGIT_TOLERANCE.get(logits_BC.dtype, 0.05)
+    tolerance = 0.05 if autocast else LOGIT_TOLERANCE.get(logits_BC.dtype, 0.05)
     difference = (recomputed_BC - logits_BC).abs().max()
     if difference > tolerance * max(1.0, float(logits_BC.abs().max())):
         raise UnsupportedModelError(

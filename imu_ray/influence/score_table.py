@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imu_ray.errors import StageFailedError
 from imu_ray.influence.features import SCORE_SCHEMA
 
 ROW_GROUP = 65_536
@@ -36,6 +37,14 @@ class ScoreTable:
         self._folder = tempfile.TemporaryDirectory(prefix="imu-scores-")  # readable by this user alone
         self._writer = pq.ParquetWriter(Path(self._folder.name) / "scores.parquet", SCORE_SCHEMA)
 
+    def _write(self, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except OSError as error:
+            raise StageFailedError(
+                f"scores cannot be written to {self._folder.name}: {error}; make room there, or name another place in TMPDIR"
+            ) from error
+
     def take(self, table: pa.Table) -> None:
         """The next shard's samples (``SCORE_SCHEMA``)."""
         rows = slice(self._taken, self._taken + len(table))
@@ -51,7 +60,7 @@ class ScoreTable:
     def close(self, clip_quantile: float) -> "ScoreTable":
         """All shards are in. ``outlier`` will be the gradient norm as a multiple of this quantile of the norms."""
         self._flush()
-        self._writer.close()
+        self._write(self._writer.close)
         self._outlier_at = float(np.quantile(self._norm, clip_quantile))
         del self._norm
         return self
@@ -70,5 +79,5 @@ class ScoreTable:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting), row_group_size=ROW_GROUP)
-            self._waiting = []
+            table, self._waiting = pa.concat_tables(self._waiting), []
+            self._write(lambda: self._writer.write_table(table, row_group_size=ROW_GROUP))

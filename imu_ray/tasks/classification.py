@@ -1,7 +1,6 @@
 """Image (or array) classification with a linear head and cross-entropy."""
 
 import io
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +79,7 @@ class ClassificationTask:
                 bad.append(self._leave_out(sample_id, str(error), ForgetSetError))
         stacked = torch.stack(inputs) if inputs else torch.empty(0)
         # Once for the block: a check of every row would cost more than reading it.
-        finite = torch.isfinite(stacked).flatten(1).all(1) if inputs else torch.empty(0)
+        finite = torch.isfinite(stacked).reshape(len(stacked), -1).all(1) if inputs else torch.empty(0)
         if not finite.all():
             bad += [
                 self._leave_out(rows.ids[kept[at]], "the input holds NaN or infinity", NonFiniteError)
@@ -155,11 +154,12 @@ class _UnusableRowError(Exception):
 def _decode(encoded: bytes) -> Image.Image:
     """An image from its bytes; one large enough to exhaust memory is refused."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(encoded))
-            image.load()
-            return image
+        image = Image.open(io.BytesIO(encoded))
+        # Pillow only warns up to twice this many, and filters of warnings are shared by the threads that decode.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()
+        return image
     except (
         UnidentifiedImageError,
         OSError,

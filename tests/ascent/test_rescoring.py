@@ -71,3 +71,31 @@ def test_the_curvature_may_be_that_of_other_samples_at_every_scoring():
     other = dataclasses.replace(task, curvature_set="test", rescoring=Rescoring(InfluenceConfig(refresh="epoch"), IntensityConfig()))
     heads = [run_ascent(each, Workers()).head.matrix_CD for each in (task, other)]
     assert not torch.allclose(*heads, rtol=1e-9)
+
+
+class Second(Workers):
+    """The second of two workers, whose sums are its own and who is told the first one's weights."""
+
+    def __init__(self):
+        super().__init__(rank=1, world=2)
+
+    def sum(self, tensor):
+        return tensor
+
+    def agree(self, value):
+        assert not len(value), "it has none of its own"
+        return np.ones(90)
+
+
+def test_one_worker_scores_for_all(monkeypatch):
+    monkeypatch.setattr(Rescoring, "weights", lambda *_: pytest.fail("the second worker scored"))
+    outcome = run_ascent(problem(refresh="epoch", **PLAIN), Second())
+    assert outcome.trajectory[-1]["effective_sample_size"] == 90
+
+
+def test_a_batch_without_weight_is_a_step_of_the_penalties_alone(monkeypatch):
+    monkeypatch.setattr(Rescoring, "weights", lambda _, shards, *__: np.zeros(sum(len(shard.labels_n) for shard in shards)))
+    task = problem(refresh="step", l1=0.0, weight_decay=0.0, **PLAIN)
+    outcome = run_ascent(task, Workers())
+    assert torch.equal(outcome.head.matrix_CD, task.head.matrix_CD)
+    assert outcome.trajectory[-1]["effective_sample_size"] == 0

@@ -6,8 +6,8 @@ On a Ray cluster of this machine, start-up and a first small run excluded; media
 
 - ``samples``: seconds of scoring (moments and scores) for 10^3 to 10^6 samples of 512 features and 10 classes, and 10^7 of 16, on two
   workers, from random features that tasks have put into the object store; and one head of 1,000 classes and 2,048 features. Memory: of the
-  driver and of the largest worker, what is private to the process (RssAnon), sampled ten times a second, above what it was after imports and a
-  small run; and the object store.
+  driver and of the largest worker, what is private to the process (RssAnon), sampled ten times a second, and how far above what it was
+  after imports; and the object store.
 - ``workers``: ResNet-18 over 32 x 32 images, features and scores, with one worker and with two; beside it one plain forward loop over all
   images, and two at once over half of them each.
 - ``tasks``: a stage of stand-in tasks that do nothing for half a second, 20 for each of 4 to 32 workers, over what they would take without
@@ -122,12 +122,21 @@ def _is_worker(path: Path) -> bool:
         return False
 
 
+@ray.remote
+def _imported() -> int:
+    """Everything that scoring imports is imported with this module."""
+    time.sleep(1.0)  # so that the other worker takes the other task
+    return os.getpid()
+
+
 class Peak:
-    """Highest private memory of the driver and of any worker, sampled ten times a second, above that at the beginning."""
+    """Highest private memory of the driver and of any worker, sampled ten times a second, and above ``imported``, that after imports."""
+
+    def __init__(self, imported: dict[int, float]) -> None:
+        self.imported = imported
 
     def __enter__(self) -> "Peak":
-        self.begun = {process: private_mb(process) for process in [os.getpid(), *worker_processes()]}
-        self.highest = dict(self.begun)
+        self.highest = {process: private_mb(process) for process in [os.getpid(), *worker_processes()]}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -135,26 +144,30 @@ class Peak:
 
     def _sample(self) -> None:
         while not self._ended.wait(0.1):
-            for process in self.begun:
+            for process in self.highest:
                 self.highest[process] = max(self.highest[process], private_mb(process))
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
-        rises = {process: self.highest[process] - before for process, before in self.begun.items()}
-        self.driver = {"private_mb": self.highest[os.getpid()], "above_start_mb": rises.pop(os.getpid())}
-        self.worker = {"above_start_mb": max(rises.values(), default=0.0)}
+        # A worker that began later has no baseline of its own; that of the others stands in.
+        usual = max(self.imported.values())
+        rises = {process: highest - self.imported.get(process, usual) for process, highest in self.highest.items()}
+        self.driver = {"private_mb": self.highest.pop(os.getpid()), "above_imports_mb": rises.pop(os.getpid())}
+        self.worker = {"private_mb": max(self.highest.values(), default=0.0), "above_imports_mb": max(rises.values(), default=0.0)}
 
 
 def measure_samples(repeat: int) -> list[dict[str, Any]]:
     found = []
     with cluster(2, 6 * 10**9):
+        processes = {os.getpid(), *ray.get([_imported.remote() for _ in range(2)])}
+        imported = {process: private_mb(process) for process in processes}
         for rows, width, classes, blocks in [SIZES[0], *SIZES]:  # the first warms up
             settings = config(2, blocks)
             features = random_features(rows, width, classes, settings)
             head = Head("fc", torch.from_numpy(np.random.default_rng(0).normal(size=(classes, width + 1))) * 0.1, True)
             seconds = []
-            with Peak() as peak:
+            with Peak(imported) as peak:
                 for _ in range(repeat if rows < 10**6 else max(1, repeat // 2 if rows == 10**6 else 1)):
                     begun = time.perf_counter()
                     scores = influence_job.score(features, head, settings)
@@ -204,16 +217,26 @@ def two_loops(images: int) -> float:
     return max(seconds)
 
 
-def measure_workers(repeat: int, images: int = 4096) -> dict[str, Any]:
+class Repeated(Images):
+    """Many rows of few images, so that no time goes into moving a large dataset to the workers."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(torch.randn(256, 3, 32, 32), torch.randint(10, (rows,)))
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.inputs[row % len(self.inputs)], int(self.labels[row])
+
+
+def measure_workers(repeat: int, images: int = 16_384) -> dict[str, Any]:
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None, num_classes=10).eval()
-    samples = Images(torch.randn(images, 3, 32, 32), torch.randint(10, (images,)))
+    samples = Repeated(images)
     rounds: list[dict[str, float]] = []
     with cluster(2):
         for turn in range(repeat + 1):  # the first warms up
             seconds = {}
             for workers in (1, 2):
-                settings = config(workers, 1)
+                settings = config(workers)
                 inputs = Inputs.open(model, samples, "classification", None, settings)
                 begun = time.perf_counter()
                 inputs = inputs.extract(settings)

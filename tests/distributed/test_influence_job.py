@@ -37,7 +37,7 @@ def features(dataset, settings, model=None):
     model = model or named("fc")
     source = open_forget_set(dataset, settings.forget_set)
     task = ClassificationTask.for_model(model, source, settings.forget_set)
-    return influence_job.extract(source, task, model, settings, "features"), Head.of(model, task.head)
+    return influence_job.extract(source, task, influence_job.share(model), settings, "features"), Head.of(model, task.head)
 
 
 def scores(dataset, settings):
@@ -104,6 +104,20 @@ def test_features_that_are_made_anew_in_every_stage_give_the_same_bits(expected,
     )
 
 
+def test_what_was_made_in_the_callers_process_is_not_taken_for_the_next_calls():
+    """A new session may give its objects the same references; what is cached under them must not outlive the fetch."""
+    made, _ = features(pairs(20), config(1, 1).with_overrides({"influence.features": "recompute"}))
+    influence_job.fetch(made.refs)
+    assert influence_job._shared.cache_info().currsize == influence_job._model.cache_info().currsize == 0
+
+
+def test_all_sample_sets_share_one_model_in_the_object_store():
+    settings = config().with_overrides({"influence.features": "recompute"})
+    inputs = Inputs.open(named("fc"), pairs(20), "classification", {"test": pairs(10, seed=1)}, settings).extract(settings)
+    models = {ray.get(inputs.features[name].refs[0].refs[0])[2] for name in ("forget", "test")}
+    assert len(models) == 1
+
+
 def odd_rows(shard):
     return shard.places_n % 2 == 1
 
@@ -139,7 +153,7 @@ def test_scores_are_bit_identical_when_shards_end_in_reverse(tmp_path):
     source = open_forget_set(dataset, settings.forget_set)
     task = ClassificationTask.for_model(model, source, settings.forget_set)
     dataset.waiting = True  # four shards, four workers: the first can end only after the last has begun
-    made = influence_job.extract(source, task, model, settings, "features")
+    made = influence_job.extract(source, task, influence_job.share(model), settings, "features")
     assert table_of(made, Head.of(model, task.head), settings)[0].equals(expected)
 
 

@@ -66,6 +66,31 @@ def test_autocast_runs_the_forward_pass_in_its_type_whatever_the_callers():
     np.testing.assert_allclose(cast.features_nF, plain.features_nF, atol=0.02)
 
 
+class CastBack(Convolution):
+    """Its output is float32 even where autocast ran the head in bfloat16."""
+
+    def forward(self, x):
+        return self.fc(50 * self.features(x)).float()
+
+
+def test_a_head_that_autocast_ran_in_half_precision_is_still_a_plain_head():
+    extracted(CastBack(), InfluenceConfig(autocast="bfloat16"))
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.fc = nn.Linear(4, 2)
+
+
+def test_members_of_a_list_of_modules_are_compiled():
+    model = Listed()
+    compile_around(model, "fc")
+    assert all(layer._compiled_call_impl is not None for layer in model.layers)
+    assert model.fc._compiled_call_impl is None
+
+
 def test_channels_last_reaches_the_model_and_changes_nothing_else():
     # With one channel both formats are the same bytes: two channels tell them apart.
     model = Convolution()

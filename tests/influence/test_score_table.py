@@ -1,6 +1,8 @@
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from imu_ray.errors import StageFailedError
 from imu_ray.influence import score_table
 from imu_ray.influence.features import SCORE_SCHEMA
 from imu_ray.influence.score_table import INTENSITY_SCHEMA, ScoreTable
@@ -42,3 +44,14 @@ def test_it_can_be_gone_through_again():
     taken.close(0.5)
     first, second = (pa.concat_tables(taken.batches(np.ones(3))) for _ in range(2))
     assert first.equals(second)
+
+
+def test_a_full_temporary_disk_is_a_clear_failure(monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    taken = ScoreTable(3, {})
+    taken.take(next(parts([3])))
+    monkeypatch.setattr(score_table.pq.ParquetWriter, "write_table", full)
+    with pytest.raises(StageFailedError, match="No space left on device; make room there, or name another place in TMPDIR"):
+        taken.close(0.5)

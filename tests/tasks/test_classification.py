@@ -138,3 +138,16 @@ def test_a_model_that_cannot_take_the_samples_is_refused_with_their_shape():
     source = open_forget_set(image_table(3), ForgetSetConfig())
     with pytest.raises(ForgetSetError, match=r"cannot take a sample of shape \[3, 6, 6\].*forget_set.image_mode"):
         ClassificationTask.for_model(named("fc"), source, ForgetSetConfig())
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_above_pillows_limit_is_refused_in_every_thread(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ForgetSetError, match="DecompressionBombError"):
+        task(image_mode="L").collate(rows(png(np.zeros((5, 5, 3), dtype=np.uint8))))
+
+
+def test_a_column_of_single_numbers_is_refused():
+    samples = open_forget_set(pa.table({"image": [0.5, 1.5], "label": [0, 1]}), ForgetSetConfig())
+    with pytest.raises(ForgetSetError):
+        ClassificationTask.for_model(named("fc"), samples, ForgetSetConfig())
