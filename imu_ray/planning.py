@@ -17,10 +17,10 @@ from imu_ray.inputs import Inputs
 from imu_ray.models import Head, ModelSpec
 from imu_ray.pipeline import resolve_settings
 
-# Of one task in the driver, and what the driver keeps of a shard, as measured with 10,000 shards (cluster/README.md, Sizing). Of a
-# sample 60 bytes travel; ids as text and the copies on the way take several times that.
+# Of one task in the driver, and what the driver keeps of a shard, as measured with 10,000 shards; of a sample, the peak of scoring 10^7
+# (54 bytes) and as much again for an audit (cluster/README.md, Sizing).
 TASK_SECONDS = 0.002
-SHARD_BYTES, SAMPLE_BYTES = 6_000, 250
+SHARD_BYTES, SAMPLE_BYTES = 5_000, 100
 SCORING_ROUNDS = 5  # tasks per shard after the features: moments, scores, change of the outputs, and two audits
 
 

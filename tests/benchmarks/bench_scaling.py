@@ -124,8 +124,12 @@ def _is_worker(path: Path) -> bool:
 
 @ray.remote
 def _imported() -> int:
-    """Everything that scoring imports is imported with this module."""
-    time.sleep(1.0)  # so that the other worker takes the other task
+    """Imports what scoring imports; a first multiplication loads the rest of torch."""
+    from imu_ray.distributed import influence_job
+
+    assert influence_job.score is not None
+    torch.ones(64, 64, dtype=torch.float64) @ torch.ones(64, 64, dtype=torch.float64)
+    time.sleep(5.0)  # so that the other worker takes the other task
     return os.getpid()
 
 
