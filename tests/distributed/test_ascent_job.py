@@ -30,7 +30,7 @@ def ascend(tmp_path, workers, dtype=torch.float32, target=NEVER, retries=2):
     model = named("fc").to(dtype)
     source = open_forget_set(pairs(75), config.forget_set)
     task = ClassificationTask.for_model(model, source, config.forget_set)
-    features = influence_job.extract(source, task, model, config, "features")
+    features = influence_job.extract(source, task, influence_job.share(model), config, "features")
     weights = np.random.default_rng(0).random(75)
     problem = AscentProblem(Head.of(model, "fc"), weights, config.ascent, 0, [target])
     run = RunDirectory(tmp_path / f"run{workers}")
