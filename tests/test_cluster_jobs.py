@@ -185,7 +185,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, job_file):
     with subprocess.Popen(
         head.submission("stopped", job_file, *settings), env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL
     ) as first:
-        for _ in range(100):
+        for _ in range(40):
             if (folder / "state" / "ascent.safetensors").exists():
                 break
             head.status("stopped")
@@ -220,7 +220,7 @@ def test_figures_of_a_running_job_are_exported(head, job_file):
     wanted = {"ray_imu_ray_forget_accuracy", "ray_imu_ray_forget_loss", "ray_imu_ray_stage_seconds", "ray_imu_ray_feature_bytes"}
     with subprocess.Popen(arguments, env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL) as job:
         seen = set()
-        for _ in range(100):
+        for _ in range(40):
             with urllib.request.urlopen(head.metrics) as page:
                 text = page.read().decode()
             seen |= {name for name in wanted if f"\n{name}{{" in text}
