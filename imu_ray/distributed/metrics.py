@@ -28,30 +28,34 @@ def _metric(name: str) -> Metric:
     return kind(f"imu_ray_{name}", description=doc, tag_keys=("stage",))
 
 
-# What was said since the last flush: sums of counters, last values of gauges.
-_said: dict[tuple[str, str], float] = {}
+# What is to be counted since the last flush, and the last values of the gauges.
+_counted: dict[tuple[str, str], float] = {}
+_gauges: dict[tuple[str, str], float] = {}
 _flushed = [0.0]
 
 
 def count(name: str, value: float, stage: str) -> None:
     """Add to a counter at the next flush."""
-    _said[name, stage] = _said.get((name, stage), 0.0) + value
+    _counted[name, stage] = _counted.get((name, stage), 0.0) + value
 
 
 def gauge(name: str, value: float, stage: str) -> None:
-    """Set a gauge at the next flush."""
-    _said[name, stage] = value
+    """Set a gauge at the next flush, and again at every one after it."""
+    _gauges[name, stage] = value
 
 
 def flush(every: float = 0.0) -> None:
-    """Record what was said, unless the last flush is less than ``every`` seconds ago."""
+    """Record the counters and every gauge, unless the last flush is less than ``every`` seconds ago.
+
+    Ray exports a gauge once for each time it is set: one that is set and left alone is gone at the next export.
+    """
     now = time.monotonic()
     if now - _flushed[0] < every:
         return
     _flushed[0] = now
-    for (name, stage), value in _said.items():
-        if name in COUNTERS and value > 0:
+    for (name, stage), value in _counted.items():
+        if value > 0:
             _metric(name).inc(value, tags={"stage": stage})
-        elif name in GAUGES:
-            _metric(name).set(value, tags={"stage": stage})
-    _said.clear()
+    _counted.clear()
+    for (name, stage), value in _gauges.items():
+        _metric(name).set(value, tags={"stage": stage})
