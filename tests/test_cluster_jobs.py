@@ -220,13 +220,15 @@ def test_figures_of_a_running_job_are_exported(head, job_file):
     wanted = {"ray_imu_ray_forget_accuracy", "ray_imu_ray_forget_loss", "ray_imu_ray_stage_seconds", "ray_imu_ray_feature_bytes"}
     with subprocess.Popen(arguments, env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL) as job:
         seen = set()
-        for _ in range(40):
-            with urllib.request.urlopen(head.metrics) as page:
-                text = page.read().decode()
-            seen |= {name for name in wanted if f"\n{name}{{" in text}
-            if seen == wanted or job.poll() is not None:
-                break
-            head.status("measured")
-        head.command(f"ray job stop --address {head.address} measured")
-        job.wait(timeout=100)
+        try:
+            for _ in range(40):
+                with urllib.request.urlopen(head.metrics) as page:
+                    text = page.read().decode()
+                seen |= {name for name in wanted if f"\n{name}{{" in text}
+                if seen == wanted or job.poll() is not None:
+                    break
+                head.status("measured")
+        finally:  # or it would go on beside the tests that follow
+            head.command(f"ray job stop --address {head.address} measured")
+            job.wait(timeout=100)
     assert seen == wanted
