@@ -49,7 +49,7 @@ class TaskRunner:
         }
 
     def tasks(self, function: Any, stage: str, count: int, **more: Any) -> Callable[[int], Any]:
-        """The remote function for each of ``count`` tasks, named by stage and place: ``moments [1201-1300/10000]``."""
+        """The remote function for each of ``count`` tasks, named by stage and place: ``moments [1251-1875/10000]``."""
         step = max(1, -(-count // NAMES))
         places = [(first + 1, min(first + step, count)) for first in range(0, count, step)]
         names = [f"{stage} [{first if first == last else f'{first}-{last}'}/{count}]" for first, last in places]

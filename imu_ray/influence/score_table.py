@@ -15,6 +15,7 @@ from imu_ray.errors import StageFailedError
 from imu_ray.influence.features import SCORE_SCHEMA
 
 ROW_GROUP = 65_536
+JOINED = 64  # tables that are made one with memory of its own, because each holds the whole message that it came in
 INTENSITY_SCHEMA = SCORE_SCHEMA.append(pa.field("outlier", pa.float64())).append(pa.field("intensity", pa.float64()))
 Column = npt.NDArray[np.float64]
 
@@ -34,6 +35,8 @@ class ScoreTable:
         self.label_counts: Counter[int] = Counter()
         self._taken = 0
         self._waiting: list[pa.Table] = []
+        self._joined: list[pa.Table] = []
+        self._held = 0
         self._folder = tempfile.TemporaryDirectory(prefix="imu-scores-")  # readable by this user alone
         self._writer = pq.ParquetWriter(Path(self._folder.name) / "scores.parquet", SCORE_SCHEMA)
 
@@ -54,7 +57,11 @@ class ScoreTable:
             self.label_counts[count["values"]] += count["counts"]
         self._taken = rows.stop
         self._waiting.append(table)
-        if sum(map(len, self._waiting)) >= ROW_GROUP:
+        self._held += len(table)
+        if len(self._waiting) == JOINED:
+            self._joined.append(pa.concat_tables(self._waiting).combine_chunks())
+            self._waiting = []
+        if self._held >= ROW_GROUP:
             self._flush()
 
     def close(self, clip_quantile: float) -> "ScoreTable":
@@ -78,6 +85,7 @@ class ScoreTable:
                 start = stop
 
     def _flush(self) -> None:
-        if self._waiting:
-            table, self._waiting = pa.concat_tables(self._waiting), []
+        if self._held:
+            table = pa.concat_tables([*self._joined, *self._waiting])
+            self._joined, self._waiting, self._held = [], [], 0
             self._write(lambda: self._writer.write_table(table, row_group_size=ROW_GROUP))
