@@ -114,11 +114,12 @@ class RunDirectory:
 
         def fill(path: Path) -> None:
             first = next(parts)
-            with pq.ParquetWriter(path, first.schema) as writer:
+            with pq.ParquetWriter(path, first.schema, use_dictionary=False) as writer:
                 for part in itertools.chain([first], parts):
                     writer.write_table(part)
 
         self.write(name, fill)
+        pa.default_memory_pool().release_unused()
 
     def read_table(self, name: str) -> pa.Table:
         """A Parquet artifact as it was written."""

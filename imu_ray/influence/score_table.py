@@ -38,7 +38,8 @@ class ScoreTable:
         self._joined: list[pa.Table] = []
         self._held = 0
         self._folder = tempfile.TemporaryDirectory(prefix="imu-scores-")  # readable by this user alone
-        self._writer = pq.ParquetWriter(Path(self._folder.name) / "scores.parquet", SCORE_SCHEMA)
+        # Dictionaries, reading ahead and threads would take memory and save nothing: most values differ, and the file is local.
+        self._writer = pq.ParquetWriter(Path(self._folder.name) / "scores.parquet", SCORE_SCHEMA, use_dictionary=False)
 
     def _write(self, do: Callable[[], None]) -> None:
         try:
@@ -70,14 +71,15 @@ class ScoreTable:
         self._write(self._writer.close)
         self._outlier_at = float(np.quantile(self._norm, clip_quantile))
         del self._norm
+        pa.default_memory_pool().release_unused()
         return self
 
     def batches(self, weights: Column) -> Iterator[pa.Table]:
         """The table with ``outlier`` and the intensities ``[N]``, a part at a time, in order (``INTENSITY_SCHEMA``)."""
         start = 0
-        with pq.ParquetFile(Path(self._folder.name) / "scores.parquet") as file:
+        with pq.ParquetFile(Path(self._folder.name) / "scores.parquet", pre_buffer=False) as file:
             for group in range(file.num_row_groups):
-                part = file.read_row_group(group)
+                part = file.read_row_group(group, use_threads=False)
                 norm = part["gradient_norm"].to_numpy()
                 outlier = norm / self._outlier_at if self._outlier_at else np.zeros_like(norm)
                 stop = start + len(part)
