@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.errors import ForgetSetError
-from imu_ray.forget_set import Rows, open_forget_set
+from imu_ray.forget_set import PartForgetSet, Rows, draw_rows, open_forget_set
 
 CONFIG = ForgetSetConfig()
 
@@ -30,6 +30,36 @@ def test_parquet_row_ranges_cross_files_and_row_groups(tmp_path, start, stop):
     source = open_forget_set(tmp_path, CONFIG)
     assert source.num_rows == 40
     same(source.read(start, stop), pa.concat_tables(parts), start, stop)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["files", "table", "dataset", "folder"])
+def test_the_blocks_of_a_shard_are_what_reading_them_gives(kind, size, tmp_path):
+    parts = [image_table(20, seed=1), image_table(20, seed=2)]
+    given = {"table": pa.concat_tables(parts), "dataset": pairs(40)}.get(kind, tmp_path)
+    for number, part in enumerate(parts):
+        if kind == "files":
+            pq.write_table(part, tmp_path / f"part-{number}.parquet", row_group_size=7)
+        elif kind == "folder":
+            for row, image in enumerate(part["image"].to_pylist()):
+                (tmp_path / str(number)).mkdir(exist_ok=True)
+                (tmp_path / str(number) / f"{row:02d}.png").write_bytes(image)
+    source = open_forget_set(given, CONFIG)
+    if size < 1:
+        source = PartForgetSet(source, draw_rows(source.num_rows, size, seed=0))
+    read = [rows for shard in source.shards(3, 4) for rows in source.read_blocks(shard)]
+    wanted = [source.read(start, stop) for shard in source.shards(3, 4) for start, stop in shard.blocks()]
+    assert len(read) == -(-source.num_rows // 3)
+    assert [rows.ids for rows in read] == [rows.ids for rows in wanted]
+    assert [rows.digest() for rows in read] == [rows.digest() for rows in wanted]
+
+
+def test_a_file_that_lost_rows_since_it_was_opened_is_refused(tmp_path):
+    write_images(tmp_path / "set.parquet", 11)
+    source = open_forget_set(tmp_path, CONFIG)
+    write_images(tmp_path / "set.parquet", 9)
+    with pytest.raises(ForgetSetError, match=r"fewer rows than when the run began; expected 11"):
+        source.read(6, 11)
 
 
 def test_shards_are_aligned_runs_of_blocks_that_cover_every_row_once():

@@ -1,10 +1,12 @@
 """A part of a source: a random draw of its rows, nested in size."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from imu_ray.errors import ConfigError
-from imu_ray.forget_set.base import ForgetSet, Rows
+from imu_ray.forget_set.base import ForgetSet, Rows, Shard
 
 # Rows of the source read at a time: the memory that a sparse part costs.
 SPAN = 4096
@@ -43,6 +45,12 @@ class PartForgetSet(ForgetSet):
             parts.append(self.source.read(first, int(here[-1]) + 1).pick(here - first))
             wanted = wanted[len(here) :]
         return Rows.concatenate(parts)
+
+    def read_blocks(self, shard: Shard) -> Iterator[Rows]:
+        """The blocks of a shard, which is read whole, so that no span of the source is read for two of them."""
+        rows = self.read(shard.start, shard.stop)
+        for start, stop in shard.blocks():
+            yield rows.part(start - shard.start, stop - shard.start)
 
     def positions(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Places of rows ``start`` to ``stop`` in the source."""

@@ -8,7 +8,7 @@ from pyarrow import fs
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.errors import ForgetSetError
-from imu_ray.forget_set.base import ForgetSet, Rows
+from imu_ray.forget_set.base import ForgetSet, Rows, Shard
 from imu_ray.forget_set.columns import check_keys, columns_of, rows_of
 
 
@@ -76,8 +76,27 @@ class ParquetForgetSet(ForgetSet):
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
-        parts = list(self._slices(start, stop, [column for column in self.columns if column]))
-        return rows_of(pa.concat_tables(parts), self.columns, self.config, start, self.name)
+        return next(self._blocks([(start, stop)]))
+
+    def read_blocks(self, shard: Shard) -> Iterator[Rows]:
+        """The blocks of a shard; a row group is decoded once for all of them."""
+        return self._blocks(list(shard.blocks()))
+
+    def _blocks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Rows]:
+        """Rows of ranges that follow each other."""
+        waiting: list[pa.Table] = []
+        slices = self._slices(ranges[0][0], ranges[-1][1], [column for column in self.columns if column])
+        for start, stop in ranges:
+            while sum(len(table) for table in waiting) < stop - start:
+                table = next(slices, None)
+                if table is None:
+                    raise ForgetSetError(
+                        f"{self.name} has fewer rows than when the run began; expected {self.num_rows}; leave the files as they are"
+                    )
+                waiting.append(table)
+            table = pa.concat_tables(waiting)
+            waiting = [table.slice(stop - start)]
+            yield rows_of(table.slice(0, stop - start), self.columns, self.config, start, self.name)
 
     def check(self, num_classes: int) -> None:
         """Refuse duplicate ids, and labels outside the model's classes; reads the id and label columns only."""

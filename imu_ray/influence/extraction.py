@@ -1,4 +1,4 @@
-"""The forward pass: blocks of samples in, their features out. Decoding runs ahead of the model in threads.
+"""The forward pass: blocks of samples in, their features out. Reading and decoding run ahead of the model in threads.
 
 Shapes: B samples of a block, C classes, F features (the head's input without the bias input).
 """
@@ -16,19 +16,21 @@ from torch import Tensor, nn
 
 from imu_ray.config import InfluenceConfig
 from imu_ray.errors import NonFiniteError, UnsupportedModelError
-from imu_ray.forget_set import ForgetSet, Shard
+from imu_ray.forget_set import ForgetSet, Rows, Shard
 from imu_ray.influence.features import FeatureShard, ShardReport
 from imu_ray.models import Head, evaluation_mode
 from imu_ray.tasks.base import BadRow, Batch, Task
 
+READER = ThreadPoolExecutor(1, "read")  # one thread in each process: a caller's Dataset need not be safe in several
+
 
 @dataclass(frozen=True)
 class Block:
-    """A decoded block: its digest, the batch of its usable rows and their places, and rows left out."""
+    """A decoded block: the batch of its usable rows, their places, and its digest, which may be still on its way."""
 
-    digest: bytes
     batch: Batch
     places_B: npt.NDArray[np.int64]
+    digest: Future[bytes]
 
 
 def extract_features(
@@ -57,7 +59,6 @@ def extract_features(
     with evaluation_mode(model):
         for block in _decode_ahead(source, shard, task, device):
             batch = block.batch
-            digests += block.digest
             bad += batch.bad_rows
             labels.append(batch.labels_B.numpy())
             ids.append(batch.ids)
@@ -70,6 +71,7 @@ def extract_features(
                 _check_linear(head.logits(kept, matrix), outputs.logits_BC, model, settings.autocast != "none")
                 features.append(_kept(kept.cpu(), settings.feature_dtype, batch.ids))
                 seconds += time.perf_counter() - started
+            digests += block.digest.result()
     width = task.target_layers(model)[task.head].in_features
     stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
     sizes = tuple(len(part) for part in ids)
@@ -80,27 +82,33 @@ def extract_features(
 
 def _decode_ahead(source: ForgetSet, shard: Shard, task: Task, device: torch.device) -> Iterator[Block]:
     """The blocks of a shard in order, the next ones decoded while the caller works on one."""
-    everything = source.read(shard.start, shard.stop)
 
-    def decode(start: int, stop: int) -> Block:
-        rows = everything.part(start - shard.start, stop - shard.start)
+    def decode(read: Future[Rows], start: int, stop: int) -> tuple[Batch, npt.NDArray[np.int64]]:
+        rows = read.result()
         batch = task.collate(rows)
         # Left-out rows are not in the batch; the others keep their order.
         usable = np.isin(rows.ids, batch.ids) if batch.bad_rows else slice(None)
         if device.type == "cuda" and batch.ids:
             batch = replace(batch, inputs=batch.inputs.pin_memory())
-        return Block(rows.digest(), batch, source.positions(start, stop)[usable])
+        return batch, source.positions(start, stop)[usable]
 
     # On a GPU the worker's CPUs have nothing else to do; on the CPU one thread hides waiting and takes little from the model.
     threads = torch.get_num_threads() if device.type == "cuda" else 1
+    blocks = source.read_blocks(shard)
     with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[Block]] = deque()
+        pending: deque[tuple[Future[tuple[Batch, npt.NDArray[np.int64]]], Future[bytes]]] = deque()
+
+        def first() -> Block:
+            decoded, digest = pending.popleft()
+            return Block(*decoded.result(), digest)
+
         for start, stop in shard.blocks():
-            pending.append(pool.submit(decode, start, stop))
+            read = READER.submit(next, blocks)
+            pending.append((pool.submit(decode, read, start, stop), pool.submit(lambda read: read.result().digest(), read)))
             if len(pending) > threads:
-                yield pending.popleft().result()
+                yield first()
         while pending:
-            yield pending.popleft().result()
+            yield first()
 
 
 def _to(batch: Batch, device: torch.device, channels_last: bool) -> Batch:

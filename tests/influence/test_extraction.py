@@ -133,14 +133,28 @@ class Decoding:
         return self.task.forward(model, batch)
 
 
-def test_blocks_are_decoded_ahead_of_the_model_in_order():
-    model, (inputs, labels) = named("fc"), tensors(32)
-    source = open_forget_set(Pairs(inputs, labels), ForgetSetConfig())
+class NotedPairs(Pairs):
+    """Pairs that note the thread in which each row is read."""
+
+    read = ()
+
+    def __getitem__(self, row):
+        self.read = (*self.read, (row, threading.get_ident()))
+        return super().__getitem__(row)
+
+
+def test_blocks_are_read_and_decoded_ahead_of_the_model_in_order():
+    model, samples = named("fc"), NotedPairs(*tensors(32))
+    source = open_forget_set(samples, ForgetSetConfig())
     task = Decoding(ClassificationTask.for_model(model, source, ForgetSetConfig()))
     (shard,) = source.shards(8, 4)
+    samples.read = ()
     made, _ = extract_features(source, shard, task, model, torch.device("cpu"))
     assert [first for first, _ in task.decoded] == [first for first, *_ in task.forwarded] == ["0", "8", "16", "24"]
-    assert {thread for _, thread in task.decoded}.isdisjoint({thread for _, thread, _ in task.forwarded})
+    forwarding = {thread for _, thread, _ in task.forwarded}
+    assert {thread for _, thread in task.decoded}.isdisjoint(forwarding)
+    assert [row for row, _ in samples.read] == list(range(32))
+    assert len({thread for _, thread in samples.read} - forwarding) == 1, "one thread, which is not the model's"
     assert made.ids == [str(row) for row in range(32)]
 
 
