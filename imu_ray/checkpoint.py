@@ -74,8 +74,7 @@ class RunDirectory:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; ``CheckpointError`` when there is none or it is not one."""
         try:
-            with self.storage.fetch(MANIFEST) as path:
-                manifest = json.loads(path.read_text()) if path else None
+            manifest = self.read_json(MANIFEST)
         except ValueError:
             manifest = None
         if not isinstance(manifest, dict):
@@ -120,6 +119,11 @@ class RunDirectory:
 
         self.write(name, fill)
         pa.default_memory_pool().release_unused()
+
+    def read_json(self, name: str) -> Any:
+        """A JSON artifact, or None where there is none."""
+        with self.storage.fetch(name) as path:
+            return json.loads(path.read_text()) if path else None
 
     def read_table(self, name: str) -> pa.Table:
         """A Parquet artifact as it was written."""

@@ -22,7 +22,7 @@ from imu_ray.distributed.session import ray_session, slots
 from imu_ray.errors import CheckpointError, ConfigError
 from imu_ray.events import event
 from imu_ray.inputs import Inputs
-from imu_ray.models import ModelSpec
+from imu_ray.models import ModelSpec, model_hash
 from imu_ray.pipeline import Pipeline, resolve_settings
 from imu_ray.storage import below
 from imu_ray.sweep_axes import SIZE, SweepConfig, largest_size, make_trials
@@ -77,7 +77,7 @@ def sweep(
 
     Raises:
         ConfigError: an axis or a value is not valid; nothing has been run.
-        CheckpointError: ``sweep_dir`` holds something else, or the same sweep and ``resume`` is false.
+        CheckpointError: ``sweep_dir`` holds something else, the same sweep and ``resume`` is false, or one on another model or other samples.
     """
     base, settings = resolve_settings(recipe, config), settings or SweepConfig()
     trials = make_trials(axes, base, settings)
@@ -94,22 +94,24 @@ def sweep(
         "choose_by": choose_by,
         "trials": trials,
     }
-    _begin(run, record, resume)
+    record = _begin(run, record, resume)
     pending = {name: overrides for name, overrides in trials.items() if (_row(run, name) or {"status": "failed"})["status"] == "failed"}
     event("sweep begun", trials=len(trials), finished=len(trials) - len(pending), sweep_dir=str(run.location))
     if pending:
         largest = base.with_overrides({SIZE: largest_size([base.with_overrides(trial).forget_set.size for trial in trials.values()])})
         inputs = Inputs.open(model, forget_set, task, evaluation, largest)
         with ray_session(base.resources):
-            shared = Shared(inputs.extract(largest).without_sources(), base, str(run.location), settings.scheduler == "asha")
+            inputs = inputs.extract(largest)
+            record = _same_inputs(run, record, inputs)
+            shared = Shared(inputs.without_sources(), base, str(run.location), settings.scheduler == "asha")
             _run_trials(pending, shared, settings, run)
     return _collect(run, record, list(evaluation or {}))
 
 
-def _begin(run: RunDirectory, record: Mapping[str, Any], resume: bool) -> None:
+def _begin(run: RunDirectory, record: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The record of this sweep, or of the same one that was begun before."""
     run.storage.check_writable()
-    with run.storage.fetch(RECORD) as path:
-        begun = json.loads(path.read_text()) if path else None
+    begun: dict[str, Any] | None = run.read_json(RECORD)
     if begun is None and run.storage.entries():
         raise CheckpointError(f"sweep_dir {run.location} holds files but no {RECORD}; expected an empty or new directory")
     if begun is not None and begun["identity"] != record["identity"]:
@@ -118,6 +120,17 @@ def _begin(run: RunDirectory, record: Mapping[str, Any], resume: bool) -> None:
         raise CheckpointError(f"sweep_dir {run.location} holds this sweep already; pass resume=True (--resume) to go on with it")
     if begun is None:
         run.write_json(RECORD, record)
+    return begun or record
+
+
+def _same_inputs(run: RunDirectory, record: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """The record with the digests of model and samples, which a sweep that goes on must share with the finished trials."""
+    digests = {"model": model_hash(inputs.model), **inputs.digests()}
+    if "inputs" in record:
+        run.check_inputs(record, digests)
+    else:
+        run.write_json(RECORD, record | {"inputs": digests})
+    return record | {"inputs": digests}
 
 
 @dataclass(frozen=True)
@@ -169,29 +182,39 @@ def _run_trial(config: Mapping[str, Any], shared: Shared) -> None:
     """One trial: every stage but the features. It is the driver of its own tasks, outside the room that Tune gave it."""
     name, overrides = config["trial"]["name"], config["trial"]["overrides"]
     run = RunDirectory(below(shared.sweep_dir, "trials", name))
-    job = Pipeline("unlearn", shared.inputs, shared.base.with_overrides(overrides), run)
-    if shared.stops_early:  # a report per check costs Tune more than the check
-        job.trial = Trial(tune.report, [TuneReportCallback()])
-    with job.recorded():
-        job.take_inputs()
-        result = job.unlearn(shared.inputs.model)
-    manifest, after = result.manifest, result.metrics["after"]
+    settings = shared.base.with_overrides(overrides)
+    ended = run.read_json(MANIFEST) or {}
+    if (ended.get("status"), ended.get("config_identity")) == ("complete", settings.identity()):
+        # What became of it was lost on the way, with the driver or with this process.
+        manifest, metrics = ended, run.read_json("metrics.json")
+    else:
+        job = Pipeline("unlearn", shared.inputs, settings, run)
+        if shared.stops_early:  # a report per check costs Tune more than the check
+            job.trial = Trial(tune.report, [TuneReportCallback()])
+        with job.recorded():
+            job.take_inputs()
+            result = job.unlearn(shared.inputs.model)
+        manifest, metrics = result.manifest, result.metrics
+    tune.report(_figures(manifest, metrics, shared.inputs.task.num_classes))
+
+
+def _figures(manifest: Mapping[str, Any], metrics: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """What the row of a finished trial says of its run."""
+    after = metrics["after"]
     sets = {f"{name}_accuracy": figures["accuracy"] for name, figures in after.items() if name != "membership"}
-    tune.report(
-        {
-            "status": manifest["ascent"]["status"],
-            "reason": manifest["ascent"]["reason"],
-            "label_share": len(manifest["forget_set"]["label_counts"]) / shared.inputs.task.num_classes,
-            "steps": manifest["ascent"]["steps"],
-            "forget_accuracy_before": result.metrics["before"]["forget"]["accuracy"],
-            "forget_loss": after["forget"]["loss"],
-            **sets,
-            "membership": after["membership"].get("balanced_accuracy"),
-            "output_change": manifest["ascent"]["output_change"],
-            "parameter_drift": manifest["ascent"]["parameter_drift"],
-            "seconds": round(sum(manifest["seconds"].values()), 3),
-        }
-    )
+    return {
+        "status": manifest["ascent"]["status"],
+        "reason": manifest["ascent"]["reason"],
+        "label_share": len(manifest["forget_set"]["label_counts"]) / num_classes,
+        "steps": manifest["ascent"]["steps"],
+        "forget_accuracy_before": metrics["before"]["forget"]["accuracy"],
+        "forget_loss": after["forget"]["loss"],
+        **sets,
+        "membership": after["membership"].get("balanced_accuracy"),
+        "output_change": manifest["ascent"]["output_change"],
+        "parameter_drift": manifest["ascent"]["parameter_drift"],
+        "seconds": round(sum(manifest["seconds"].values()), 3),
+    }
 
 
 class _Rows(tune.Callback):
@@ -222,8 +245,8 @@ class _Rows(tune.Callback):
         chosen = trial.config["trial"]
         kept = {key: value for key, value in figures.items() if key in COLUMNS or key.endswith("_accuracy")}
         run_dir = below(self.run.location, "trials", chosen["name"])
-        with RunDirectory(run_dir).storage.fetch(MANIFEST) as path:  # a trial that was stopped early has no more than its manifest
-            rows = json.loads(path.read_text())["forget_set"]["rows_used"] if path else None
+        manifest = RunDirectory(run_dir).read_json(MANIFEST)  # a trial that was stopped early has no more than that
+        rows = manifest["forget_set"]["rows_used"] if manifest else None
         row = {"trial": chosen["name"], **chosen["overrides"], **dict.fromkeys(COLUMNS), "rows": rows, **kept, "run_dir": run_dir}
         self.run.write_json(f"rows/{chosen['name']}.json", row)
         event("trial ended", trial=chosen["name"], status=row["status"])
@@ -234,8 +257,8 @@ COLUMNS = ("rows", "label_share", "status", "reason", "steps", "forget_accuracy_
 
 
 def _row(run: RunDirectory, name: str) -> dict[str, Any] | None:
-    with run.storage.fetch(f"rows/{name}.json") as path:
-        return json.loads(path.read_text()) if path else None
+    found: dict[str, Any] | None = run.read_json(f"rows/{name}.json")
+    return found
 
 
 def _collect(run: RunDirectory, record: Mapping[str, Any], sets: list[str]) -> SweepResult:

@@ -5,6 +5,7 @@ import sys
 import ray
 from architectures import named
 from faults import FullDiskTarget, HangingPairs, HangingTarget, KillingTarget, NodeLosingTarget
+from nodes_driver import NOTICE_QUICKLY
 from ray.cluster_utils import Cluster
 from samples import pairs, tensors
 
@@ -23,7 +24,7 @@ TARGETS = {
 
 def start_cluster():
     """A driver's node without CPUs to offer, and two others with room for the whole group each."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": NOTICE_QUICKLY})
     for _ in range(2):
         cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False)

@@ -1,5 +1,6 @@
 """A sweep: trials, names, choice of the best, and the whole on Ray Tune."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from samples import pairs
 
 from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep, sweep_axes
 from imu_ray import sweep_run as module
+from imu_ray.demo import SETTINGS
 
 BASE = UnlearnConfig()
 
@@ -104,6 +106,17 @@ def test_another_directory_is_not_taken_for_a_sweep(tmp_path):
         sweep(named("fc"), pairs(10), {"seed": [1]}, sweep_dir=tmp_path, resume=True)
 
 
+def test_a_sweep_goes_on_with_the_same_model_and_samples_only(tmp_path, ray_cluster, monkeypatch):
+    monkeypatch.setattr(module, "_run_trials", lambda *_: None)
+    go_on = functools.partial(sweep, axes={"seed": [1]}, sweep_dir=tmp_path / "sweep", resume=True)
+    for _ in range(2):
+        assert go_on(named("fc"), pairs(10)).table["status"].to_pylist() == ["not_run"]
+    with pytest.raises(CheckpointError, match="on another forget set"):
+        go_on(named("fc"), pairs(11))
+    with pytest.raises(CheckpointError, match="on another model"):
+        go_on(named("classifier"), pairs(10))
+
+
 def drive(folder, environment, axes, settings=(), overrides=(), *more):
     script = str(Path(__file__).with_name("sweep_driver.py"))
     arguments = [json.dumps(dict(part)) for part in (axes, settings, overrides)]
@@ -113,6 +126,7 @@ def drive(folder, environment, axes, settings=(), overrides=(), *more):
     )  # fmt: skip
 
 
+DIGITS = BASE.with_overrides({**SETTINGS, "resources.workers": 1})
 SIZES = {"forget_set.size": [0.05, 0.2, 1.0], "ascent.learning_rate": [0.01, 0.03]}
 
 
@@ -123,6 +137,8 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/trials/*/model.safetensors")}
     rows = list(tmp_path.glob("sweep/rows/*.json"))
     assert len(rows) == 2
+    lost = rows[0].read_text()
+    rows[0].unlink()  # as if the driver had died between the end of a run and its row
     forward = (tmp_path / "forward").stat().st_size
 
     done = drive(tmp_path, python_environment, SIZES)
@@ -130,6 +146,7 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
     for row in rows:
         model = tmp_path / "sweep" / "trials" / row.stem / "model.safetensors"
         assert model.stat().st_mtime_ns == finished[model], "a finished trial is not repeated"
+    assert rows[0].read_text() == lost
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["rows"]) == 6
     assert {row["status"] for row in result["rows"]} <= {"reached", "not_reached"}
@@ -146,15 +163,15 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
     assert "digit-" not in page, "no sample is named"
     assert list(tmp_path.glob("sweep/tune*/*/events.out.tfevents*")), "TensorBoard files"
 
-    again = drive(tmp_path, python_environment, SIZES)
-    assert json.loads(again.stdout.splitlines()[-1])["rows"] == result["rows"]
-    assert (tmp_path / "forward").stat().st_size == 2 * forward, "nothing is left to do"
+    paths = {path.stem: str(path) for path in tmp_path.glob("*.parquet")}
+    again = sweep(None, paths.pop("forget"), SIZES, evaluation=paths, config=DIGITS, sweep_dir=tmp_path / "sweep", resume=True)
+    assert again.table.to_pylist() == result["rows"], "nothing is left to do, not even to look at the model"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "rates"), [(1, [0.3, 0.0001, 0.0002]), (2, [0.3, 0.0001])])
 def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates, tmp_path, python_environment):
-    overrides = {"forget_set.size": 64, "resources.workers": workers, "ascent.stop.forget_accuracy": None, "ascent.stop.max_epochs": 5}
+    overrides = {"forget_set.size": 64, "resources.workers": workers, "ascent.stop.forget_accuracy": None, "ascent.stop.max_epochs": 4}
     done = drive(tmp_path, python_environment, {"ascent.learning_rate": rates}, {"scheduler": "asha"}, overrides)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
