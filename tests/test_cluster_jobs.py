@@ -215,20 +215,23 @@ def test_two_jobs_at_once_do_not_disturb_each_other(head, job_file, unlearned):
         assert all(torch.equal(together[key], value) for key, value in alone.items())
 
 
+def figures(head):
+    """Every figure that is exported now, with its labels."""
+    with urllib.request.urlopen(head.metrics) as page:
+        return {line.rpartition(" ")[0] for line in page.read().decode().splitlines() if line.startswith("ray_imu_ray_")}
+
+
 def test_figures_of_a_running_job_are_exported(head, job_file):
     arguments = head.submission("measured", job_file, *LONG, "ascent.stop.max_epochs=1500", f"run_dir={job_file.parent / 'measured'}")
     wanted = {"ray_imu_ray_forget_accuracy", "ray_imu_ray_forget_loss", "ray_imu_ray_stage_seconds", "ray_imu_ray_feature_bytes"}
+    others = figures(head)  # of the jobs before it
     with subprocess.Popen(arguments, env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL) as job:
         seen = set()
-        try:
-            for _ in range(40):
-                with urllib.request.urlopen(head.metrics) as page:
-                    text = page.read().decode()
-                seen |= {name for name in wanted if f"\n{name}{{" in text}
-                if seen == wanted or job.poll() is not None:
-                    break
-                head.status("measured")
-        finally:  # or it would go on beside the tests that follow
+        for _ in range(40):
+            seen |= {line.partition("{")[0] for line in figures(head) - others} & wanted
+            if seen == wanted or job.poll() is not None:
+                break
+            head.status("measured")
+        while job.poll() is None:  # a stop that comes before the job is known is refused
             head.command(f"ray job stop --address {head.address} measured")
-            job.wait(timeout=100)
     assert seen == wanted

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from architectures import named
 from ray import tune
-from samples import pairs
+from samples import Pairs, pairs, tensors
 
 from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep, sweep_axes
 from imu_ray import sweep_run as module
@@ -169,9 +170,13 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "rates"), [(1, [0.3, 0.0001, 0.0002]), (2, [0.3, 0.0001])])
+@pytest.mark.parametrize(("workers", "rates"), [(1, [3.0, 0.0001, 0.0002]), (2, [3.0, 0.0001])])
 def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates, tmp_path, python_environment):
-    overrides = {"forget_set.size": 64, "resources.workers": workers, "ascent.stop.forget_accuracy": None, "ascent.stop.max_epochs": 4}
+    # Steps that forget in two, where halving first looks.
+    overrides = {
+        "forget_set.size": 64, "resources.workers": workers, "ascent.stop.forget_accuracy": None, "ascent.stop.max_epochs": 2,
+        "ascent.guard.max_forget_loss": 1e6,
+    }  # fmt: skip
     done = drive(tmp_path, python_environment, {"ascent.learning_rate": rates}, {"scheduler": "asha"}, overrides)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -185,15 +190,25 @@ def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates,
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_is_listed_and_tried_again_on_resume(tmp_path, python_environment):
+def test_a_trial_that_fails_is_listed_and_tried_again_on_resume(tmp_path, ray_cluster):
+    inputs, labels = tensors(32)
     axes = {"forget_set.size": [[1], [3]]}  # there is no 3 among the samples
+    config = BASE.with_overrides({"resources.workers": 1, "ascent.stop.max_epochs": 1})
     for _ in range(2):
-        done = drive(tmp_path, python_environment, axes, {"max_retries": 0}, {"ascent.stop.max_epochs": 1})
-        assert done.returncode == 0, done.stderr
-        good, bad = json.loads(done.stdout.splitlines()[-1])["rows"]
+        result = sweep(
+            named("fc"),
+            Pairs(inputs, labels % 3),
+            axes,
+            config=config,
+            settings=SweepConfig(max_retries=0),
+            sweep_dir=tmp_path,
+            resume=True,
+        )
+        good, bad = result.table.to_pylist()
         assert good["status"] in ("reached", "not_reached")
         assert bad["status"] == "failed"
         assert "ConfigError: forget_set.size names classes [3]" in bad["reason"]
-        assert "1 failed" in (tmp_path / "sweep" / "sweep.html").read_text()
-        (tmp_path / "sweep" / "trials" / good["trial"] / "model.safetensors").stat()
-    assert len(list((tmp_path / "sweep").glob("tune/*/error.txt"))) >= 1
+        assert "1 failed" in (tmp_path / "sweep.html").read_text()
+        (tmp_path / "trials" / good["trial"] / "model.safetensors").stat()
+        assert len(list(tmp_path.glob("tune/*/error.txt"))) >= 1
+        shutil.rmtree(tmp_path / "tune")
