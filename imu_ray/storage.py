@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -87,15 +88,15 @@ class LocalStorage:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.chmod(0o700)  # also when it was made beforehand
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=PART)
-        os.close(handle)  # mkstemp makes the file with mode 0600
+        temporary = target.parent / f"{PART}{uuid.uuid4().hex}"  # named before it is made, so that an interrupt at any moment finds it
         try:
-            fill(Path(temporary))
-            os.chmod(temporary, 0o600)
+            temporary.touch(mode=0o600, exist_ok=False)
+            fill(temporary)
+            temporary.chmod(0o600)
             _sync(temporary)
-            os.replace(temporary, target)
+            temporary.replace(target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @contextlib.contextmanager
@@ -165,7 +166,7 @@ class RemoteStorage:
             self.filesystem.delete_dir(f"{self.root}/{name}")
 
 
-def _sync(path: str) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from pyarrow import fs
@@ -44,6 +45,19 @@ def test_a_write_that_fails_leaves_what_was_there(storage):
         assert path.read_text() == "good"
     listing = storage.filesystem.get_file_info(fs.FileSelector(storage.root, recursive=True))
     assert not [entry for entry in listing if PART in entry.base_name]
+
+
+def test_an_interrupt_as_soon_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
+    touch = Path.touch
+
+    def interrupted(path, **options):
+        touch(path, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LocalStorage(tmp_path).write("state/a", lambda path: path.write_text("new"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_removed_folder_is_gone_and_removing_nothing_is_no_error(storage):
