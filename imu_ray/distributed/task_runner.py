@@ -1,6 +1,7 @@
 """Running the tasks of one stage: so many at a time, with retries, progress, figures and clear errors."""
 
 import ctypes
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,10 @@ from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.progress import LINE_SECONDS, Progress
 
 METRIC_SECONDS = 1.0  # between records, each of which the process holds until it is exported
+TRIM_SECONDS = 0.1  # to give memory back and to touch it again takes a task 3 ms
 NAMES = 16  # different names of tasks in a stage, because Ray keeps figures for every name: 60 kB in the driver
+
+_trimmed = [0.0]
 
 
 def begin_task(stage: str, threads: int) -> None:
@@ -22,6 +26,7 @@ def begin_task(stage: str, threads: int) -> None:
     if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
         metrics.count("shards_retried", 1, stage)
         metrics.flush()
+    _trim(every=TRIM_SECONDS)
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 features are float32, on a GPU as on the CPU
 
@@ -102,10 +107,15 @@ class TaskRunner:
                 _trim()
 
 
-def _trim() -> None:
-    """Give freed memory back: Ray's threads leave some in every arena of glibc, so that a driver of many shards would seem to grow."""
+def _trim(every: float = 0.0) -> None:
+    """Give freed memory back, unless that was done less than ``every`` seconds ago.
+
+    Ray's threads leave some in every arena of glibc, so that the driver and the workers of many shards would seem to grow.
+    """
+    now = time.monotonic()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if trim is not None and now - _trimmed[0] >= every:
+        _trimmed[0] = now
         trim(0)
 
 

@@ -1,13 +1,14 @@
 """How scoring scales: in samples, in workers, and in tasks alone.
 
-    python tests/benchmarks/bench_scaling.py [--only samples workers tasks] [--shards 100000] [--repeat 5]
+    python tests/benchmarks/bench_scaling.py [--only samples growth workers tasks] [--shards 100000] [--repeat 5]
 
 On a Ray cluster of this machine, start-up and a first small run excluded; medians of ``--repeat`` rounds where a round is short:
 
 - ``samples``: seconds of scoring (moments and scores) for 10^3 to 10^6 samples of 512 features and 10 classes, and 10^7 of 16, on two
-  workers, from random features that tasks have put into the object store; and one head of 1,000 classes and 2,048 features. Memory: of the
-  driver and of the largest worker, what is private to the process (RssAnon), sampled ten times a second, and how far above what it was
-  after imports; and the object store.
+  workers, from random features that tasks have put into the object store; and one head of 1,000 classes and 2,048 features; and 10^6 of 512 once
+  more through an object store of a fifth of their size. Memory: of the driver and of the largest worker, what is private to the process
+  (RssAnon), sampled ten times a second, and how far above what it was after imports.
+- ``growth``: seconds of scoring 10^4, 10^5 and 10^6 samples of 512 features in turn, and the ratio of each to the one before.
 - ``workers``: ResNet-18 over 32 x 32 images, features and scores, with one worker and with two; beside it one plain forward loop over all
   images, and two at once over half of them each.
 - ``tasks``: a stage of stand-in tasks that do nothing for half a second, 20 for each of 4 to 32 workers, over what they would take without
@@ -19,6 +20,7 @@ Adds to ``results/scaling-DATE.json`` and prints it.
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 import torchvision
@@ -60,6 +63,8 @@ ENVIRONMENT = {
 SIZES = [
     (10**3, 512, 10, 4), (10**4, 512, 10, 4), (10**5, 512, 10, 4), (10**6, 512, 10, 4), (10**7, 16, 10, 16), (10**4, 2048, 1000, 4),
 ]  # fmt: skip
+GROWTH = (10**4, 10**5, 10**6)
+SPILLED = [(10**6, 512, 10, 4)]  # five times the object store
 
 
 def config(workers: int, blocks: int = 4) -> UnlearnConfig:
@@ -103,6 +108,10 @@ def random_features(rows: int, width: int, classes: int, settings: UnlearnConfig
     return FeatureSet(TaskRunner(settings), refs, reports)
 
 
+def random_head(width: int, classes: int) -> Head:
+    return Head("fc", torch.from_numpy(np.random.default_rng(0).normal(size=(classes, width + 1))) * 0.1, True)
+
+
 def private_mb(process: int) -> float:
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
@@ -122,13 +131,19 @@ def _is_worker(path: Path) -> bool:
         return False
 
 
+def load_late_imports() -> None:
+    """What is imported at the first call only: the rest of torch by a multiplication, pandas by an array of Arrow's."""
+    torch.ones(64, 64, dtype=torch.float64) @ torch.ones(64, 64, dtype=torch.float64)
+    pa.array([""], pa.string())
+
+
 @ray.remote
 def _imported() -> int:
-    """Imports what scoring imports; a first multiplication loads the rest of torch."""
+    """Imports what scoring imports."""
     from imu_ray.distributed import influence_job
 
     assert influence_job.score is not None
-    torch.ones(64, 64, dtype=torch.float64) @ torch.ones(64, 64, dtype=torch.float64)
+    load_late_imports()
     time.sleep(5.0)  # so that the other worker takes the other task
     return os.getpid()
 
@@ -162,17 +177,22 @@ class Peak:
 
 
 def measure_samples(repeat: int) -> list[dict[str, Any]]:
+    # The first size warms up.
+    return measure_sizes([SIZES[0], *SIZES], 6 * 10**9, repeat)[1:] + measure_sizes([SIZES[0], *SPILLED], 4 * 10**8, repeat)[1:]
+
+
+def measure_sizes(sizes: list[tuple[int, int, int, int]], store: int, repeat: int) -> list[dict[str, Any]]:
     found = []
-    with cluster(2, 6 * 10**9):
+    with cluster(2, store):
+        load_late_imports()
         processes = {os.getpid(), *ray.get([_imported.remote() for _ in range(2)])}
         imported = {process: private_mb(process) for process in processes}
-        for rows, width, classes, blocks in [SIZES[0], *SIZES]:  # the first warms up
+        for rows, width, classes, blocks in sizes:
             settings = config(2, blocks)
-            features = random_features(rows, width, classes, settings)
-            head = Head("fc", torch.from_numpy(np.random.default_rng(0).normal(size=(classes, width + 1))) * 0.1, True)
+            features, head = random_features(rows, width, classes, settings), random_head(width, classes)
             seconds = []
             with Peak(imported) as peak:
-                for _ in range(repeat if rows < 10**6 else max(1, repeat // 2 if rows == 10**6 else 1)):
+                for _ in range(repeat if rows < 10**6 else 1):
                     begun = time.perf_counter()
                     scores = influence_job.score(features, head, settings)
                     seconds.append(time.perf_counter() - begun)
@@ -182,12 +202,36 @@ def measure_samples(repeat: int) -> list[dict[str, Any]]:
                     del scores, weights
             entry = {
                 "samples": rows, "features": width, "classes": classes, "shards": len(features.refs), "seconds": statistics.median(seconds),
-                "driver": peak.driver, "largest_worker": peak.worker, "object_store_mb": rows * width * 4 / 2**20, "rounds": seconds,
+                "driver": peak.driver, "largest_worker": peak.worker, "feature_mb": rows * width * 4 / 2**20, "object_store_mb": store / 2**20,
+                "rounds": seconds,
             }  # fmt: skip
             print(json.dumps(entry), flush=True)
             found.append(entry)
             del features
-    return found[1:]
+    return found
+
+
+def measure_growth(repeat: int) -> dict[str, Any]:
+    """The sizes in turn within each round, so that a noisy minute meets them all."""
+    settings = config(2)
+    with cluster(2, 6 * 10**9):
+        sets = {rows: random_features(rows, 512, 10, settings) for rows in GROWTH}
+        head, rounds = random_head(512, 10), []
+        for turn in range(repeat + 1):  # the first warms up
+            seconds = {}
+            for rows, features in sets.items():
+                begun = time.perf_counter()
+                influence_job.score(features, head, settings)
+                seconds[rows] = time.perf_counter() - begun
+            print(json.dumps(seconds), flush=True)
+            if turn:
+                rounds.append(seconds)
+    steps = itertools.pairwise(GROWTH)
+    ratios = {f"{less} to {more}": [seconds[more] / seconds[less] for seconds in rounds] for less, more in steps}
+    return {
+        "seconds": {rows: statistics.median(seconds[rows] for seconds in rounds) for rows in GROWTH},
+        "ratios": {step: statistics.median(found) for step, found in ratios.items()}, "rounds": rounds,
+    }  # fmt: skip
 
 
 def plain_loop(images: int, results: "multiprocessing.Queue[float] | None" = None, barrier: Any = None) -> float:
@@ -291,7 +335,8 @@ def measure_tasks(shards: int, seconds: float = 0.5, each: int = 20) -> dict[str
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["samples", "workers", "tasks"], nargs="+", default=["samples", "workers", "tasks"])
+    parts = ["samples", "growth", "workers", "tasks"]
+    parser.add_argument("--only", choices=parts, nargs="+", default=parts)
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
@@ -300,14 +345,15 @@ def main() -> None:
     date = datetime.date.today().isoformat()
     path = Path(__file__).parent / "results" / f"scaling-{date}.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    parts: dict[str, Callable[[], Any]] = {
+    measures: dict[str, Callable[[], Any]] = {
         "samples": lambda: measure_samples(options.repeat),
+        "growth": lambda: measure_growth(options.repeat),
         "workers": lambda: measure_workers(options.repeat),
         "tasks": lambda: measure_tasks(options.shards),
     }
     for part in options.only:
         load = os.getloadavg()[0]
-        record[part] = parts[part]()
+        record[part] = measures[part]()
         record |= {"date": date, "processor": processor(), "cpus": os.cpu_count(), "torch": torch.__version__, "ray": ray.__version__}
         record.setdefault("load_before", {})[part] = load
         path.write_text(json.dumps(record, indent=2) + "\n")
