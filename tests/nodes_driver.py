@@ -120,6 +120,33 @@ class RecordingPairs(Pairs):
         return True
 
 
+def note_this_node(folder, row):
+    (Path(folder) / str(row)).write_text(ray.get_runtime_context().get_node_id())
+
+
+class NotingPairs(Pairs):
+    """Notes the node that reads each row."""
+
+    def __init__(self, inputs, labels, folder):
+        super().__init__(inputs, labels)
+        self.folder = str(folder)
+
+    def __getitem__(self, row):
+        note_this_node(self.folder, row)
+        return super().__getitem__(row)
+
+
+class Noting:
+    """A function of a shard that notes the node on which it is called, by the shard's first row."""
+
+    def __init__(self, function, folder):
+        self.function, self.folder = function, str(folder)
+
+    def __call__(self, shard, **more):
+        note_this_node(self.folder, shard.ids[0])
+        return self.function(shard, **more)
+
+
 class OneRowShards(ForgetSet):
     """As many random samples as there should be shards."""
 
@@ -168,7 +195,7 @@ def lose_nodes(folder):
 
 
 def add_a_node(folder):
-    """One node with one CPU, and another that comes when the first has begun."""
+    """One node with one CPU, and another that comes when the first has begun; then a run that notes which node did what."""
     for name in ("wanted", "seen"):
         os.mkfifo(folder / name)
     cluster = start_cluster()
@@ -183,6 +210,11 @@ def add_a_node(folder):
         (folder / "wanted").open("r").close()  # returns when a task has begun to read
         cluster.add_node(num_cpus=1)
         run.result()
+    places = {name: folder / name for name in ("read", "scored")}
+    for place in places.values():
+        place.mkdir()
+    influence_job.score_shard = Noting(influence_job.score_shard, places["scored"])
+    imu_ray.score(Wide(2048), NotingPairs(*tensors(64), places["read"]), config=settings(1), run_dir=folder / "noted")
     return cluster
 
 

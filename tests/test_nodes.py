@@ -49,11 +49,23 @@ def test_features_that_were_lost_with_their_node_are_made_again(losses):
     assert sum((losses / stage / "reads").stat().st_size for stage in STAGES) > len(STAGES) * (ROWS + 1)
 
 
-def test_a_node_that_comes_during_the_features_is_used(tmp_path):
-    drive("add", tmp_path)
-    nodes = [path for path in tmp_path.iterdir() if len(path.name) == 56]
+@pytest.fixture(scope="module")
+def addition(tmp_path_factory):
+    """A run that a second node joined, and one on both nodes that notes which node read and scored a sample."""
+    return drive("add", tmp_path_factory.mktemp("add"))
+
+
+def test_a_node_that_comes_during_the_features_is_used(addition):
+    nodes = [path for path in addition.iterdir() if len(path.name) == 56]
     assert len(nodes) == 2, "samples were read on both"
-    assert len(scores(tmp_path / "run")) == 64
+    assert len(scores(addition / "run")) == 64
+
+
+def test_features_are_scored_on_the_node_that_made_them(addition):
+    scored = {path.name: path.read_text() for path in (addition / "scored").iterdir()}
+    assert sorted(scored, key=int) == ["0", "16", "32", "48"]
+    assert scored == {row: (addition / "read" / row).read_text() for row in scored}
+    assert len(set(scored.values())) == 2
 
 
 def test_an_object_store_smaller_than_the_features_gives_the_same_scores(tmp_path):
