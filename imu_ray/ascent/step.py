@@ -5,6 +5,7 @@ type once, at the end.
 """
 
 import math
+import os
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,7 +36,10 @@ class Workers:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all workers; the same on each."""
         if self.world > 1:
-            torch.distributed.all_reduce(tensor)
+            work = torch.distributed.all_reduce(tensor, async_op=True)
+            while not work.is_completed():
+                os.sched_yield()  # whoever sleeps until the sum is there is woken later than most steps take
+            work.wait()  # raises what went wrong
         return tensor
 
     def agree(self, value: T) -> T:
