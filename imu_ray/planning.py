@@ -18,9 +18,11 @@ from imu_ray.models import Head, ModelSpec
 from imu_ray.pipeline import resolve_settings
 
 # Of one task in the driver, and what the driver keeps of a shard, as measured with 10,000 shards; of a sample, the peak of scoring 10^7
-# (54 bytes) and as much again for an audit (cluster/README.md, Sizing).
-TASK_SECONDS = 0.002
-SHARD_BYTES, SAMPLE_BYTES = 5_000, 100
+# (42 bytes) and as much again for an audit (cluster/README.md, Sizing).
+TASK_SECONDS = 0.0025
+SHARD_BYTES, SAMPLE_BYTES = 5_000, 85
+# Of a worker: what its process grows by over many tasks, and matrices of the head at the peak (C = 1,000, D = 2,049: 0.65 GB), as measured.
+WORKER_BYTES, MATRICES = 30_000_000, 38
 SCORING_ROUNDS = 5  # tasks per shard after the features: moments, scores, change of the outputs, and two audits
 
 
@@ -63,7 +65,8 @@ def plan(
     shard_rows = rows * settings.influence.blocks_per_shard
     model_bytes = sum(tensor.nbytes for tensor in inputs.model.state_dict().values())
     # A shard as read and as features, one block in float64 with its products, sums and direction of the head, and the model.
-    per_worker = shard_rows * (width * item + _row_bytes(inputs.sources["forget"])) + rows * width * 8 * 2 + 6 * matrix.nbytes + model_bytes
+    shard_bytes = shard_rows * (width * item + _row_bytes(inputs.sources["forget"]))
+    per_worker = WORKER_BYTES + shard_bytes + rows * width * 8 * 2 + MATRICES * matrix.nbytes + model_bytes
     features = passes * sum(part["forward_seconds"] for part in sets.values()) / workers + TASK_SECONDS * shards
     scored = scoring * samples * SCORING_ROUNDS / workers + TASK_SECONDS * shards * SCORING_ROUNDS
     with ray_session(dataclasses.replace(settings.resources, workers=1)):  # too many are told, not refused

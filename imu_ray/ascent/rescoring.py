@@ -49,7 +49,7 @@ class Rescoring:
         )
         tables = [score_shard(shard, head, direction) for shard in shards]
         scores, losses = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("influence", "loss"))
-        return SCHEMES[self.intensity.scheme](scores, losses, self.intensity, seed)
+        return SCHEMES[self.intensity.scheme](scores, lambda: losses, self.intensity, seed)
 
 
 def _reduce(shards: Sequence[FeatureShard], head: Head) -> Reduce[Any]:

@@ -9,9 +9,10 @@ from imu_ray.config import IntensityConfig
 from imu_ray.errors import EmptySelectionError
 
 Scores = npt.NDArray[np.float64]
+Losses = Callable[[], Scores]  # most schemes do without, and a large forget set's need not be read then
 
 
-def imu_intensities(scores: Scores, losses: Scores, config: IntensityConfig, seed: int) -> Scores:
+def imu_intensities(scores: Scores, losses: Losses, config: IntensityConfig, seed: int) -> Scores:
     r"""The paper's weights, 0 where a sample is not kept.
 
     .. math:: w_i = \min\bigl(\sqrt{|I_i|},\; Q_{0.93}\{\sqrt{|I_j|} : j \in K\}\bigr), \qquad
@@ -21,7 +22,7 @@ def imu_intensities(scores: Scores, losses: Scores, config: IntensityConfig, see
 
     Args:
         scores: influence ``[N]``.
-        losses: cross-entropy ``[N]``; not used by this scheme.
+        losses: gives the cross-entropy ``[N]``; not used by this scheme.
         config: ``keep_fraction`` and ``clip_quantile``.
         seed: not used by this scheme.
 
@@ -41,28 +42,29 @@ def imu_intensities(scores: Scores, losses: Scores, config: IntensityConfig, see
     if config.keep_fraction < 1:
         order = np.argsort(scores[selected], kind="stable")
         kept = selected[order[: max(1, round(config.keep_fraction * len(selected)))]]
-    strength = np.sqrt(-scores[kept])
+    strength = scores[kept]
+    np.sqrt(np.negative(strength, out=strength), out=strength)  # in place: there may be 10^7
     weights = np.zeros_like(scores)
     weights[kept] = np.minimum(strength, np.quantile(strength, config.clip_quantile))
     return weights
 
 
-def uniform_intensities(scores: Scores, losses: Scores, config: IntensityConfig, seed: int) -> Scores:
+def uniform_intensities(scores: Scores, losses: Losses, config: IntensityConfig, seed: int) -> Scores:
     """Control: every sample of the forget set with weight 1."""
     return np.ones_like(scores)
 
 
-def permuted_intensities(scores: Scores, losses: Scores, config: IntensityConfig, seed: int) -> Scores:
+def permuted_intensities(scores: Scores, losses: Losses, config: IntensityConfig, seed: int) -> Scores:
     """Control: the ``imu`` weights, zeros included, dealt to the samples at random: the same weights, no information."""
     return np.asarray(np.random.default_rng(seed).permutation(imu_intensities(scores, losses, config, seed)), dtype=np.float64)
 
 
-def loss_intensities(scores: Scores, losses: Scores, config: IntensityConfig, seed: int) -> Scores:
+def loss_intensities(scores: Scores, losses: Losses, config: IntensityConfig, seed: int) -> Scores:
     """Every sample with its loss as weight: what the model fits worst is pushed hardest."""
-    return np.array(losses)
+    return losses()
 
 
-SCHEMES: dict[str, Callable[[Scores, Scores, IntensityConfig, int], Scores]] = {
+SCHEMES: dict[str, Callable[[Scores, Losses, IntensityConfig, int], Scores]] = {
     "imu": imu_intensities,
     "loss": loss_intensities,
     "uniform": uniform_intensities,

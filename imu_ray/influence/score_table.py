@@ -21,17 +21,17 @@ Column = npt.NDArray[np.float64]
 
 
 class ScoreTable:
-    """Takes the score tables of the shards in order. Of each sample three numbers stay in memory; ids and labels go to a temporary file.
+    """Takes the score tables of the shards in order. Of each sample its influence stays in memory; the rest goes to a temporary file.
 
     Attributes:
-        influence, loss: ``[N]``.
+        influence: ``[N]``.
         label_counts: samples of each label.
         figures: what stands behind the scores (``fit_direction``).
     """
 
     def __init__(self, rows: int, figures: Mapping[str, Any]) -> None:
         self.figures = dict(figures)
-        self.influence, self.loss, self._norm = np.empty(rows), np.empty(rows), np.empty(rows)
+        self.influence = np.empty(rows)
         self.label_counts: Counter[int] = Counter()
         self._taken = 0
         self._waiting: list[pa.Table] = []
@@ -52,8 +52,7 @@ class ScoreTable:
     def take(self, table: pa.Table) -> None:
         """The next shard's samples (``SCORE_SCHEMA``)."""
         rows = slice(self._taken, self._taken + len(table))
-        for column, name in ((self.influence, "influence"), (self.loss, "loss"), (self._norm, "gradient_norm")):
-            column[rows] = table[name].to_numpy()
+        self.influence[rows] = table["influence"].to_numpy()
         for count in table["label"].value_counts().to_pylist():
             self.label_counts[count["values"]] += count["counts"]
         self._taken = rows.stop
@@ -69,22 +68,35 @@ class ScoreTable:
         """All shards are in. ``outlier`` will be the gradient norm as a multiple of this quantile of the norms."""
         self._flush()
         self._write(self._writer.close)
-        self._outlier_at = float(np.quantile(self._norm, clip_quantile))
-        del self._norm
+        self._outlier_at = float(np.quantile(self._read("gradient_norm"), clip_quantile, overwrite_input=True))
         pa.default_memory_pool().release_unused()
         return self
+
+    def loss(self) -> Column:
+        """Cross-entropy ``[N]``."""
+        return self._read("loss")
+
+    def _read(self, name: str) -> Column:
+        values, start = np.empty(len(self.influence)), 0
+        for part in self._parts([name]):
+            values[start : start + len(part)] = part[name].to_numpy()
+            start += len(part)
+        return values
+
+    def _parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        with pq.ParquetFile(Path(self._folder.name) / "scores.parquet", pre_buffer=False) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns, use_threads=False)
 
     def batches(self, weights: Column) -> Iterator[pa.Table]:
         """The table with ``outlier`` and the intensities ``[N]``, a part at a time, in order (``INTENSITY_SCHEMA``)."""
         start = 0
-        with pq.ParquetFile(Path(self._folder.name) / "scores.parquet", pre_buffer=False) as file:
-            for group in range(file.num_row_groups):
-                part = file.read_row_group(group, use_threads=False)
-                norm = part["gradient_norm"].to_numpy()
-                outlier = norm / self._outlier_at if self._outlier_at else np.zeros_like(norm)
-                stop = start + len(part)
-                yield part.append_column("outlier", pa.array(outlier)).append_column("intensity", pa.array(weights[start:stop]))
-                start = stop
+        for part in self._parts():
+            norm = part["gradient_norm"].to_numpy()
+            outlier = norm / self._outlier_at if self._outlier_at else np.zeros_like(norm)
+            stop = start + len(part)
+            yield part.append_column("outlier", pa.array(outlier)).append_column("intensity", pa.array(weights[start:stop]))
+            start = stop
 
     def _flush(self) -> None:
         if self._held:

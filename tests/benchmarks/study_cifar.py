@@ -33,9 +33,9 @@ from imu_ray.ascent.stopping import StopTarget, stop_targets
 from imu_ray.audits.accuracy import Predictions, predict_shard
 from imu_ray.audits.membership import membership_inference
 from imu_ray.config import UnlearnConfig
-from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
-from imu_ray.influence.curvature.base import Moments, damped_direction, merge_tree
-from imu_ray.influence.features import FeatureShard, score_shard, shard_statistics
+from imu_ray.influence.curvature import PRECONDITIONERS
+from imu_ray.influence.direction import fit_direction
+from imu_ray.influence.features import FeatureShard, norms_of, score_shard, shard_statistics
 from imu_ray.influence.intensity import SCHEMES
 from imu_ray.manifest import label_counts
 from imu_ray.models import Head
@@ -120,19 +120,18 @@ def head_at(level: float, heads: list[Head], accuracies: list[float], forget: Fe
 def path_of(world: dict, settings: UnlearnConfig, lowest: float) -> tuple[list[Head], list[dict[str, float]]]:
     """Heads and records of every step until the forget accuracy is at ``lowest``."""
     head, forget = world["head"], FeatureStore([world["forget"]])
-    moments = shard_statistics(world["forget"], head, Moments.of)
-    direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, 0.01), moments)
+    reduce = lambda statistics: shard_statistics(world["forget"], head, statistics)
+    direction, _ = fit_direction(settings.influence, reduce, None, lambda: norms_of(world["forget"], head))
     table = score_shard(world["forget"], head, direction)
     weigh = SCHEMES[settings.intensity.scheme]
-    weights = weigh(table["influence"].to_numpy(), table["loss"].to_numpy(), settings.intensity, settings.seed)
+    weights = weigh(table["influence"].to_numpy(), table["loss"].to_numpy, settings.intensity, settings.seed)
     curvature = None
     if settings.ascent.preconditioner != "none":
-        reduce = lambda statistics: merge_tree([shard_statistics(world["forget"], head, statistics)])
         curvature = PRECONDITIONERS[settings.ascent.preconditioner].fit(reduce, settings.ascent.preconditioner_damping)
     heads = [head]
     target = StopTarget("forget_accuracy", lowest, "study", tolerance=1.0)
     problem = AscentProblem(head, weights, settings.ascent, settings.seed, [target], curvature, forget)
-    outcome = run_ascent(problem, Workers(), save_head=lambda _step, made: heads.append(made))
+    outcome = run_ascent(problem, Workers(), checked=lambda _record, made: heads.append(made))
     return heads, outcome.trajectory
 
 

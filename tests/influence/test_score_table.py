@@ -31,7 +31,7 @@ def test_the_table_comes_back_whole_with_outliers_and_intensities(monkeypatch):
     assert table.schema == INTENSITY_SCHEMA
     assert table.select(SCORE_SCHEMA.names).equals(given)
     assert np.array_equal(taken.influence, given["influence"].to_numpy())
-    assert np.array_equal(taken.loss, given["loss"].to_numpy())
+    assert np.array_equal(taken.loss(), given["loss"].to_numpy())
     assert np.array_equal(table["intensity"].to_numpy(), weights)
     norm = given["gradient_norm"].to_numpy()
     assert np.array_equal(table["outlier"].to_numpy(), norm / np.quantile(norm, 0.95))
