@@ -15,7 +15,7 @@ from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.progress import LINE_SECONDS, Progress
 
 METRIC_SECONDS = 1.0  # between records, each of which the process holds until it is exported
-TRIM_SECONDS = 0.1  # to give memory back and to touch it again takes a task 3 ms
+TRIM_SECONDS = 0.1  # to give memory back and to touch it again takes a task on kept features 3 ms
 NAMES = 16  # different names of tasks in a stage, because Ray keeps figures for every name: 60 kB in the driver
 
 _trimmed = [0.0]
@@ -26,7 +26,6 @@ def begin_task(stage: str, threads: int) -> None:
     if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
         metrics.count("shards_retried", 1, stage)
         metrics.flush()
-    _trim(every=TRIM_SECONDS)
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 features are float32, on a GPU as on the CPU
 
@@ -105,19 +104,19 @@ class TaskRunner:
                 metrics.flush()
                 for ref in pending:
                     ray.cancel(ref, force=True)
-                _trim()
+                trim()
 
 
-def _trim(every: float = 0.0) -> None:
+def trim(every: float = 0.0) -> None:
     """Give freed memory back, unless that was done less than ``every`` seconds ago.
 
     Ray's threads leave some in every arena of glibc, so that the driver and the workers of many shards would seem to grow.
     """
     now = time.monotonic()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and now - _trimmed[0] >= every:
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None and now - _trimmed[0] >= every:
         _trimmed[0] = now
-        trim(0)
+        give_back(0)
 
 
 def explain_failure(stage: str, error: BaseException) -> ImuError:

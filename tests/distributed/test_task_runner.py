@@ -1,17 +1,19 @@
-"""What a worker process does before each task."""
+"""What a worker process does before a task."""
 
 import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
-from imu_ray.distributed import task_runner
+from imu_ray.distributed import influence_job, task_runner
+from imu_ray.influence.features import FeatureShard
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def private_mb() -> float:
+def private_mb(shard: FeatureShard | None = None) -> float:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["RssAnon"].split()[0]) / 1024
 
@@ -24,9 +26,10 @@ def given_back() -> float:
     del pieces
     before = private_mb()
     task_runner._trimmed[0] = 0.0  # not a moment ago
-    task_runner.begin_task("features", 1)
+    shard = FeatureShard(np.ones((1, 2), np.float32), np.zeros(1, np.int64), ["0"], (1,))
+    after = influence_job._map._function([ray.put((private_mb, "scores", 1))], shard)
     assert len(kept) == 128
-    return before - private_mb()
+    return before - after
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator gives memory back in its own way")
