@@ -17,8 +17,8 @@ from imu_ray.inputs import Inputs
 from imu_ray.models import Head, ModelSpec
 from imu_ray.pipeline import resolve_settings
 
-# Of one task in the driver, and what the driver keeps of a shard, as measured with 10,000 shards; of a sample, the peak of scoring 10^7
-# (42 bytes) and as much again for an audit (cluster/README.md, Sizing).
+# Of one task, as measured with 100,000 shards; what the driver keeps of a shard, with 10,000; of a sample, the peak of scoring 10^7 (42
+# bytes) and as much again for an audit (cluster/README.md, Sizing).
 TASK_SECONDS = 0.0025
 SHARD_BYTES, SAMPLE_BYTES = 5_000, 85
 # Of a worker: what its process grows by over many tasks, and matrices of the head at the peak (C = 1,000, D = 2,049: 0.65 GB), as measured.
