@@ -66,7 +66,7 @@ def score(
     with Pipeline.open("score", model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None) as job:
         scored = job.score()
         job.complete()
-        return pa.concat_tables(scored.parts())
+        return pa.concat_tables(scored.table())
 
 
 def ascend(

@@ -5,12 +5,13 @@ import hashlib
 import os
 import platform
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -42,9 +43,9 @@ def describe_samples(source: ForgetSet, reports: Sequence[ShardReport]) -> dict[
     }
 
 
-def digest_of(values: Any) -> str:
-    """SHA-256 of an array's bytes or of a text."""
-    return hashlib.sha256(values.encode() if isinstance(values, str) else values.tobytes()).hexdigest()
+def digest_of(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Manifest:
@@ -83,9 +84,10 @@ class Manifest:
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 3)
 
 
-def label_counts(labels: Sequence[int]) -> dict[int, int]:
+def label_counts(labels: npt.NDArray[np.int64]) -> dict[int, int]:
     """Samples per class, by label."""
-    return dict(sorted(Counter(labels).items()))
+    found, counts = np.unique(labels, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def _version(package: str) -> str:

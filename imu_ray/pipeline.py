@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from torch import nn
 
@@ -19,20 +19,19 @@ from imu_ray.ascent.loop import AscentOutcome, AscentProblem
 from imu_ray.ascent.objectives import OBJECTIVES
 from imu_ray.ascent.rescoring import Rescoring
 from imu_ray.ascent.stopping import recipe_warning, stop_targets
-from imu_ray.audits.accuracy import Predictions, output_change, predict_shard, summarise
-from imu_ray.audits.membership import membership_inference
 from imu_ray.audits.report import DOMINATED, render_report
 from imu_ray.checkpoint import INTENSITIES, MANIFEST, RunDirectory, default_run_dir
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import ascent_job, influence_job, metrics
+from imu_ray.distributed import ascent_job, audit_job, influence_job, metrics
 from imu_ray.distributed.session import ray_session
 from imu_ray.errors import ConfigError, EmptySelectionError, ForgetSetError, NonFiniteError, StageFailedError
 from imu_ray.events import event
 from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.intensity import SCHEMES
+from imu_ray.influence.order_statistics import Parts
 from imu_ray.inputs import Inputs
-from imu_ray.manifest import Manifest, digest_of, label_counts
+from imu_ray.manifest import Manifest, label_counts
 from imu_ray.models import Head, ModelSpec, model_hash, with_head
 from imu_ray.settings import nearest
 
@@ -67,12 +66,12 @@ class UnlearnResult:
 
 @dataclass(frozen=True)
 class Weighted:
-    """The forget set's influence and intensities ``[N]``, its samples per label, and its table a part at a time."""
+    """The forget set's influence, intensities and table, ``[N]`` in parts, and its samples per label."""
 
-    influence: npt.NDArray[np.float64]
-    weights: npt.NDArray[np.float64]
+    influence: Parts
+    weights: Parts
+    table: Callable[[], Iterator[pa.Table]]
     label_counts: dict[int, int]
-    parts: Callable[[], Iterator[pa.Table]]
 
 
 def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> UnlearnConfig:
@@ -175,37 +174,45 @@ class Pipeline:
             share, below = figures["plain_gradient_share"], figures["fisher_below_damping"]
             advice = "the scores are nearly a plain gradient product; influence.damping_mode=relative or another curvature gives it a say"
             event("damping dominates", level=logging.WARNING, plain_gradient_share=share, fisher_below_damping=below, advice=advice)
-        weights = SCHEMES[self.config.intensity.scheme](scores.influence, scores.loss, self.config.intensity, self.config.seed)
-        parts = functools.partial(scores.batches, weights)
-        return self._take(Weighted(scores.influence, weights, dict(sorted(scores.label_counts.items())), parts))
+        influence, losses = scores.column("influence"), scores.column("loss")
+        weights = SCHEMES[self.config.intensity.scheme](influence, losses, self.config.intensity, self.config.seed)
+        table = functools.partial(scores.batches, weights)
+        return self._take(Weighted(influence, weights, table, dict(sorted(scores.label_counts.items()))))
 
     def take_intensities(self, table: pa.Table) -> Weighted:
         """A table that was given, checked to be that of the forget set."""
         missing = {"sample_id", "label", "influence", "intensity"} - set(table.column_names)
-        if missing or table["sample_id"].to_pylist() != self.features["forget"].ids():
+        if missing or not self.features["forget"].holds(table["sample_id"]):
             raise ForgetSetError(
                 f"the intensities ({len(table)} rows, columns {', '.join(table.column_names)}) are not those of the "
                 f"{self.features['forget'].rows} samples of {self.manifest.values['forget_set']['name']}; expected the table that score() gave for this "
                 "forget set, in its order"
             )
-        counts = label_counts(table["label"].to_pylist())
-        return self._take(Weighted(table["influence"].to_numpy(), table["intensity"].to_numpy(), counts, lambda: iter([table])))
+        counts = label_counts(table["label"].to_numpy())
+        influence, weights = table["influence"].to_numpy(), table["intensity"].to_numpy()
+        return self._take(Weighted(lambda: [influence], lambda: [weights], lambda: iter([table]), counts))
 
     def _take(self, samples: Weighted) -> Weighted:
         """Check that there is something to ascend with, record it, and write the table."""
-        weights = samples.weights
-        if not (np.isfinite(weights).all() and (weights >= 0).all()):
-            raise NonFiniteError(f"{int((~(weights >= 0)).sum())} intensities are negative or NaN; expected finite weights of 0 or more")
-        if not weights.any():
-            raise EmptySelectionError(f"all {len(weights)} intensities are 0; expected at least one above; see intensity.scheme")
-        self.manifest.values["inputs"]["set of intensities"] = digest_of(weights)
+        digest, wrong, kept = hashlib.sha256(), 0, 0
+        for part in samples.weights():
+            digest.update(part.tobytes())
+            wrong += np.count_nonzero(~(np.isfinite(part) & (part >= 0)))
+            kept += np.count_nonzero(part)
+        if wrong:
+            raise NonFiniteError(f"{wrong} intensities are negative, infinite or NaN; expected finite weights of 0 or more")
+        if not kept:
+            raise EmptySelectionError(
+                f"all {self.features['forget'].rows} intensities are 0; expected at least one above; see intensity.scheme"
+            )
+        self.manifest.values["inputs"]["set of intensities"] = digest.hexdigest()
         if self.unfinished is not None:
             self.run.check_inputs(self.unfinished, self.manifest.values["inputs"])
         self.manifest.values["forget_set"]["label_counts"] = samples.label_counts
         self.begun = True
         self.record()
         if self.write:
-            self.run.write_tables(INTENSITIES, samples.parts())
+            self.run.write_tables(INTENSITIES, samples.table())
         return samples
 
     def ascend(self, samples: Weighted) -> AscentOutcome:
@@ -214,12 +221,12 @@ class Pipeline:
         warning = recipe_warning(self.config.recipe, counts, self.task.num_classes)
         if warning:
             event("recipe doubted", level=logging.WARNING, reason=warning)
-        original = {name: self._predict(name, self.head) for name in self.features if name != "forget"}
-        labels = {name: set(predictions.labels.tolist()) for name, predictions in original.items()}
-        unseen = summarise(original["test"])["accuracy"] if "test" in original else None
+        original = {name: audit_job.accuracy(name, features, self.head) for name, features in self.features.items() if name != "forget"}
+        labels = {name: set(counted.labels.tolist()) for name, counted in original.items()}
+        unseen = original["test"].figures()["accuracy"] if "test" in original else None
         kept = set().union(*(found for name, found in labels.items() if name != "test"))
         targets = stop_targets(self.config.ascent.stop, counts, self.task.num_classes, unseen, labels.get("test", ()), kept)
-        weights = samples.weights
+        weights = np.concatenate(list(samples.weights()))
         with self.stage("preconditioner"):
             preconditioner = self._fit_preconditioner()
         influence = self.config.influence
@@ -246,15 +253,10 @@ class Pipeline:
             "kept_samples": int((weights > 0).sum()),
             "targets": [vars(target) for target in targets],
             "parameter_drift": outcome.record["parameter_drift"],
-            "output_change": self._output_change(outcome.head),
+            "output_change": audit_job.mean_output_change(self.features["forget"], self.head, outcome.head),
             "recipe_warning": warning,
         }
         return outcome
-
-    def _output_change(self, changed: Head) -> float:
-        """Mean over the forget set; what a choice between runs can go by without retain data."""
-        function = functools.partial(output_change, before=self.head, after=changed)
-        return float(np.concatenate(self.features["forget"].map("change of outputs", function)).mean())
 
     def _fit_preconditioner(self) -> FittedCurvature | None:
         """The curvature that steers the ascent, fitted on the forget set by one round of tasks."""
@@ -279,17 +281,7 @@ class Pipeline:
 
     def measure(self, head: Head) -> dict[str, Any]:
         """Figures of one head on every set, and membership inference."""
-        predictions = {name: self._predict(name, head) for name in self.features}
-        figures: dict[str, Any] = {name: summarise(of_set) for name, of_set in predictions.items()}
-        if "test" in predictions:
-            membership = membership_inference(predictions["forget"], predictions["test"], self.config.audit, self.config.seed)
-        else:
-            membership = {"skipped": "no evaluation['test'] with unseen samples was given"}
-        return {**figures, "membership": membership}
-
-    def _predict(self, name: str, head: Head) -> Predictions:
-        parts = self.features[name].map(f"audit of {name}", functools.partial(predict_shard, head=head))
-        return Predictions.concatenate(parts)
+        return audit_job.measure(self.features, head, self.config.audit, self.config.seed)
 
     def unlearn(self, original: nn.Module) -> UnlearnResult:
         """Every stage after the features; ``original`` is the model as the caller holds it."""

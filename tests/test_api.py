@@ -363,8 +363,8 @@ def with_weights(table, weights):
 
 @pytest.mark.parametrize(
     ("weight", "kind", "message"),
-    [(float("nan"), NonFiniteError, "1 intensities are negative or NaN"), (-1.0, NonFiniteError, "1 intensities are negative"),
-     (None, EmptySelectionError, "all 20 intensities are 0")],
+    [(float("nan"), NonFiniteError, "1 intensities are negative, infinite or NaN"), (-1.0, NonFiniteError, "1 intensities are negative"),
+     (float("inf"), NonFiniteError, "1 intensities are negative, inf"), (None, EmptySelectionError, "all 20 intensities are 0")],
 )  # fmt: skip
 def test_intensities_that_are_no_weights_are_refused(weight, kind, message, tmp_path):
     table = score(named("fc"), pairs(20), config=config())

@@ -3,13 +3,13 @@
 One worker scores for all: the sums then do not depend on the number of workers, and no two can disagree on which samples are kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 
 from imu_ray.ascent.batches import FeatureStore
 from imu_ray.config import InfluenceConfig, IntensityConfig
@@ -17,6 +17,7 @@ from imu_ray.influence.curvature.base import Reduce, merge_tree
 from imu_ray.influence.direction import fit_direction
 from imu_ray.influence.features import FeatureShard, norms_of, score_shard, shard_statistics
 from imu_ray.influence.intensity import SCHEMES
+from imu_ray.influence.order_statistics import Column, quantile
 from imu_ray.models import Head
 
 
@@ -32,7 +33,7 @@ class Rescoring:
         """Within each batch, rather than over the forget set at the start of each epoch."""
         return self.influence.refresh == "step"
 
-    def weights(self, shards: Sequence[FeatureShard], head: Head, curvature: FeatureStore | None, seed: int) -> npt.NDArray[np.float64]:
+    def weights(self, shards: Sequence[FeatureShard], head: Head, curvature: FeatureStore | None, seed: int) -> Column:
         """Intensities ``[N]`` of the samples of ``shards`` under ``head``.
 
         Args:
@@ -41,15 +42,21 @@ class Rescoring:
             curvature: features that the curvature is fitted on; None: those that are scored.
             seed: seed of the run.
         """
+
+        def norm_quantile(level: float) -> float:
+            norms = [norms_of(shard, head) for shard in shards]
+            return quantile(lambda: norms, level)
+
         direction, _ = fit_direction(
-            self.influence,
-            _reduce(shards, head),
-            None if curvature is None else _reduce(curvature.shards, head),
-            lambda: np.concatenate([norms_of(shard, head) for shard in shards]),
+            self.influence, _reduce(shards, head), None if curvature is None else _reduce(curvature.shards, head), norm_quantile
         )
         tables = [score_shard(shard, head, direction) for shard in shards]
-        scores, losses = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("influence", "loss"))
-        return SCHEMES[self.intensity.scheme](scores, lambda: losses, self.intensity, seed)
+        influence, losses = (partial(_column, tables, name) for name in ("influence", "loss"))
+        return np.concatenate(list(SCHEMES[self.intensity.scheme](influence, losses, self.intensity, seed)()))
+
+
+def _column(tables: Sequence[pa.Table], name: str) -> Iterator[Column]:
+    return (table[name].to_numpy() for table in tables)
 
 
 def _reduce(shards: Sequence[FeatureShard], head: Head) -> Reduce[Any]:

@@ -20,15 +20,37 @@ class Predictions:
     losses: npt.NDArray[np.float64]
     correct: npt.NDArray[np.bool_]
 
-    @classmethod
-    def concatenate(cls, parts: "list[Predictions]") -> "Predictions":
-        """All of them, in order."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "losses", "correct")))
 
-    def of_labels(self, labels: npt.NDArray[np.int64]) -> "Predictions":
-        """The samples with one of some labels."""
-        mask = np.isin(self.labels, labels)
-        return Predictions(self.labels[mask], self.losses[mask], self.correct[mask])
+class Accuracy:
+    """Accuracy and loss of a sample set, counted as its predictions come.
+
+    Args:
+        classes: number of classes.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self._samples, self._correct, self._losses = np.zeros(classes, np.int64), np.zeros(classes, np.int64), np.zeros(classes)
+
+    def take(self, part: Predictions) -> None:
+        """The next samples."""
+        self._samples += np.bincount(part.labels, minlength=len(self._samples))
+        self._correct += np.bincount(part.labels[part.correct], minlength=len(self._samples))
+        np.add.at(self._losses, part.labels, part.losses)  # one after the other: the bits do not hang on how the samples are parted
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Labels that occur, ascending."""
+        return np.flatnonzero(self._samples)
+
+    def figures(self) -> dict[str, Any]:
+        """``samples``, ``accuracy`` (share), ``loss`` (mean, nats) and ``per_class`` with the same, keyed by label."""
+        per_class = {str(label): self._figures(label) for label in self.labels}
+        return {**self._figures(slice(None)), "per_class": per_class}
+
+    def _figures(self, classes: int | slice) -> dict[str, Any]:
+        samples = int(self._samples[classes].sum())
+        sums = {"accuracy": self._correct[classes].sum(), "loss": self._losses[classes].sum()}
+        return {"samples": samples, **{name: float(total / samples) for name, total in sums.items()}}
 
 
 def predict_shard(shard: FeatureShard, head: Head) -> Predictions:
@@ -57,14 +79,3 @@ def output_change(shard: FeatureShard, before: Head, after: Head) -> npt.NDArray
         )
         changes.append((old.exp() * (old - new)).sum(1).numpy())
     return np.concatenate(changes)
-
-
-def summarise(predictions: Predictions) -> dict[str, Any]:
-    """``samples``, ``accuracy`` (share), ``loss`` (mean, nats) and ``per_class`` with the same, keyed by label."""
-
-    def figures(part: Predictions) -> dict[str, Any]:
-        return {"samples": len(part.labels), "accuracy": float(part.correct.mean()), "loss": float(part.losses.mean())}
-
-    classes = np.unique(predictions.labels)
-    per_class = {str(label): figures(predictions.of_labels(np.array([label]))) for label in classes}
-    return {**figures(predictions), "per_class": per_class}

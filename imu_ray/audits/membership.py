@@ -8,19 +8,46 @@ import numpy.typing as npt
 from imu_ray.audits.accuracy import Predictions
 from imu_ray.config import AuditConfig
 
-LIMIT = 20_000  # rows per side; more would not move a figure that is read to two digits
+LIMIT = 20_000  # per side; more would not move a figure that is read to two digits
 
 
-def membership_inference(forget: Predictions, unseen: Predictions, config: AuditConfig, seed: int) -> dict[str, Any]:
-    r"""Balanced accuracy of the best confidence threshold, chosen on one half of the samples and scored on the other.
-
-    The attacker sees the confidence :math:`p_{y}` of the true class and picks the threshold and the side. Unseen samples are
-    restricted to the labels that occur in the forget set, so that the class gives nothing away. 0.5 is chance; the band holds
-    95 % of the figures under permuted membership.
+class LossDraw:
+    """Losses of at most ``LIMIT`` samples, drawn evenly and without replacement from predictions as they come.
 
     Args:
-        forget: the forget set under one model.
-        unseen: samples that the model never saw, under the same model.
+        seed: of the draw.
+        labels: labels of the samples that take part; None: all.
+
+    Attributes:
+        losses: what is drawn, in nats, in order.
+    """
+
+    def __init__(self, seed: int, labels: npt.NDArray[np.int64] | None = None) -> None:
+        self._random, self._labels = np.random.default_rng(seed), labels
+        self.losses, self._keys = np.empty(0), np.empty(0)
+
+    def take(self, part: Predictions) -> None:
+        """The next samples. Each draws a number, and those with the smallest stay."""
+        losses = part.losses if self._labels is None else part.losses[np.isin(part.labels, self._labels)]
+        self.losses = np.append(self.losses, losses)
+        self._keys = np.append(self._keys, self._random.random(len(losses)))
+        if len(self.losses) > LIMIT:
+            kept = np.sort(np.argpartition(self._keys, LIMIT)[:LIMIT])
+            self.losses, self._keys = self.losses[kept], self._keys[kept]
+
+
+def membership_inference(
+    members: npt.NDArray[np.float64], others: npt.NDArray[np.float64], config: AuditConfig, seed: int
+) -> dict[str, Any]:
+    r"""Balanced accuracy of the best confidence threshold, chosen on one half of the samples and scored on the other.
+
+    The attacker sees the confidence :math:`p_{y}` of the true class and picks the threshold and the side. 0.5 is chance; the band
+    holds 95 % of the figures under permuted membership.
+
+    Args:
+        members: losses of the forget set under one model, nats.
+        others: losses under the same model of samples that it never saw, with labels that occur in the forget set, so that the class
+            gives nothing away.
         config: fewest rows, number of permutations.
         seed: of the halves and permutations.
 
@@ -28,8 +55,6 @@ def membership_inference(forget: Predictions, unseen: Predictions, config: Audit
         ``balanced_accuracy``, ``band`` [low, high], ``members``, ``non_members``; or ``skipped`` with the reason.
     """
     random = np.random.default_rng(seed)
-    unseen = unseen.of_labels(np.unique(forget.labels))
-    members, others = (_sample(part.losses, random) for part in (forget, unseen))
     if min(len(members), len(others)) < config.membership_min_rows:
         return {
             "skipped": f"{len(members)} forget and {len(others)} unseen rows of the same classes; fewer than "
@@ -48,10 +73,6 @@ def membership_inference(forget: Predictions, unseen: Predictions, config: Audit
         "members": len(members),
         "non_members": len(others),
     }
-
-
-def _sample(losses: npt.NDArray[np.float64], random: np.random.Generator) -> npt.NDArray[np.float64]:
-    return random.choice(losses, LIMIT, replace=False) if len(losses) > LIMIT else losses
 
 
 def _attack(

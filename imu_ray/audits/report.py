@@ -7,26 +7,26 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Column = npt.NDArray[np.float64]
+from imu_ray.influence.order_statistics import Parts
+
 # Squared cosine with the plain gradient above which the curvature has no say to speak of.
 DOMINATED = 0.99
 
 
 def render_report(
-    manifest: Mapping[str, Any], metrics: Mapping[str, Any], intensities: tuple[Column, Column] | None, trajectory: pa.Table | None
+    manifest: Mapping[str, Any], metrics: Mapping[str, Any], intensities: tuple[Parts, Parts] | None, trajectory: pa.Table | None
 ) -> str:
     """The page as text; parts without data are left out.
 
     Args:
         manifest: the record of the run.
         metrics: figures before and after.
-        intensities: influence and intensity of every sample, ``[N]`` each.
+        intensities: influence and intensity of every sample, ``[N]`` in parts each.
         trajectory: a row per check of the ascent.
     """
     figures = []
@@ -82,11 +82,21 @@ def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]])
     return svg_of(figure)
 
 
-def _draw_distributions(influence: Column, weights: Column) -> Markup:
+def _draw_distributions(influence: Parts, weights: Parts) -> Markup:
     figure, (left, right) = figure_of(2)
-    left.hist(influence, bins=60, color="#3b6ea5")
+    _histogram(left, influence, "#3b6ea5")
     left.axvline(0, color="grey", linewidth=1)
     left.set(xlabel="influence on the mean forget loss", ylabel="samples", yscale="log")
-    right.hist(weights[weights > 0], bins=60, color="#c2703d")
-    right.set(xlabel=f"intensity of the {np.count_nonzero(weights)} kept of {len(weights)} samples", ylabel="samples", yscale="log")
+    kept = _histogram(right, lambda: (part[part > 0] for part in weights()), "#c2703d")
+    right.set(xlabel=f"intensity of the {kept} kept of {sum(map(len, weights()))} samples", ylabel="samples", yscale="log")
     return svg_of(figure)
+
+
+def _histogram(axis: Axes, parts: Parts, color: str) -> int:
+    """Draw the distribution of a column that is not held, in two passes; how many numbers it has."""
+    ends = [(part.min(), part.max()) for part in parts() if len(part)]
+    bounds = (min(low for low, _ in ends), max(high for _, high in ends))
+    edges = np.histogram_bin_edges([], bins=60, range=bounds)
+    counts = np.sum([np.histogram(part, edges)[0] for part in parts()], axis=0)
+    axis.stairs(counts, edges, fill=True, color=color)
+    return int(counts.sum())

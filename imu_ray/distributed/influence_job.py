@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import ray
 import torch
 from ray.exceptions import RayError
@@ -23,7 +24,8 @@ from imu_ray.influence.direction import fit_direction
 from imu_ray.influence.extraction import extract_features
 from imu_ray.influence.features import FeatureShard, ShardReport, norms_of, score_shard, shard_statistics, take_rows
 from imu_ray.influence.gradients import LayerIO
-from imu_ray.influence.score_table import ScoreTable
+from imu_ray.influence.order_statistics import quantile
+from imu_ray.influence.score_table import ColumnFile, ScoreTable
 from imu_ray.models import Head, compile_around
 from imu_ray.tasks.base import Task
 
@@ -135,9 +137,17 @@ class FeatureSet:
         """Samples with features."""
         return sum(report.rows for report in self.reports)
 
-    def ids(self) -> list[str]:
-        """Sample ids, in order."""
-        return [sample_id for ids in self.map("ids", _ids) for sample_id in ids]
+    def holds(self, ids: pa.ChunkedArray) -> bool:
+        """Whether these are the sample ids, in order."""
+        same, start = len(ids) == self.rows, 0
+
+        def compare(part: list[str]) -> None:
+            nonlocal same, start
+            same = same and ids.slice(start, len(part)).to_pylist() == part
+            start += len(part)
+
+        self.stream("ids", _ids, compare)
+        return same
 
     def under(self, config: UnlearnConfig) -> "FeatureSet":
         """The same features, worked on with the resources of ``config``."""
@@ -268,12 +278,18 @@ def score(features: FeatureSet, head: Head, config: UnlearnConfig, fitted_on: Fe
     Returns:
         The scores, in the order of the source.
     """
+
+    def norm_quantile(level: float) -> float:
+        with ColumnFile() as file:
+            features.stream("gradient norms", functools.partial(norms_of, head=head), file.take)
+            return quantile(file.parts, level)
+
     direction, figures = fit_direction(
         config.influence,
         functools.partial(features.reduce, "moments", head),
         None if fitted_on is None else functools.partial(fitted_on.reduce, "curvature", head),
-        lambda: np.concatenate(features.map("gradient norms", functools.partial(norms_of, head=head))),
+        norm_quantile,
     )
-    table = ScoreTable(features.rows, figures)
+    table = ScoreTable(figures)
     features.stream("scores", functools.partial(score_shard, head=head, direction_CD=direction), table.take)
     return table.close(config.influence.clip_quantile)

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from imu_ray.config import InfluenceConfig
@@ -18,7 +16,7 @@ def fit_direction(
     settings: InfluenceConfig,
     reduce: Reduce[Any],
     reduce_curvature: Reduce[Any] | None,
-    norms: Callable[[], npt.NDArray[np.float64]],
+    norm_quantile: Callable[[float], float],
 ) -> tuple[Tensor, dict[str, Any]]:
     """The damped mean gradient of the forget set.
 
@@ -26,12 +24,12 @@ def fit_direction(
         settings: ``influence.*``.
         reduce: maps statistics over the forget set's blocks and merges them.
         reduce_curvature: the same over the rows that the curvature is fitted on; None: the forget set.
-        norms: gradient norms of the forget set, ``[N]``; asked for when gradients are clipped.
+        norm_quantile: gives a quantile of the gradient norms of the forget set; called when gradients are clipped.
 
     Returns:
         The direction ``[C, D]``; and ``describe_direction`` with what the curvature tells and ``clipped_at``.
     """
-    clip = float(np.quantile(norms(), settings.clip_quantile)) if settings.robust == "clip" else None
+    clip = norm_quantile(settings.clip_quantile) if settings.robust == "clip" else None
     moments = reduce(partial(Moments.of, clip=clip))
 
     def fit_on(statistics: Callable[[LayerIO], Any]) -> Any:

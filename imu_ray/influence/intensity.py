@@ -1,70 +1,91 @@
-"""Scores to intensities: which samples the ascent works on, and how hard."""
+"""Scores to intensities: which samples the ascent works on, and how hard.
 
-from collections.abc import Callable
+A scheme takes influence and loss a part at a time and gives the weights in the same parts, so that nobody need hold a column.
+"""
+
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from imu_ray.config import IntensityConfig
 from imu_ray.errors import EmptySelectionError
-
-Scores = npt.NDArray[np.float64]
-Losses = Callable[[], Scores]  # most schemes do without, and a large forget set's need not be read then
+from imu_ray.influence.order_statistics import Column, OrderStatistics, Parts, between, neighbours
 
 
-def imu_intensities(scores: Scores, losses: Losses, config: IntensityConfig, seed: int) -> Scores:
+def imu_intensities(influence: Parts, losses: Parts, config: IntensityConfig, seed: int) -> Parts:
     r"""The paper's weights, 0 where a sample is not kept.
 
     .. math:: w_i = \min\bigl(\sqrt{|I_i|},\; Q_{0.93}\{\sqrt{|I_j|} : j \in K\}\bigr), \qquad
               K = \text{top fraction by } |I| \text{ of } \{i : I_i < 0\}
 
-    Ties in ``|I|`` go to the earlier sample. Source: arXiv:2508.01620, eq. for the dynamic intensity.
+    Ties in ``|I|`` go to the earlier sample. Fraction and quantile take two passes over the influence, the weights one.
+    Source: arXiv:2508.01620, eq. for the dynamic intensity.
 
     Args:
-        scores: influence ``[N]``.
-        losses: gives the cross-entropy ``[N]``; not used by this scheme.
+        influence: of each sample, ``[N]`` in parts.
+        losses: cross-entropy, ``[N]`` in parts; not used by this scheme.
         config: ``keep_fraction`` and ``clip_quantile``.
         seed: not used by this scheme.
 
     Returns:
-        Weights ``[N]``, float64, non-negative.
+        Weights ``[N]`` in the same parts, float64, non-negative.
 
     Raises:
         EmptySelectionError: no sample has a negative score.
     """
-    selected = np.flatnonzero(scores < 0)
-    if not len(selected):
+
+    def magnitudes() -> Iterator[Column]:
+        return (-part[part < 0] for part in influence())
+
+    ordered = OrderStatistics(magnitudes)
+    if not ordered.count:
         raise EmptySelectionError(
-            f"none of {len(scores)} samples has a negative influence, so the scheme 'imu' keeps none; expected at least one; "
+            f"none of {sum(map(len, influence()))} samples has a negative influence, so the scheme 'imu' keeps none; expected at least one; "
             "use intensity.scheme=uniform to ascend on all samples alike"
         )
-    kept = selected
-    if config.keep_fraction < 1:
-        order = np.argsort(scores[selected], kind="stable")
-        kept = selected[order[: max(1, round(config.keep_fraction * len(selected)))]]
-    strength = scores[kept]
-    np.sqrt(np.negative(strength, out=strength), out=strength)  # in place: there may be 10^7
-    weights = np.zeros_like(scores)
-    weights[kept] = np.minimum(strength, np.quantile(strength, config.clip_quantile))
+    kept = max(1, round(config.keep_fraction * ordered.count))
+    left_out = ordered.count - kept
+    low, high, share = neighbours(config.clip_quantile, kept)
+    (least, not_above), (lower, _), (upper, _) = ordered.at(left_out, left_out + low, left_out + high)
+    clip = between(math.sqrt(lower), math.sqrt(upper), share)
+
+    def weights() -> Iterator[Column]:
+        ties = not_above - left_out
+        for part in influence():
+            chosen = part < -least
+            tied = np.flatnonzero(part == -least)[:ties]
+            ties -= len(tied)
+            chosen[tied] = True
+            weights_of_part = np.zeros_like(part)
+            weights_of_part[chosen] = np.minimum(np.sqrt(-part[chosen]), clip)
+            yield weights_of_part
+
     return weights
 
 
-def uniform_intensities(scores: Scores, losses: Losses, config: IntensityConfig, seed: int) -> Scores:
+def uniform_intensities(influence: Parts, losses: Parts, config: IntensityConfig, seed: int) -> Parts:
     """Control: every sample of the forget set with weight 1."""
-    return np.ones_like(scores)
+    return lambda: map(np.ones_like, influence())
 
 
-def permuted_intensities(scores: Scores, losses: Losses, config: IntensityConfig, seed: int) -> Scores:
-    """Control: the ``imu`` weights, zeros included, dealt to the samples at random: the same weights, no information."""
-    return np.asarray(np.random.default_rng(seed).permutation(imu_intensities(scores, losses, config, seed)), dtype=np.float64)
+def permuted_intensities(influence: Parts, losses: Parts, config: IntensityConfig, seed: int) -> Parts:
+    """Control: the ``imu`` weights, zeros included, dealt to the samples at random: the same weights, no information.
+
+    All of them are held, unlike under the other schemes.
+    """
+    weights = list(imu_intensities(influence, losses, config, seed)())
+    dealt = np.random.default_rng(seed).permutation(np.concatenate(weights))
+    parts = np.split(dealt, np.cumsum([len(part) for part in weights])[:-1])
+    return lambda: parts
 
 
-def loss_intensities(scores: Scores, losses: Losses, config: IntensityConfig, seed: int) -> Scores:
+def loss_intensities(influence: Parts, losses: Parts, config: IntensityConfig, seed: int) -> Parts:
     """Every sample with its loss as weight: what the model fits worst is pushed hardest."""
-    return losses()
+    return losses
 
 
-SCHEMES: dict[str, Callable[[Scores, Losses, IntensityConfig, int], Scores]] = {
+SCHEMES: dict[str, Callable[[Parts, Parts, IntensityConfig, int], Parts]] = {
     "imu": imu_intensities,
     "loss": loss_intensities,
     "uniform": uniform_intensities,

@@ -23,8 +23,10 @@ def test_figures_stand_in_the_page_and_markup_in_them_is_escaped():
 
 
 def test_a_run_without_metrics_still_has_a_page():
-    page = render_report(MANIFEST, {}, (np.array([-1.0, 0.5]), np.array([1.0, 0.0])), None)
+    influence, weights = [np.array([-1.0]), np.array([0.5, -3.0])], [np.array([1.0]), np.array([0.0, 1.0])]
+    page = render_report(MANIFEST, {}, (lambda: influence, lambda: weights), None)
     assert page.count("<svg") == 1
+    assert "the 2 kept of 3 samples" in page
     assert "f00d" in page
 
 

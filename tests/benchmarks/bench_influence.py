@@ -118,7 +118,7 @@ class Ways:
 
     def _score(self, shards: list[FeatureShard]) -> np.ndarray:
         reduce = lambda statistics: merge_tree(shard_statistics(shard, self.head, statistics) for shard in shards)
-        direction, _ = fit_direction(self.settings, reduce, None, lambda: np.empty(0))
+        direction, _ = fit_direction(self.settings, reduce, None, lambda _: np.nan)
         return np.concatenate([score_shard(shard, self.head, direction)["influence"].to_numpy() for shard in shards])
 
     def scoring(self) -> np.ndarray:

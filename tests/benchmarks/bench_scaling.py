@@ -196,7 +196,7 @@ def measure_sizes(sizes: list[tuple[int, int, int, int]], store: int, repeat: in
                     begun = time.perf_counter()
                     scores = influence_job.score(features, head, settings)
                     seconds.append(time.perf_counter() - begun)
-                    weights = SCHEMES["imu"](scores.influence, scores.loss, settings.intensity, 0)
+                    weights = SCHEMES["imu"](scores.column("influence"), scores.column("loss"), settings.intensity, 0)
                     written = sum(len(part) for part in scores.batches(weights))
                     assert written == rows
                     del scores, weights

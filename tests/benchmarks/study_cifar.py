@@ -30,8 +30,8 @@ from imu_ray.ascent.loop import AscentProblem, run_ascent
 from imu_ray.ascent.measure import measure
 from imu_ray.ascent.step import Workers
 from imu_ray.ascent.stopping import StopTarget, stop_targets
-from imu_ray.audits.accuracy import Predictions, predict_shard
-from imu_ray.audits.membership import membership_inference
+from imu_ray.audits.accuracy import predict_shard
+from imu_ray.audits.membership import LossDraw, membership_inference
 from imu_ray.config import UnlearnConfig
 from imu_ray.influence.curvature import PRECONDITIONERS
 from imu_ray.influence.direction import fit_direction
@@ -98,8 +98,11 @@ def figures(world: dict, head: Head) -> dict[str, float]:
     """Accuracies in per cent and membership inference (per cent of balanced accuracy) of one head."""
     sets = {name: FeatureStore([world[name]]) for name in ("forget", "retain", "test")}
     measured = measure(sets, head, head.matrix_CD, Workers())
-    forget, unseen = (Predictions.concatenate([predict_shard(world[name], head)]) for name in ("forget", "unseen"))
-    attack = membership_inference(forget, unseen, dataclasses.replace(UnlearnConfig().audit, permutations=20), 0)
+    forget = predict_shard(world["forget"], head)
+    members, others = LossDraw(0), LossDraw(0, np.unique(forget.labels))
+    members.take(forget)
+    others.take(predict_shard(world["unseen"], head))
+    attack = membership_inference(members.losses, others.losses, dataclasses.replace(UnlearnConfig().audit, permutations=20), 0)
     return {**{name: 100 * measured[f"{name}_accuracy"] for name in sets}, "membership": 100 * attack["balanced_accuracy"]}
 
 
@@ -121,10 +124,10 @@ def path_of(world: dict, settings: UnlearnConfig, lowest: float) -> tuple[list[H
     """Heads and records of every step until the forget accuracy is at ``lowest``."""
     head, forget = world["head"], FeatureStore([world["forget"]])
     reduce = lambda statistics: shard_statistics(world["forget"], head, statistics)
-    direction, _ = fit_direction(settings.influence, reduce, None, lambda: norms_of(world["forget"], head))
+    direction, _ = fit_direction(settings.influence, reduce, None, lambda level: np.quantile(norms_of(world["forget"], head), level))
     table = score_shard(world["forget"], head, direction)
-    weigh = SCHEMES[settings.intensity.scheme]
-    weights = weigh(table["influence"].to_numpy(), table["loss"].to_numpy, settings.intensity, settings.seed)
+    influence, losses = (lambda name=name: [table[name].to_numpy()] for name in ("influence", "loss"))
+    (weights,) = SCHEMES[settings.intensity.scheme](influence, losses, settings.intensity, settings.seed)()
     curvature = None
     if settings.ascent.preconditioner != "none":
         curvature = PRECONDITIONERS[settings.ascent.preconditioner].fit(reduce, settings.ascent.preconditioner_damping)
@@ -179,7 +182,7 @@ def rate_sweep(job: tuple) -> dict:
     )
     head, forget = world["head"], FeatureStore([world["forget"]])
     unseen = figures(world, head)["test"] / 100
-    targets = stop_targets(settings.ascent.stop, label_counts(world["forget"].labels_n.tolist()), 10, unseen)
+    targets = stop_targets(settings.ascent.stop, label_counts(world["forget"].labels_n), 10, unseen)
     weights = np.ones(len(forget))
     curvature = None
     if settings.ascent.preconditioner != "none":

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 import os
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def scores(dataset, settings):
 def table_of(made, head, settings):
     """The whole table, with intensities of 1, and what stands behind it."""
     found = influence_job.score(made, head, settings)
-    return pa.concat_tables(found.batches(np.ones(made.rows))), found.figures
+    return pa.concat_tables(found.batches(lambda: map(np.ones_like, found.column("influence")()))), found.figures
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_features_that_are_made_anew_in_every_stage_give_the_same_bits(expected,
     assert figures == expected[1]
     odd = made.select(odd_rows).select(first_hundred)
     assert (
-        odd.ids()
+        ids_of(odd)
         == [str(row) for row in range(1, 100, 2)]
         == [sample_id for shard in influence_job.fetch(odd.refs) for sample_id in shard.ids]
     )
@@ -219,6 +220,11 @@ def test_a_worker_that_dies_each_time_is_a_clear_failure(tmp_path):
         features(DyingPairs(*tensors(20), tmp_path, row=5), config())
 
 
+def ids_of(features):
+    """Sample ids, in order."""
+    return [sample_id for ids in features.map("ids", operator.attrgetter("ids")) for sample_id in ids]
+
+
 def selected(size, run=1, dataset=None, seed=0, **more):
     """Features of a part, made from those of all rows, or of a larger part."""
     base = config(run=run).with_overrides({"forget_set.size_seed": seed, **more})
@@ -228,18 +234,18 @@ def selected(size, run=1, dataset=None, seed=0, **more):
 
 @pytest.mark.parametrize("run", [1, 4])
 def test_a_larger_part_contains_a_smaller_one_whatever_the_shards(run):
-    parts = [set(selected(size, run)[0].ids()) for size in (1, 20, 0.5, 1.0)]
+    parts = [set(ids_of(selected(size, run)[0])) for size in (1, 20, 0.5, 1.0)]
     assert [len(part) for part in parts] == [1, 20, 100, ROWS]
     assert all(small < large for small, large in itertools.pairwise(parts))
-    assert parts[1] == set(selected(20, run=2)[0].ids())
-    assert parts[1] != set(selected(20, seed=4)[0].ids())
+    assert parts[1] == set(ids_of(selected(20, run=2)[0]))
+    assert parts[1] != set(ids_of(selected(20, seed=4)[0]))
 
 
 def test_a_part_of_a_part_is_the_part_of_all():
     settings = config().with_overrides({"forget_set.size": 20})
     alone = Inputs.open(named("fc"), pairs(ROWS), "classification", None, settings).extract(settings).select(settings)
     assert alone.features["forget"].rows == sum(report.rows for report in alone.features["forget"].reports) == 20
-    assert alone.features["forget"].ids() == selected(20)[0].ids() == selected(20, **{"forget_set.size": 0.5})[0].ids()
+    assert ids_of(alone.features["forget"]) == ids_of(selected(20)[0]) == ids_of(selected(20, **{"forget_set.size": 0.5})[0])
 
 
 def test_rows_left_out_do_not_move_the_others():
@@ -247,20 +253,28 @@ def test_rows_left_out_do_not_move_the_others():
         def __getitem__(self, row):
             return (None if row % 10 == 3 else self.inputs[row]), int(self.labels[row])
 
-    whole = set(selected(60)[0].ids())
-    left = set(selected(60, dataset=Broken(*tensors(ROWS)), **{"forget_set.on_bad_row": "skip"})[0].ids())
+    whole = set(ids_of(selected(60)[0]))
+    left = set(ids_of(selected(60, dataset=Broken(*tensors(ROWS)), **{"forget_set.on_bad_row": "skip"})[0]))
     assert left == {sample_id for sample_id in whole if int(sample_id) % 10 != 3}
 
 
 def test_classes_are_a_part_with_all_their_samples():
     labels = pairs(ROWS).labels.numpy()
-    assert selected((1, 3))[0].ids() == [str(row) for row in range(ROWS) if labels[row] in (1, 3)]
+    assert ids_of(selected((1, 3))[0]) == [str(row) for row in range(ROWS) if labels[row] in (1, 3)]
+
+
+def test_ids_are_the_samples_in_their_order_and_no_others():
+    part = selected(40)[0]
+    ids = ids_of(part)
+    assert part.holds(pa.chunked_array([ids[:7], ids[7:]]))
+    for other in (ids[:-1], [*ids, "x"], ids[::-1], [*ids[:20], "x", *ids[21:]], []):
+        assert not part.holds(pa.chunked_array([pa.array(other, pa.string())]))
 
 
 def test_a_part_is_scored_as_if_it_were_all():
     part, head = selected(40)
     table, _ = table_of(part, head, config())
-    rows = [int(sample_id) for sample_id in part.ids()]
+    rows = [int(sample_id) for sample_id in ids_of(part)]
     alone, _ = scores(Pairs(*(column[rows] for column in tensors(ROWS))), config())
     assert table["label"].to_pylist() == alone["label"].to_pylist()
     largest = abs(alone["influence"].to_numpy()).max()

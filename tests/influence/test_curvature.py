@@ -169,7 +169,7 @@ def weights_of_the_first(inputs, logits, labels, robust, kept=190):
     total = Moments.of(io, clip=clip)
     fitted = CURVATURES["diagonal_fisher"].fit(lambda _: total, Damping(0.01))
     scores = influence_scores(io, damped_direction(fitted, total)).numpy()[:kept]
-    weights = imu_intensities(scores, lambda: scores, IntensityConfig(), 0)
+    (weights,) = imu_intensities(lambda: [scores], lambda: [], IntensityConfig(), 0)()
     return weights / weights.mean()
 
 
