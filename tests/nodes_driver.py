@@ -87,7 +87,7 @@ class Losing:
         self.function, self.folder, self.row = function, str(folder), row
 
     def __call__(self, shard, **more):
-        if shard.ids[0] == str(self.row):
+        if shard.ids[0].as_py() == str(self.row):
             lose_this_node(self.folder)
         return self.function(shard, **more)
 
@@ -143,7 +143,7 @@ class Noting:
         self.function, self.folder = function, str(folder)
 
     def __call__(self, shard, **more):
-        note_this_node(self.folder, shard.ids[0])
+        note_this_node(self.folder, shard.ids[0].as_py())
         return self.function(shard, **more)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -71,7 +72,7 @@ class FeatureStore:
     def shard_of(self, positions: Positions) -> FeatureShard:
         """The features of ascending positions as a shard of one block."""
         features, labels = self.gather(positions)
-        return FeatureShard(features.numpy().copy(), labels.numpy(), [""] * len(labels), (len(labels),))
+        return FeatureShard(features.numpy().copy(), labels.numpy(), pa.nulls(len(labels), pa.string()), (len(labels),))
 
     def gather(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Features ``[B, F]`` (float64) and labels ``[B]`` of ascending positions.

@@ -122,7 +122,7 @@ def _merge(*parts: Any) -> Any:
     return merge_tree(parts)
 
 
-def _ids(shard: FeatureShard) -> list[str]:
+def _ids(shard: FeatureShard) -> pa.StringArray:
     return shard.ids
 
 
@@ -141,9 +141,9 @@ class FeatureSet:
         """Whether these are the sample ids, in order."""
         same, start = len(ids) == self.rows, 0
 
-        def compare(part: list[str]) -> None:
+        def compare(part: pa.StringArray) -> None:
             nonlocal same, start
-            same = same and ids.slice(start, len(part)).to_pylist() == part
+            same = same and ids.slice(start, len(part)).to_pylist() == part.to_pylist()
             start += len(part)
 
         self.stream("ids", _ids, compare)

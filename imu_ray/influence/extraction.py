@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ def extract_features(
     width = task.target_layers(model)[task.head].in_features
     stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
     sizes = tuple(len(part) for part in ids)
-    flat = [sample_id for part in ids for sample_id in part]
+    flat = pa.array([sample_id for part in ids for sample_id in part], pa.string())
     report = ShardReport(shard.index, len(flat), sizes, digests, tuple(bad), seconds, stacked.nbytes)
     return FeatureShard(stacked, np.concatenate(labels), flat, sizes, np.concatenate(places)), report
 

@@ -22,7 +22,7 @@ from imu_ray.tasks.base import BadRow
 
 @dataclass(frozen=True)
 class FeatureShard:
-    """Features ``[n, F]``, labels ``[n]``, ids, rows of each block, and places ``[n]``.
+    """Features ``[n, F]``, labels ``[n]``, ids ``[n]``, rows of each block, and places ``[n]``; all read in place from the object store.
 
     Features are float32 (float64 of a float64 model), float16, or the upper halves of float32 as uint16: bfloat16, which numpy
     does not have. A place is the sample's row in what the caller gave.
@@ -30,7 +30,7 @@ class FeatureShard:
 
     features_nF: npt.NDArray[np.floating] | npt.NDArray[np.uint16]
     labels_n: npt.NDArray[np.int64]
-    ids: list[str]
+    ids: pa.StringArray
     block_sizes: tuple[int, ...]
     places_n: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -72,9 +72,10 @@ class ShardReport:
 def take_rows(shard: FeatureShard, report: ShardReport, kept_n: npt.NDArray[np.bool_]) -> tuple[FeatureShard, ShardReport]:
     """Some rows of a shard; its blocks keep their borders and lose the other rows."""
     sizes = tuple(int(kept_n[rows].sum()) for rows in shard.block_rows())
-    ids = [sample_id for sample_id, kept in zip(shard.ids, kept_n, strict=True) if kept]
-    part = FeatureShard(shard.features_nF[kept_n], shard.labels_n[kept_n], ids, sizes, shard.places_n[kept_n])
-    return part, replace(report, rows=len(ids), block_sizes=sizes, feature_bytes=part.features_nF.nbytes)
+    part = FeatureShard(
+        shard.features_nF[kept_n], shard.labels_n[kept_n], shard.ids.filter(pa.array(kept_n)), sizes, shard.places_n[kept_n]
+    )
+    return part, replace(report, rows=len(part.ids), block_sizes=sizes, feature_bytes=part.features_nF.nbytes)
 
 
 def block_io(features_BF: Tensor, labels_B: Tensor, head: Head) -> LayerIO:
@@ -102,7 +103,7 @@ def score_shard(shard: FeatureShard, head: Head, direction_CD: Tensor) -> pa.Tab
         scores.append(influence_scores(layer_io, direction_CD))
         norms.append(gradient_norms(layer_io))
     columns = [torch.cat(parts).double().numpy() for parts in (losses, scores, norms)]
-    return pa.table([pa.array(shard.ids, pa.string()), shard.labels_n, *columns], schema=SCORE_SCHEMA)
+    return pa.table([shard.ids, shard.labels_n, *columns], schema=SCORE_SCHEMA)
 
 
 def norms_of(shard: FeatureShard, head: Head) -> npt.NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """Ascent problems on random features."""
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from imu_ray.ascent.batches import FeatureStore
@@ -22,7 +23,7 @@ def store(rows=90, seed=0, dtype=np.float64, shard_rows=32, block_rows=8):
         part = slice(start, min(start + shard_rows, rows))
         count = part.stop - part.start
         sizes = [min(block_rows, count - at) for at in range(0, count, block_rows)]
-        shards.append(FeatureShard(features[part], labels[part], [str(i) for i in range(part.start, part.stop)], tuple(sizes)))
+        shards.append(FeatureShard(features[part], labels[part], pa.array([str(i) for i in range(part.start, part.stop)]), tuple(sizes)))
     return FeatureStore(shards)
 
 

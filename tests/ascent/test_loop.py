@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import oracle
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed
@@ -145,7 +146,7 @@ def test_a_target_that_can_only_be_jumped_over_says_so():
     # All rows are one sample, so that its accuracy goes from 1 to 0 at once.
     task = problem(learning_rate=1.0, targets=accuracy_target(0.5, 0.1), stop={"max_epochs": 50})
     shard = task.forget.shards[0]
-    one = FeatureShard(np.repeat(shard.features_nF[:1], 90, 0), np.repeat(shard.labels_n[:1], 90), ["x"] * 90, (90,))
+    one = FeatureShard(np.repeat(shard.features_nF[:1], 90, 0), np.repeat(shard.labels_n[:1], 90), pa.array(["x"] * 90), (90,))
     outcome = run_ascent(dataclasses.replace(task, forget=FeatureStore([one])), Workers())
     assert outcome.status == "not_reached"
     assert "jumped over" in outcome.reason

@@ -194,7 +194,7 @@ def measure_moved() -> dict[str, Any]:
     moved["bytes_per_sample"] = {name: (many[name] - one[name]) / 1023 for name in one}
     for classes, width in HEADS:
         head = Head("fc", torch.zeros(classes, width, dtype=torch.float64), True)
-        shard = FeatureShard(np.ones((4, width - 1), np.float32), np.zeros(4, np.int64), list("abcd"), (4,), np.arange(4))
+        shard = FeatureShard(np.ones((4, width - 1), np.float32), np.zeros(4, np.int64), pa.array(list("abcd")), (4,), np.arange(4))
         part = size(shard_statistics(shard, head, functools.partial(Moments.of, clip=None)))
         moved["statistics"].append({"classes": classes, "width": width, "bytes_per_part": part, "in_the_drivers_reply": part < 100 * 1024})
     ray.shutdown()

@@ -86,7 +86,7 @@ def random_shard(index: int, rows: int, width: int, classes: int) -> FeatureShar
     features = random.normal(size=(rows, width)).astype(np.float32)
     features[np.arange(rows), labels % width] += 2.0
     sizes = tuple(min(256, rows - start) for start in range(0, rows, 256))
-    return FeatureShard(features, labels, [f"{index}-{row}" for row in range(rows)], sizes, np.arange(rows))
+    return FeatureShard(features, labels, pa.array([f"{index}-{row}" for row in range(rows)]), sizes, np.arange(rows))
 
 
 @ray.remote

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -68,7 +69,7 @@ def features_of(checkpoint: Path, images: torch.Tensor, cache: Path) -> tuple[np
 def shard(features: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None) -> FeatureShard:
     rows = np.arange(len(labels)) if mask is None else np.flatnonzero(mask)
     sizes = tuple(min(256, len(rows) - start) for start in range(0, len(rows), 256))
-    return FeatureShard(features[rows], labels[rows], [str(row) for row in rows], sizes)
+    return FeatureShard(features[rows], labels[rows], pa.array([str(row) for row in rows]), sizes)
 
 
 def load_world(options: argparse.Namespace) -> None:

@@ -101,7 +101,7 @@ def test_features_that_are_made_anew_in_every_stage_give_the_same_bits(expected,
     assert (
         ids_of(odd)
         == [str(row) for row in range(1, 100, 2)]
-        == [sample_id for shard in influence_job.fetch(odd.refs) for sample_id in shard.ids]
+        == [sample_id for shard in influence_job.fetch(odd.refs) for sample_id in shard.ids.to_pylist()]
     )
 
 
@@ -222,7 +222,7 @@ def test_a_worker_that_dies_each_time_is_a_clear_failure(tmp_path):
 
 def ids_of(features):
     """Sample ids, in order."""
-    return [sample_id for ids in features.map("ids", operator.attrgetter("ids")) for sample_id in ids]
+    return [sample_id for ids in features.map("ids", operator.attrgetter("ids")) for sample_id in ids.to_pylist()]
 
 
 def selected(size, run=1, dataset=None, seed=0, **more):

@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
@@ -26,7 +27,7 @@ def given_back() -> float:
     del pieces
     before = private_mb()
     task_runner._trimmed[0] = 0.0  # not a moment ago
-    shard = FeatureShard(np.ones((1, 2), np.float32), np.zeros(1, np.int64), ["0"], (1,))
+    shard = FeatureShard(np.ones((1, 2), np.float32), np.zeros(1, np.int64), pa.array(["0"]), (1,))
     after = influence_job._map._function([ray.put((private_mb, "scores", 1))], shard)
     assert len(kept) == 128
     return before - after

@@ -155,7 +155,7 @@ def test_blocks_are_read_and_decoded_ahead_of_the_model_in_order():
     assert {thread for _, thread in task.decoded}.isdisjoint(forwarding)
     assert [row for row, _ in samples.read] == list(range(32))
     assert len({thread for _, thread in samples.read} - forwarding) == 1, "one thread, which is not the model's"
-    assert made.ids == [str(row) for row in range(32)]
+    assert made.ids.to_pylist() == [str(row) for row in range(32)]
 
 
 def test_an_error_in_a_block_that_was_decoded_ahead_comes_out_as_it_is():
