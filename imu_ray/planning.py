@@ -17,10 +17,10 @@ from imu_ray.inputs import Inputs
 from imu_ray.models import Head, ModelSpec
 from imu_ray.pipeline import resolve_settings
 
-# Of one task, as measured with 100,000 shards; what the driver keeps of a shard, with 10,000; of a sample, the peak of scoring 10^7 (42
-# bytes) and as much again for an audit (cluster/README.md, Sizing).
+# Of one task, as measured with 100,000 shards; what the driver keeps of a shard, with 10,000; of a sample, what an ascent takes beside the
+# features (31 bytes with 2 x 10^6; scoring 10^7 took 6), where it runs: in each worker, or in the driver when one CPU worker is asked for.
 TASK_SECONDS = 0.0025
-SHARD_BYTES, SAMPLE_BYTES = 5_000, 85
+SHARD_BYTES, SAMPLE_BYTES = 5_000, 32
 # Of a worker: what its process grows by over many tasks, and matrices of the head at the peak (C = 1,000, D = 2,049: 0.65 GB), as measured.
 WORKER_BYTES, MATRICES = 30_000_000, 38
 SCORING_ROUNDS = 5  # tasks per shard after the features: moments, scores, change of the outputs, and two audits
@@ -64,9 +64,10 @@ def plan(
     rows = settings.influence.block_rows
     shard_rows = rows * settings.influence.blocks_per_shard
     model_bytes = sum(tensor.nbytes for tensor in inputs.model.state_dict().values())
-    # A shard as read and as features, one block in float64 with its products, sums and direction of the head, and the model.
-    shard_bytes = shard_rows * (width * item + _row_bytes(inputs.sources["forget"]))
-    per_worker = WORKER_BYTES + shard_bytes + rows * width * 8 * 2 + MATRICES * matrix.nbytes + model_bytes
+    # A shard as read and as features, one block in float64 with its products; or the ascent, which reads the features where they lie.
+    shard_bytes = shard_rows * (width * item + _row_bytes(inputs.sources["forget"])) + rows * width * 8 * 2
+    ascent_bytes = SAMPLE_BYTES * sets["forget"]["samples"]
+    per_worker = WORKER_BYTES + max(shard_bytes, ascent_bytes) + MATRICES * matrix.nbytes + model_bytes
     features = passes * sum(part["forward_seconds"] for part in sets.values()) / workers + TASK_SECONDS * shards
     scored = scoring * samples * SCORING_ROUNDS / workers + TASK_SECONDS * shards * SCORING_ROUNDS
     with ray_session(dataclasses.replace(settings.resources, workers=1)):  # too many are told, not refused
@@ -87,7 +88,7 @@ def plan(
         "sets": sets,
         "forward_passes": passes,
         "tasks": tasks,
-        "peak_bytes": {"per_worker": per_worker, "object_store": kept, "driver": SHARD_BYTES * shards + SAMPLE_BYTES * samples},
+        "peak_bytes": {"per_worker": per_worker, "object_store": kept, "driver": SHARD_BYTES * shards + ascent_bytes},
         "seconds": {"features": features, "scoring_and_audit": scored, "without_ascent": features + scored},
         "workers": workers,
         "workers_that_fit": room,
