@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imu_ray.config import InfluenceConfig
 from imu_ray.errors import NonFiniteError, UnsupportedModelError
 from imu_ray.forget_set import ForgetSet, Rows, Shard
-from imu_ray.influence.features import FeatureShard, ShardReport
+from imu_ray.influence.features import FeatureShard, ShardReport, first_of
 from imu_ray.models import Head, evaluation_mode
 from imu_ray.tasks.base import BadRow, Batch, Task
 
@@ -49,7 +49,7 @@ def extract_features(
 
     Raises:
         ForgetSetError: a row cannot be used.
-        NonFiniteError: a feature is NaN or infinite; the message names the sample.
+        NonFiniteError: a feature is NaN, infinite or out of range; the message names the sample.
     """
     settings = settings or InfluenceConfig()
     features, labels, ids, digests, places = [], [], [], b"", []
@@ -120,13 +120,16 @@ def _to(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
 
 
 def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
-    """Features in float32 or better; refused when they, or the logits, are not finite."""
-    bad = ~(torch.isfinite(features_BF).all(dim=1) & torch.isfinite(logits_BC).all(dim=1))
+    """Features in float32 or better; refused when they, or the logits, are not finite.
+
+    Also of a float64 model they must be within the range of float32: sums of their squares and fourth powers must not overflow.
+    """
+    bad = ~(torch.isfinite(features_BF.float()).all(dim=1) & torch.isfinite(logits_BC).all(dim=1))
     if bad.any():
         named = [ids[place] for place in bad.nonzero()[:, 0].tolist()]
         raise NonFiniteError(
-            f"the model gives NaN or infinity for {len(named)} samples of a block (ids {', '.join(named[:5])}"
-            f"{', ...' if len(named) > 5 else ''}); expected finite features and logits; check the weights and the inputs' scale"
+            f"the model gives NaN, infinity or features beyond 3.4e38 for {len(named)} samples of a block (ids {first_of(named)}); expected "
+            "finite features and logits; check the weights and the inputs' scale"
         )
     return features_BF if features_BF.dtype == torch.float64 else features_BF.float()
 

@@ -3,7 +3,7 @@
 Shapes: n samples of a shard, F features (the head's input without the bias input).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from imu_ray.errors import NonFiniteError
 from imu_ray.influence.curvature.base import S, merge_tree
 from imu_ray.influence.gradients import LayerIO, classifier_io, gradient_norms
 from imu_ray.influence.scores import influence_scores, sample_losses
@@ -94,7 +95,11 @@ SCORE_SCHEMA = pa.schema(
 
 
 def score_shard(shard: FeatureShard, head: Head, direction_CD: Tensor) -> pa.Table:
-    """Loss, influence and gradient norm of every sample of a shard (``SCORE_SCHEMA``)."""
+    """Loss, influence and gradient norm of every sample of a shard (``SCORE_SCHEMA``).
+
+    Raises:
+        NonFiniteError: one of them is NaN or infinite; the message names the samples.
+    """
     losses, scores, norms = [torch.empty(0)], [torch.empty(0)], [torch.empty(0)]
     for features, labels in shard.blocks():
         logits = head.logits(features)
@@ -103,7 +108,20 @@ def score_shard(shard: FeatureShard, head: Head, direction_CD: Tensor) -> pa.Tab
         scores.append(influence_scores(layer_io, direction_CD))
         norms.append(gradient_norms(layer_io))
     columns = [torch.cat(parts).double().numpy() for parts in (losses, scores, norms)]
-    return pa.table([shard.ids, shard.labels_n, *columns], schema=SCORE_SCHEMA)
+    table = pa.table([shard.ids, shard.labels_n, *columns], schema=SCORE_SCHEMA)
+    wrong = ~np.isfinite(columns).all(axis=0)
+    if wrong.any():
+        raise NonFiniteError(
+            f"loss, influence or gradient norm of {int(wrong.sum())} samples is NaN or infinite "
+            f"(ids {first_of(table.filter(pa.array(wrong))['sample_id'].to_pylist())}); expected finite numbers; check the scale of "
+            "weights and inputs, and influence.damping"
+        )
+    return table
+
+
+def first_of(ids: Sequence[str | None]) -> str:
+    """The first few ids, for a message."""
+    return f"{', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''}"
 
 
 def norms_of(shard: FeatureShard, head: Head) -> npt.NDArray[np.float64]:

@@ -2,13 +2,17 @@
 
 import numpy as np
 import oracle
+import pyarrow as pa
 import pytest
 import torch
 from architectures import named
 from pure import pure_scores
 from samples import Pairs, tensors
+from torch import nn
 
 from imu_ray.errors import NonFiniteError
+from imu_ray.influence.features import FeatureShard, score_shard
+from imu_ray.models import Head
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -38,6 +42,24 @@ def test_a_model_that_gives_nan_is_refused_by_sample_id():
         model.fc.weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="ids 0, 1, 2"):
         pure_scores(model, Pairs(inputs, labels))
+
+
+@pytest.mark.parametrize("scale", [1e100, 1e200])
+def test_features_whose_squares_could_overflow_are_refused_by_sample_id(scale):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 5)).double()
+    inputs, labels = tensors(9, dtype=torch.float64)
+    inputs[[2, 5]] *= scale
+    with pytest.raises(NonFiniteError, match=r"2 samples of a block \(ids 2, 5\)"):
+        pure_scores(model, Pairs(inputs, labels))
+
+
+def test_scores_that_overflow_are_refused_by_sample_id():
+    features, labels = np.ones((7, 3)), np.zeros(7, np.int64)
+    features[[1, 4]] = 1e30
+    shard = FeatureShard(features, labels, pa.array([f"s{row}" for row in range(7)]), (3, 4))
+    head = Head("fc", torch.eye(2, 3, dtype=torch.float64) * 1e-30, False)
+    with pytest.raises(NonFiniteError, match=r"of 2 samples is NaN or infinite \(ids s1, s4\)"):
+        score_shard(shard, head, torch.full((2, 3), 1e290, dtype=torch.float64) * torch.tensor([[1.0], [-1.0]]))
 
 
 def test_the_model_is_left_in_the_mode_it_was_in_and_batch_norm_unmoved():
