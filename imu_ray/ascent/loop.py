@@ -17,6 +17,7 @@ from imu_ray.ascent.rescoring import Rescoring
 from imu_ray.ascent.step import HeadOptimiser, Workers, batch_gradient, learning_rate
 from imu_ray.ascent.stopping import StopTarget, guard_violation
 from imu_ray.config import AscentConfig
+from imu_ray.errors import NonFiniteError
 from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.features import FeatureShard
 from imu_ray.models import Head
@@ -122,11 +123,16 @@ class Ascent:
             self.weights = self._scored(rescoring, problem.forget.shards, head)
 
     def _scored(self, rescoring: Rescoring, shards: Iterable[FeatureShard], head: Head) -> npt.NDArray[np.float64]:
-        """New weights of the samples of ``shards``, the first worker's on every worker."""
-        problem, name = self.problem, self.problem.curvature_set
+        """New weights of the samples of ``shards``, the first worker's on every worker; NaN when the head has exploded."""
+        problem, name, weights = self.problem, self.problem.curvature_set, np.empty(0)
         fitted_on = None if name is None else problem.evaluation[name]
-        mine = rescoring.weights(list(shards), head, fitted_on, problem.seed) if self.workers.rank == 0 else np.empty(0)
-        return self.workers.agree(mine)
+        if self.workers.rank == 0:
+            scored = list(shards)
+            try:
+                weights = rescoring.weights(scored, head, fitted_on, problem.seed)
+            except NonFiniteError:  # the next check finds what the head has come to, and the guard goes back
+                weights = np.full(sum(len(shard.labels_n) for shard in scored), np.nan)
+        return self.workers.agree(weights)
 
     def head(self, matrix_CD: Tensor) -> Head:
         """A head with a copy of this matrix, on the CPU."""

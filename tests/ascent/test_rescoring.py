@@ -93,6 +93,15 @@ def test_one_worker_scores_for_all(monkeypatch):
     assert outcome.trajectory[-1]["effective_sample_size"] == 90
 
 
+@pytest.mark.parametrize("refresh", ["epoch", "step"])
+@pytest.mark.parametrize("rate", [1e100, 1e300])
+def test_a_head_that_explodes_before_it_is_scored_again_is_taken_back(refresh, rate):
+    task = problem(refresh=refresh, learning_rate=rate, stop={"every_steps": 50})
+    outcome = run_ascent(task, Workers())
+    assert outcome.status == "stopped_by_guard"
+    assert torch.equal(outcome.head.matrix_CD, task.head.matrix_CD)
+
+
 def test_a_batch_without_weight_is_a_step_of_the_penalties_alone(monkeypatch):
     monkeypatch.setattr(Rescoring, "weights", lambda _, shards, *__: np.zeros(sum(len(shard.labels_n) for shard in shards)))
     task = problem(refresh="step", l1=0.0, weight_decay=0.0, **PLAIN)
