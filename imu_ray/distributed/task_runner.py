@@ -101,9 +101,9 @@ class TaskRunner:
             except (RayError, torch.OutOfMemoryError) as error:
                 raise explain_failure(stage, error) from None
             finally:
+                # After a failure the tasks in flight end by themselves, a shard each: to cancel one while it is being handed to its worker
+                # makes Ray abort this process ("Tried to complete task that was not pending", Ray 2.60).
                 metrics.flush()
-                for ref in pending:
-                    ray.cancel(ref, force=True)
                 trim()
 
 

@@ -1,5 +1,6 @@
-"""What a worker process does before a task."""
+"""What a worker process does before a task, and what becomes of the tasks of a stage."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pyarrow as pa
 import pytest
 import ray
 
+from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import influence_job, task_runner
+from imu_ray.errors import ForgetSetError
 from imu_ray.influence.features import FeatureShard
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -36,3 +39,25 @@ def given_back() -> float:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator gives memory back in its own way")
 def test_a_task_gives_back_what_earlier_ones_freed():
     assert ray.get(given_back.remote(), timeout=120) > 60
+
+
+@ray.remote
+def read_or_fail(path: str | None) -> str:
+    if path is None:
+        raise ForgetSetError("this one fails")
+    return Path(path).read_text()  # waits for a writer
+
+
+def test_tasks_in_flight_end_by_themselves_when_a_stage_fails(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refs = []
+
+    def submit(index):
+        refs.append(read_or_fail.options(max_retries=0).remote([str(tmp_path / "pipe"), None][index]))
+        return refs[-1]
+
+    runner = task_runner.TaskRunner(UnlearnConfig().with_overrides({"resources.workers": 2}))
+    with pytest.raises(ForgetSetError, match="this one fails"):
+        runner.run("stage", submit, 2, lambda index, result: 1)
+    (tmp_path / "pipe").write_text("done")
+    assert ray.get(refs[0], timeout=60) == "done"
