@@ -17,13 +17,13 @@ from imu_ray.ascent.rescoring import Rescoring
 from imu_ray.ascent.step import HeadOptimiser, Workers, batch_gradient, learning_rate
 from imu_ray.ascent.stopping import StopTarget, guard_violation
 from imu_ray.config import AscentConfig
-from imu_ray.errors import NonFiniteError
 from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.features import FeatureShard
 from imu_ray.models import Head
 from imu_ray.progress import Progress
 
 HALVINGS = 40
+EXPLODED = 1e200  # entries of a head from which logits could overflow: features are within the range of float32
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ class Ascent:
         fitted_on = None if name is None else problem.evaluation[name]
         if self.workers.rank == 0:
             scored = list(shards)
-            try:
+            if (head.matrix_CD.abs() < EXPLODED).all():
                 weights = rescoring.weights(scored, head, fitted_on, problem.seed)
-            except NonFiniteError:  # the next check finds what the head has come to, and the guard goes back
+            else:  # the next check finds what the head has come to, and the guard goes back
                 weights = np.full(sum(len(shard.labels_n) for shard in scored), np.nan)
         return self.workers.agree(weights)
 

@@ -3,7 +3,7 @@
 One worker scores for all: the sums then do not depend on the number of workers, and no two can disagree on which samples are kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from imu_ray.influence.curvature.base import Reduce, merge_tree
 from imu_ray.influence.direction import fit_direction
 from imu_ray.influence.features import FeatureShard, norms_of, score_shard, shard_statistics
 from imu_ray.influence.intensity import SCHEMES
-from imu_ray.influence.order_statistics import Column, quantile
+from imu_ray.influence.order_statistics import Column
 from imu_ray.models import Head
 
 
@@ -44,19 +44,15 @@ class Rescoring:
         """
 
         def norm_quantile(level: float) -> float:
-            norms = [norms_of(shard, head) for shard in shards]
-            return quantile(lambda: norms, level)
+            return float(np.quantile(np.concatenate([norms_of(shard, head) for shard in shards]), level))
 
         direction, _ = fit_direction(
             self.influence, _reduce(shards, head), None if curvature is None else _reduce(curvature.shards, head), norm_quantile
         )
-        tables = [score_shard(shard, head, direction) for shard in shards]
-        influence, losses = (partial(_column, tables, name) for name in ("influence", "loss"))
-        return np.concatenate(list(SCHEMES[self.intensity.scheme](influence, losses, self.intensity, seed)()))
-
-
-def _column(tables: Sequence[pa.Table], name: str) -> Iterator[Column]:
-    return (table[name].to_numpy() for table in tables)
+        table = pa.concat_tables([score_shard(shard, head, direction) for shard in shards])
+        influence, losses = table["influence"].to_numpy(), table["loss"].to_numpy()
+        (weights,) = SCHEMES[self.intensity.scheme](lambda: [influence], lambda: [losses], self.intensity, seed)()
+        return weights
 
 
 def _reduce(shards: Sequence[FeatureShard], head: Head) -> Reduce[Any]:

@@ -35,12 +35,14 @@ def head(seed=1, bias=True):
     return Head("fc", torch.cat(columns, dim=1), bias)
 
 
-def problem(*, targets=(), seed=0, dtype=np.float64, rows=90, bias=True, preconditioner=None, stop=None, refresh="once", **settings):
+def problem(
+    *, targets=(), seed=0, dtype=np.float64, rows=90, bias=True, preconditioner=None, stop=None, refresh="once", influence=None, **settings
+):
     forget = store(rows, dtype=dtype)
     weights = np.random.default_rng(2).random(rows)
     weights[::5] = 0
     stop = StopConfig(**{"every_steps": 2, "max_epochs": 3, **(stop or {})})
     config = AscentConfig(**{"batch_size": 20, "microbatch_rows": 6, "stop": stop, **settings})
-    rescoring = None if refresh == "once" else Rescoring(InfluenceConfig(refresh=refresh), IntensityConfig())
+    rescoring = None if refresh == "once" else Rescoring(InfluenceConfig(**{"refresh": refresh, **(influence or {})}), IntensityConfig())
     evaluation = {"test": store(40, seed=5, dtype=dtype)}
     return AscentProblem(head(bias=bias), weights, config, seed, targets, preconditioner, forget, evaluation, rescoring)

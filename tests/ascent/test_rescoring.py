@@ -94,9 +94,10 @@ def test_one_worker_scores_for_all(monkeypatch):
 
 
 @pytest.mark.parametrize("refresh", ["epoch", "step"])
-@pytest.mark.parametrize("rate", [1e100, 1e300])
-def test_a_head_that_explodes_before_it_is_scored_again_is_taken_back(refresh, rate):
-    task = problem(refresh=refresh, learning_rate=rate, stop={"every_steps": 50})
+@pytest.mark.parametrize("rate", [1e100, 1e199, 1e300])
+@pytest.mark.parametrize("influence", [{}, {"robust": "clip"}, {"curvature": "kfac"}, {"curvature": "hessian"}], ids=str)
+def test_a_head_that_explodes_before_it_is_scored_again_is_taken_back(refresh, rate, influence):
+    task = problem(refresh=refresh, learning_rate=rate, stop={"every_steps": 50}, influence=influence)
     outcome = run_ascent(task, Workers())
     assert outcome.status == "stopped_by_guard"
     assert torch.equal(outcome.head.matrix_CD, task.head.matrix_CD)
