@@ -188,8 +188,14 @@ class Pipeline:
                 f"{self.features['forget'].rows} samples of {self.manifest.values['forget_set']['name']}; expected the table that score() gave for this "
                 "forget set, in its order"
             )
+        empty = [name for name in ("label", "influence", "intensity") if table[name].null_count]
+        influence, weights = (table[name].to_numpy().astype(np.float64) for name in ("influence", "intensity"))
+        if empty or not np.isfinite(influence).all():
+            raise ForgetSetError(
+                f"the intensities have rows without a number in {', '.join(empty or ['influence'])}; expected the table that score() gave for "
+                "this forget set, with at most its column 'intensity' changed"
+            )
         counts = label_counts(table["label"].to_numpy())
-        influence, weights = table["influence"].to_numpy(), table["intensity"].to_numpy()
         return self._take(Weighted(lambda: [influence], lambda: [weights], lambda: iter([table]), counts))
 
     def _take(self, samples: Weighted) -> Weighted:

@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -371,6 +372,16 @@ def test_intensities_that_are_no_weights_are_refused(weight, kind, message, tmp_
     weights = [0.0] * 20 if weight is None else [weight] + [1.0] * 19
     with pytest.raises(kind, match=message):
         ascend(named("fc"), pairs(20), with_weights(table, weights), config=config(), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("column", "value"), [("label", None), ("influence", None), ("influence", float("nan")), ("intensity", None)])
+def test_intensities_without_a_number_are_refused_before_the_ascent(column, value, tmp_path):
+    table = score(named("fc"), pairs(20), config=config())
+    cells = pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(column).type)
+    changed = table.set_column(table.column_names.index(column), column, cells)
+    with pytest.raises(ForgetSetError, match=f"rows without a number in {column}"):
+        ascend(named("fc"), pairs(20), changed, config=config(), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

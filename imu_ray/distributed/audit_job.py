@@ -1,9 +1,11 @@
 """Measuring a head on Ray tasks, from kept features. Predictions pass through the driver, which counts them and holds none."""
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from imu_ray.audits.accuracy import Accuracy, Predictions, output_change, predict_shard
 from imu_ray.audits.membership import LossDraw, membership_inference
@@ -42,7 +44,11 @@ def measure(features: Mapping[str, FeatureSet], head: Head, config: AuditConfig,
 
 def mean_output_change(forget: FeatureSet, before: Head, after: Head) -> float:
     """Mean of ``output_change`` over the forget set; what a choice between runs can go by without retain data."""
-    sums: list[float] = []
-    function = functools.partial(output_change, before=before, after=after)
-    forget.stream("change of outputs", function, lambda changes: sums.append(float(changes.sum())))
-    return math.fsum(sums) / forget.rows
+    total = 0.0
+
+    def take(changes: npt.NDArray[np.float64]) -> None:
+        nonlocal total
+        total = float(np.cumsum(np.append(total, changes))[-1])  # one after the other, whatever the shards
+
+    forget.stream("change of outputs", functools.partial(output_change, before=before, after=after), take)
+    return total / forget.rows

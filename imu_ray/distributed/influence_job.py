@@ -139,7 +139,9 @@ class FeatureSet:
 
     def holds(self, ids: pa.ChunkedArray) -> bool:
         """Whether these are the sample ids, in order."""
-        same, start = len(ids) == self.rows, 0
+        if len(ids) != self.rows:
+            return False
+        same, start = True, 0
 
         def compare(part: pa.StringArray) -> None:
             nonlocal same, start

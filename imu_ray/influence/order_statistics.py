@@ -41,8 +41,10 @@ class OrderStatistics:
             bins = _bin(part)
             for bin_, values in held.items():
                 values.append(part[bins == bin_])
-        ordered = {bin_: np.sort(np.concatenate(values)) for bin_, values in held.items()}
-        found = []
+        ordered, found = {}, []
+        for bin_ in list(held):
+            ordered[bin_] = np.concatenate(held.pop(bin_))
+            ordered[bin_].sort()
         for rank, bin_ in zip(ranks, wanted.tolist(), strict=True):
             below = int(self._up_to[bin_ - 1]) if bin_ else 0
             value = ordered[bin_][rank - below]

@@ -26,7 +26,7 @@ def _on_disk() -> Iterator[None]:
         yield
     except OSError as error:
         raise StageFailedError(
-            f"scores cannot be written to {tempfile.gettempdir()}: {error}; make room there, or name another place in TMPDIR"
+            f"scores cannot be written to the temporary directory: {error}; make room there, or name another place in TMPDIR"
         ) from error
 
 
