@@ -85,6 +85,13 @@ def test_the_callers_model_is_not_modified(finished):
     assert result.model is not model
 
 
+def test_membership_is_told_against_unseen_samples_of_the_forgotten_labels():
+    samples, unseen = pairs(30), pairs(60, seed=1)
+    samples.labels[:] = 2
+    membership = audit(named("heads.head"), samples, evaluation={"test": unseen}, config=config())["after"]["membership"]
+    assert f"30 forget and {int((unseen.labels == 2).sum())} unseen rows" in membership["skipped"]
+
+
 def test_the_audit_is_that_of_the_saved_model(finished):
     _, _, result = finished
     for name, samples in {"forget": pairs(50), **sets()}.items():

@@ -84,11 +84,11 @@ def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]])
 
 def _draw_distributions(influence: Parts, weights: Parts) -> Markup:
     figure, (left, right) = figure_of(2)
-    _histogram(left, influence, "#3b6ea5")
+    samples = _histogram(left, influence, "#3b6ea5")
     left.axvline(0, color="grey", linewidth=1)
     left.set(xlabel="influence on the mean forget loss", ylabel="samples", yscale="log")
     kept = _histogram(right, lambda: (part[part > 0] for part in weights()), "#c2703d")
-    right.set(xlabel=f"intensity of the {kept} kept of {sum(map(len, weights()))} samples", ylabel="samples", yscale="log")
+    right.set(xlabel=f"intensity of the {kept} kept of {samples} samples", ylabel="samples", yscale="log")
     return svg_of(figure)
 
 

@@ -64,8 +64,9 @@ def test_selection_holds_no_column():
     assert peak < parts * rows * 8 / 3, "bytes; a column is three times as many"
 
 
-def test_ties_keep_the_earlier_sample():
-    assert np.flatnonzero(weigh("imu", [-1.0, -1.0, -1.0, 2.0], sizes=(1, 3), keep_fraction=0.67)).tolist() == [0, 1]
+@pytest.mark.parametrize(("keep", "kept"), [(0.34, [0]), (0.67, [0, 1])])
+def test_ties_keep_the_earlier_sample(keep, kept):
+    assert np.flatnonzero(weigh("imu", [-1.0, -1.0, -1.0, 2.0], sizes=(1, 3), keep_fraction=keep)).tolist() == kept
 
 
 def test_no_negative_score_is_an_error_that_names_the_way_out():
