@@ -27,7 +27,7 @@ ORDER = [
     ["influence.curvature.hessian"],
     ["influence.curvature"],
     ["influence.direction", "influence.features", "tasks.classification"],
-    ["influence.extraction", "influence.score_table", "ascent.objectives", "ascent.batches"],
+    ["influence.extraction", "influence.score_table", "ascent.objectives", "ascent.batches", "ascent.workers"],
     ["ascent.step", "ascent.stopping", "ascent.rescoring"],
     ["ascent.measure"],
     ["ascent.loop"],

@@ -8,7 +8,7 @@ from samples import pairs
 
 from imu_ray.ascent.batches import FeatureStore
 from imu_ray.ascent.loop import AscentProblem, run_ascent
-from imu_ray.ascent.step import Workers
+from imu_ray.ascent.workers import Workers
 from imu_ray.config import AscentConfig, ForgetSetConfig, StopConfig
 from imu_ray.forget_set import open_forget_set
 from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS

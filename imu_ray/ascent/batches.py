@@ -22,7 +22,8 @@ def epoch_batches(kept: Positions, block_starts: Positions, config: AscentConfig
     """The global batches of an epoch, each a list of microbatches of positions.
 
     Blocks are permuted by ``(seed, epoch)``; rows are shuffled within windows of ``window_blocks`` blocks, so that reads
-    stay near each other. Within a microbatch, whose sum does not ask for an order, positions ascend.
+    stay near each other. Within a batch, whose sum does not ask for an order, positions ascend, so that a worker's
+    microbatches lie together.
 
     Args:
         kept: positions with a positive weight, ascending.
@@ -39,9 +40,9 @@ def epoch_batches(kept: Positions, block_starts: Positions, config: AscentConfig
     order = random.permutation(len(pieces))
     windows = [order[i : i + config.window_blocks] for i in range(0, len(order), config.window_blocks)]
     rows = np.concatenate([random.permutation(np.concatenate([pieces[block] for block in window])) for window in windows])
-    batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+    batches = [np.sort(rows[i : i + config.batch_size]) for i in range(0, len(rows), config.batch_size)]
     size = config.microbatch_rows
-    return [[np.sort(batch[i : i + size]) for i in range(0, len(batch), size)] for batch in batches]
+    return [[batch[i : i + size] for i in range(0, len(batch), size)] for batch in batches]
 
 
 class FeatureStore:

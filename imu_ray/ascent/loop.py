@@ -14,8 +14,9 @@ from imu_ray.ascent.batches import FeatureStore, Positions, epoch_batches
 from imu_ray.ascent.measure import Record, measure
 from imu_ray.ascent.objectives import OBJECTIVES
 from imu_ray.ascent.rescoring import Rescoring
-from imu_ray.ascent.step import HeadOptimiser, Workers, batch_gradient, learning_rate
+from imu_ray.ascent.step import HeadOptimiser, batch_gradient, learning_rate
 from imu_ray.ascent.stopping import StopTarget, guard_violation
+from imu_ray.ascent.workers import Workers
 from imu_ray.config import AscentConfig
 from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.features import FeatureShard

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imu_ray.ascent.batches import FeatureStore
-from imu_ray.ascent.step import Workers
+from imu_ray.ascent.workers import Workers
 from imu_ray.influence.scores import sample_losses
 from imu_ray.models import Head
 

@@ -5,49 +5,18 @@ type once, at the end.
 """
 
 import math
-import os
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
 from imu_ray.ascent.batches import FeatureStore, Positions
 from imu_ray.ascent.objectives import LogitGradient
+from imu_ray.ascent.workers import Workers
 from imu_ray.config import AscentConfig
 from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.models import Head
-
-T = TypeVar("T")
-
-
-class Workers:
-    """The workers of an ascent: which pieces are ours, and how sums are brought together."""
-
-    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | None = None) -> None:
-        self.rank, self.world = rank, world
-        self.device = device or torch.device("cpu")
-
-    def mine(self, pieces: list[T]) -> list[T]:
-        """Pieces dealt to this worker, round-robin."""
-        return pieces[self.rank :: self.world]
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all workers; the same on each."""
-        if self.world > 1:
-            work = torch.distributed.all_reduce(tensor, async_op=True)
-            while not work.is_completed():
-                os.sched_yield()  # whoever sleeps until the sum is there is woken later than most steps take
-            work.wait()  # raises what went wrong
-        return tensor
-
-    def agree(self, value: T) -> T:
-        """The first worker's value, on every worker."""
-        box = [value]
-        if self.world > 1:
-            torch.distributed.broadcast_object_list(box)
-        return box[0]
 
 
 def batch_gradient(

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from imu_ray.ascent.batches import FeatureStore
 from imu_ray.ascent.loop import AscentOutcome, AscentProblem, run_ascent
 from imu_ray.ascent.measure import Record
-from imu_ray.ascent.step import Workers
+from imu_ray.ascent.workers import Workers
 from imu_ray.checkpoint import RunDirectory
 from imu_ray.config import ResourcesConfig
 from imu_ray.distributed import metrics
@@ -105,7 +105,7 @@ def _ascend_as_worker(arguments: Mapping[str, Any]) -> AscentOutcome:
     context = train.get_context()
     device = torch.device("cuda") if torch.cuda.is_available() and ray.get_gpu_ids() else torch.device("cpu")
     with _threads(arguments["threads"]):
-        return _run(arguments, Workers(context.get_world_rank(), context.get_world_size(), device))
+        return _run(arguments, Workers(context.get_world_rank(), context.get_world_size(), device, ray.util.get_node_ip_address()))
 
 
 def _run(arguments: Mapping[str, Any], workers: Workers) -> AscentOutcome:

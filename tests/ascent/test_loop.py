@@ -19,8 +19,8 @@ from problems import problem
 from imu_ray.ascent.batches import FeatureStore, epoch_batches
 from imu_ray.ascent.loop import run_ascent
 from imu_ray.ascent.measure import measure
-from imu_ray.ascent.step import Workers
 from imu_ray.ascent.stopping import StopTarget, guard_violation
+from imu_ray.ascent.workers import Workers
 from imu_ray.config import GuardConfig, StepControlConfig
 from imu_ray.influence.features import FeatureShard
 from imu_ray.influence.scores import sample_losses

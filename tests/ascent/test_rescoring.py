@@ -15,8 +15,8 @@ from problems import problem
 from imu_ray.ascent.batches import epoch_batches
 from imu_ray.ascent.loop import run_ascent
 from imu_ray.ascent.rescoring import Rescoring
-from imu_ray.ascent.step import Workers
 from imu_ray.ascent.stopping import StopTarget
+from imu_ray.ascent.workers import Workers
 from imu_ray.config import InfluenceConfig, IntensityConfig
 
 PLAIN = {"momentum": 0.0, "stop": {"max_epochs": 3, "every_steps": 1}}

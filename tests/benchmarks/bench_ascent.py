@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_ascent.py [--rows 50000] [--repeat 5]
 
 One thread, one machine, one run. The forward pass is timed on ``--images`` images of 32 x 32 and scaled to ``--rows``. Then two
-workers (plain gloo processes) against two independent plain loops, each on half of the data. Medians; writes JSON to ``results/``.
+workers (plain processes) against two independent plain loops, each on half of the data. Medians; writes JSON to ``results/``.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from imu_ray.ascent.batches import FeatureStore
 from imu_ray.ascent.loop import AscentProblem, run_ascent
-from imu_ray.ascent.step import Workers
+from imu_ray.ascent.workers import Workers
 from imu_ray.config import UnlearnConfig
 from imu_ray.influence.features import FeatureShard
 from imu_ray.models import Head
@@ -99,12 +99,14 @@ def in_group(rank: int, world: int, path: str, *rest: Any) -> None:
 def alone(rank: int, world: int, path: str, *rest: Any) -> None:
     *shape, results = rest
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     rows, epochs, batch, *size = shape
     made = problem(rows // world, epochs, batch // world, *size, seed=rank)
-    results.put(0.0)  # ready
+    torch.distributed.barrier()  # or the one that starts first would have the machine to itself for a while
     started = time.perf_counter()
     run_ascent(made, Workers())
     results.put(time.perf_counter() - started)
+    torch.distributed.destroy_process_group()
 
 
 def together(target: object, world: int, *arguments: int) -> float:

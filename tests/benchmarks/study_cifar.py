@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from imu_ray.ascent.batches import FeatureStore
 from imu_ray.ascent.loop import AscentProblem, run_ascent
 from imu_ray.ascent.measure import measure
-from imu_ray.ascent.step import Workers
 from imu_ray.ascent.stopping import StopTarget, stop_targets
+from imu_ray.ascent.workers import Workers
 from imu_ray.audits.accuracy import predict_shard
 from imu_ray.audits.membership import LossDraw, membership_inference
 from imu_ray.config import UnlearnConfig

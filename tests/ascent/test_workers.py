@@ -1,0 +1,127 @@
+import functools
+import multiprocessing
+import socket
+import threading
+
+import pytest
+import torch
+import torch.distributed
+
+from imu_ray.ascent import workers
+from imu_ray.ascent.workers import Workers
+
+WORLD = 3
+# By number of entries: of a large tensor each worker adds up a slice, and some slices may be empty.
+SHAPES = [(), (1,), (0,), (10, 513), (2, 7, 11_111), (300_001,)]
+
+
+def parts(shape, dtype=torch.float64):
+    """What each worker has; a sum whose last bits depend on its order."""
+    return [torch.rand(shape, generator=torch.Generator().manual_seed(rank), dtype=dtype) for rank in range(WORLD)]
+
+
+def sum_in_process(rank, folder, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    own = Workers(rank, WORLD)
+    for case, whole_bytes in enumerate((workers.WHOLE_BYTES, 0)):
+        workers.WHOLE_BYTES = whole_bytes
+        for shape in SHAPES:
+            mine = parts(shape)[rank]
+            assert own.sum(mine) is mine
+            results.put((case, shape, rank, mine.numpy()))
+    strided = parts((4, 6), torch.float32)[rank].T
+    results.put((0, "strided", rank, own.sum(strided).numpy().copy()))
+    if rank == 1:
+        results.put((0, "lost", rank, None))
+        results.close()
+        results.join_thread()
+        return  # and is gone: its process ends
+    try:
+        while True:
+            own.sum(torch.ones(10, 513))
+    except ConnectionError as error:
+        results.put((0, "lost", rank, str(error)))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    context = multiprocessing.get_context("spawn")
+    results, folder = context.Queue(), tmp_path_factory.mktemp("group")
+    group = [context.Process(target=sum_in_process, args=(rank, folder, results)) for rank in range(WORLD)]
+    for process in group:
+        process.start()
+    count = WORLD * (2 * len(SHAPES) + 2)
+    got = {(case, name, rank): value for case, name, rank, value in (results.get(timeout=120) for _ in range(count))}
+    for process in group:
+        process.join(timeout=60)
+    return got
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", [0, 1], ids=["as_large_as_it_is", "as_a_large_one"])
+def test_a_sum_is_that_of_the_parts_in_the_order_of_ranks_to_the_bit(found, case, shape):
+    expected = functools.reduce(torch.add, parts(shape)).numpy()
+    for rank in range(WORLD):
+        assert found[case, shape, rank].shape == shape
+        assert found[case, shape, rank].tobytes() == expected.tobytes()
+
+
+def test_a_tensor_that_is_not_contiguous_is_summed_in_place(found):
+    expected = functools.reduce(torch.add, [part.T for part in parts((4, 6), torch.float32)]).numpy()
+    assert all((found[0, "strided", rank] == expected).all() for rank in range(WORLD))
+
+
+def test_a_worker_that_is_gone_is_named_and_nobody_waits_for_it(found):
+    # The other survivor may be gone by then as well, because of the first.
+    assert any("worker 1 of the ascent" in found[0, "lost", rank] for rank in (0, 2))
+    assert all("while sums were brought together" in found[0, "lost", rank] for rank in (0, 2))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_pieces_are_dealt_in_runs_that_differ_by_one_at_the_most(world, count):
+    dealt = [Workers(rank, world).mine(list(range(count))) for rank in range(world)]
+    assert [piece for run in dealt for piece in run] == list(range(count))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def test_one_worker_needs_no_group():
+    tensor = torch.ones(3)
+    assert Workers().sum(tensor) is tensor
+    assert Workers().agree("word") == "word"
+
+
+def answered(said):
+    """What the server makes of a caller that says ``said`` and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        caller = socket.create_connection(server.getsockname())
+        talk = threading.Thread(target=lambda: (caller.sendall(said), caller.close()))
+        talk.start()
+        found = workers._answer(server, b"t" * 32)
+        talk.join()
+    for connection in found.values():
+        connection.close()
+    return list(found)
+
+
+def test_only_who_knows_the_token_is_taken_for_a_worker():
+    assert answered(b"t" * 32 + (5).to_bytes(4, "big")) == [5]
+    assert answered(b"f" * 32 + (5).to_bytes(4, "big")) == []
+    assert answered(b"GET / HTTP/1.1\r\n\r\n") == []
+    assert answered(b"") == []
+
+
+def test_a_worker_that_cannot_be_reached_is_named_with_what_to_do():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = server.getsockname()
+    with pytest.raises(ConnectionError, match=rf"worker 1 .* cannot reach worker 0 at 127.0.0.1:{place[1]}: .* let the nodes"):
+        workers._call(0, place, b"token", 1)
+
+
+def test_a_worker_that_never_calls_is_not_waited_for_forever(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.01)
+        with pytest.raises(ConnectionError, match="not all workers"):
+            workers._answer(server, b"token")
