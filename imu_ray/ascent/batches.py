@@ -1,4 +1,4 @@
-"""Which rows make up each global batch, and which worker takes which piece of it.
+"""Which rows make up each global batch, and in which pieces they are dealt to workers.
 
 The plan is a function of the seed, the epoch and the kept rows alone, never of the number of workers. A *position* is a row's
 place in the order of the feature shards.
@@ -41,8 +41,13 @@ def epoch_batches(kept: Positions, block_starts: Positions, config: AscentConfig
     windows = [order[i : i + config.window_blocks] for i in range(0, len(order), config.window_blocks)]
     rows = np.concatenate([random.permutation(np.concatenate([pieces[block] for block in window])) for window in windows])
     batches = [np.sort(rows[i : i + config.batch_size]) for i in range(0, len(rows), config.batch_size)]
+    return [microbatches(batch, config) for batch in batches]
+
+
+def microbatches(batch: Positions, config: AscentConfig) -> list[Positions]:
+    """A batch cut into pieces of ``microbatch_rows``; the last may be shorter."""
     size = config.microbatch_rows
-    return [[batch[i : i + size] for i in range(0, len(batch), size)] for batch in batches]
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
 class FeatureStore:

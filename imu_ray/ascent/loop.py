@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from imu_ray.ascent.batches import FeatureStore, Positions, epoch_batches
+from imu_ray.ascent.batches import FeatureStore, Positions, epoch_batches, microbatches
 from imu_ray.ascent.measure import Record, measure
 from imu_ray.ascent.objectives import OBJECTIVES
 from imu_ray.ascent.rescoring import Rescoring
@@ -91,7 +91,8 @@ class Ascent:
         batch = self._batches[place]
         if problem.rescoring is not None:
             self._rescore(problem.rescoring, place)
-            batch = [kept for positions in batch if len(kept := positions[self.weights[positions] > 0])]
+            rows = np.concatenate(batch)
+            batch = microbatches(rows[self.weights[rows] > 0], self.config)
         gradient = batch_gradient(
             batch, problem.forget, self.weights, OBJECTIVES[self.config.objective], matrix, problem.head, self.workers
         )

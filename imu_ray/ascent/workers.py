@@ -1,7 +1,7 @@
 """The workers of an ascent: which pieces are whose, and how what they found is brought together.
 
-Sums go over TCP connections of their own, one between any two workers. The step of a head takes a millisecond or less, and
-``torch.distributed.all_reduce`` on CPUs hands every sum through threads that sleep, which takes as long again.
+Sums go over TCP connections of their own, one between any two workers. A small step of a head takes one to three milliseconds;
+``torch.distributed.all_reduce`` on CPUs hands every sum through threads that sleep, which takes half a millisecond to two.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import hmac
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -19,7 +20,8 @@ import torch.distributed
 from torch import Tensor
 
 T = TypeVar("T")
-CONNECT_SECONDS = 60.0
+CONNECT_SECONDS, INTRODUCTION_SECONDS = 60.0, 5.0
+SUM_SECONDS = 1800.0  # the first worker may be writing its state to slow storage meanwhile
 WHOLE_BYTES = 2**18  # received by a worker; up to here a second exchange takes longer than the bytes that it saves
 
 
@@ -30,7 +32,7 @@ class Workers:
         rank: which worker this is, from 0.
         world: number of workers.
         device: where it computes; the CPU when not given.
-        address: host name or IP address under which the other workers reach this one.
+        address: IP address under which the other workers reach this one.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | None = None, address: str = "127.0.0.1") -> None:
@@ -45,7 +47,8 @@ class Workers:
         """Sum over all workers in the order of their ranks, in place: the same bits on each.
 
         Raises:
-            ConnectionError: another worker has ended, or cannot be reached.
+            ConnectionError: another worker has ended, cannot be reached, or has not done its part for half an hour. There are no
+                sums with these workers after that.
         """
         if self.world == 1:
             return tensor
@@ -54,7 +57,7 @@ class Workers:
         # Each worker adds up one slice and hands it on; of a small tensor, each adds up all.
         slices = [own] * self.world if whole else list(torch.tensor_split(own, self.world))
         parts = {peer: torch.empty_like(slices[self.rank]) for peer in self._peers}
-        self._exchange(dict(zip(range(self.world), slices, strict=True)), parts)
+        self._exchange(dict(enumerate(slices)), parts)
         parts[self.rank] = slices[self.rank]
         total = functools.reduce(torch.add, [parts[rank] for rank in range(self.world)])
         slices[self.rank].copy_(total)
@@ -75,24 +78,27 @@ class Workers:
         for peer, connection in self._peers.items():
             left.append((peer, connection.send, outgoing[peer].numpy().view(np.uint8).data))
             left.append((peer, connection.recv_into, incoming[peer].numpy().view(np.uint8).data))
+        until = time.monotonic() + SUM_SECONDS
         while left := [(peer, move, rest) for peer, move, view in left if (rest := view[_moved(peer, move, view) :])]:
+            if time.monotonic() > until:
+                late = sorted({peer for peer, *_ in left})
+                raise ConnectionError(f"workers {late} of the ascent have not done their part of a sum within {SUM_SECONDS:g} s")
             os.sched_yield()  # whoever sleeps until the sum is there is woken later than most steps take
 
     @functools.cached_property
     def _peers(self) -> dict[int, socket.socket]:
         """A connection to every other worker, by rank: this worker calls those before it and is called by those after it."""
         token = self.agree(secrets.token_bytes(32))  # so that nobody else's call is taken for a worker's
-        with socket.create_server(("", 0), backlog=self.world) as server:
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        with socket.create_server(("", 0), family=family, backlog=self.world) as server:
             places: list[tuple[str, int]] = [("", 0)] * self.world
             torch.distributed.all_gather_object(places, (self.address, server.getsockname()[1]))
             peers = {rank: _call(rank, place, token, self.rank) for rank, place in enumerate(places[: self.rank])}
-            server.settimeout(CONNECT_SECONDS)
-            while len(peers) < self.world - 1:
-                peers |= _answer(server, token)
+            peers |= _answer(server, token, set(range(self.rank + 1, self.world)))
         for connection in peers.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setblocking(False)
-        return dict(sorted(peers.items()))
+        return peers
 
 
 def _moved(peer: int, move: Callable[[memoryview], int], view: memoryview) -> int:
@@ -111,27 +117,39 @@ def _moved(peer: int, move: Callable[[memoryview], int], view: memoryview) -> in
 def _call(rank: int, place: tuple[str, int], token: bytes, caller: int) -> socket.socket:
     try:
         connection = socket.create_connection(place, timeout=CONNECT_SECONDS)
+        connection.sendall(token + caller.to_bytes(4, "big"))
     except OSError as error:
         raise ConnectionError(
-            f"worker {caller} of the ascent cannot reach worker {rank} at {place[0]}:{place[1]}: {error}; the workers of an ascent "
-            "talk to each other over TCP, on ports that the system picks: let the nodes of the cluster reach each other on them"
+            f"worker {caller} of the ascent cannot reach worker {rank} at {place[0]}, port {place[1]}: {error}; the workers of an "
+            "ascent talk to each other over TCP, on ports that the system picks: let the nodes of the cluster reach each other on them"
         ) from error
-    connection.sendall(token + caller.to_bytes(4, "big"))
     return connection
 
 
-def _answer(server: socket.socket, token: bytes) -> dict[int, socket.socket]:
-    """The next caller by rank; none when it was not a worker."""
-    try:
-        connection, _ = server.accept()
-    except TimeoutError:
-        raise ConnectionError(f"not all workers of the ascent have called within {CONNECT_SECONDS:g} s") from None
-    connection.settimeout(CONNECT_SECONDS)
+def _answer(server: socket.socket, token: bytes, ranks: set[int]) -> dict[int, socket.socket]:
+    """Connections of the workers ``ranks``, which call; whoever else calls is hung up on."""
+    found: dict[int, socket.socket] = {}
+    until = time.monotonic() + CONNECT_SECONDS
+    while missing := sorted(ranks - set(found)):
+        server.settimeout(max(until - time.monotonic(), 0.001))
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            raise ConnectionError(f"workers {missing} of the ascent have not called within {CONNECT_SECONDS:g} s") from None
+        caller = _introduction(connection, token)
+        if caller in ranks:
+            found[caller] = connection
+        else:
+            connection.close()
+    return found
+
+
+def _introduction(connection: socket.socket, token: bytes) -> int:
+    """Rank of a caller who knows the token; -1 of any other."""
     said, length = b"", len(token) + 4
+    connection.settimeout(INTRODUCTION_SECONDS)
     with contextlib.suppress(OSError):
         while len(said) < length and (more := connection.recv(length - len(said))):
             said += more
-    if len(said) == length and hmac.compare_digest(said[: len(token)], token):
-        return {int.from_bytes(said[len(token) :], "big"): connection}
-    connection.close()
-    return {}
+    known = len(said) == length and hmac.compare_digest(said[: len(token)], token)
+    return int.from_bytes(said[len(token) :], "big") if known else -1

@@ -150,6 +150,7 @@ def _threads(count: int) -> Iterator[None]:
 def _explain(error: BaseException) -> ImuError:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [getattr(failure, "cause", failure) for failure in failures.values()] or [error]
+    causes.sort(key=lambda cause: isinstance(cause, ConnectionError))  # which most often tells of another worker's failure
     for cause in causes:
         if isinstance(cause, ImuError):
             return cause

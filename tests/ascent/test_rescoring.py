@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from problems import problem
 
+from imu_ray.ascent import loop
 from imu_ray.ascent.batches import epoch_batches
 from imu_ray.ascent.loop import run_ascent
 from imu_ray.ascent.rescoring import Rescoring
@@ -50,6 +51,17 @@ def test_weights_are_those_of_the_present_head(refresh):
     assert outcome.trajectory[-1]["step"] == 15
     assert (outcome.head.matrix_CD - matrix).norm() <= 1e-8 * (matrix - task.head.matrix_CD).norm()
     assert (run_ascent(problem(**PLAIN), Workers()).head.matrix_CD - matrix).norm() > 1e-3 * (matrix - task.head.matrix_CD).norm()
+
+
+def test_a_batch_that_loses_samples_is_cut_anew_so_that_no_worker_gets_what_is_left_of_a_piece(monkeypatch):
+    seen, gradient = [], loop.batch_gradient
+    monkeypatch.setattr(
+        loop, "batch_gradient", lambda batch, *rest: (seen.append([len(piece) for piece in batch]), gradient(batch, *rest))[1]
+    )
+    run_ascent(problem(refresh="step", batch_size=30, microbatch_rows=6, **PLAIN), Workers())
+    assert len(seen) == 9
+    assert any(sum(sizes) < 30 for sizes in seen), "samples were lost"
+    assert all(size == 6 for sizes in seen for size in sizes[:-1])
 
 
 def test_going_back_over_the_start_of_an_epoch_takes_the_weights_of_the_epoch_before():

@@ -1,5 +1,7 @@
 """The ascent on Ray Train: the same steps as in process, and through the death of a worker."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,20 @@ def test_two_workers_take_the_same_steps_as_one(tmp_path, dtype, tolerance):
     difference = (both.head.matrix_CD - alone.head.matrix_CD).norm()
     assert difference <= tolerance * (alone.head.matrix_CD - start).norm()
     assert both.trajectory[-1]["step"] == alone.trajectory[-1]["step"] == 12
+
+
+def test_a_worker_is_reached_at_its_nodes_address(monkeypatch):
+    monkeypatch.setattr(ascent_job.ray.util, "get_node_ip_address", lambda: "10.1.2.3")
+    monkeypatch.setattr(ascent_job.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2))
+    monkeypatch.setattr(ascent_job, "_run", lambda arguments, workers: workers)
+    worker = ascent_job._ascend_as_worker({"threads": 1})
+    assert (worker.rank, worker.world, worker.address) == (1, 2, "10.1.2.3")
+
+
+def test_of_several_failures_the_one_that_is_not_about_another_worker_is_told():
+    failed = RuntimeError()
+    failed.worker_failures = {0: ConnectionError("worker 1 of the ascent ended"), 1: MemoryError("no room")}
+    assert "MemoryError: no room" in str(ascent_job._explain(failed))
 
 
 def test_a_killed_worker_changes_nothing(tmp_path):
