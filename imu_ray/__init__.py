@@ -17,12 +17,12 @@ from imu_ray.errors import (
 
 if TYPE_CHECKING:
     from imu_ray.api import ascend, audit, score, unlearn
-    from imu_ray.job import JobConfig, run_job
-    from imu_ray.models import ModelSpec
+    from imu_ray.cli import JobConfig, run_job
+    from imu_ray.experiments.axes import SweepConfig
+    from imu_ray.experiments.sweep import SweepResult, sweep
+    from imu_ray.models.spec import ModelSpec
     from imu_ray.pipeline import UnlearnResult
     from imu_ray.planning import plan
-    from imu_ray.sweep_axes import SweepConfig
-    from imu_ray.sweep_run import SweepResult, sweep
 
 __version__ = "0.1.0"
 
@@ -53,10 +53,10 @@ __all__ = [
 # Imported when first asked for: a worker process needs a part of the package, and Ray Train, Tune and the plots take seconds to import.
 _HOMES = {
     **dict.fromkeys(("ascend", "audit", "score", "unlearn"), "imu_ray.api"),
-    **dict.fromkeys(("JobConfig", "run_job"), "imu_ray.job"),
-    **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.sweep_run"),
-    "ModelSpec": "imu_ray.models",
-    "SweepConfig": "imu_ray.sweep_axes",
+    **dict.fromkeys(("JobConfig", "run_job"), "imu_ray.cli"),
+    **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.experiments.sweep"),
+    "ModelSpec": "imu_ray.models.spec",
+    "SweepConfig": "imu_ray.experiments.axes",
     "UnlearnResult": "imu_ray.pipeline",
     "plan": "imu_ray.planning",
 }

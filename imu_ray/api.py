@@ -9,8 +9,9 @@ from torch import nn
 
 from imu_ray.config import UnlearnConfig
 from imu_ray.errors import ConfigError
-from imu_ray.models import ModelSpec, with_head
+from imu_ray.models.spec import ModelSpec
 from imu_ray.pipeline import Pipeline, UnlearnResult, resolve_settings
+from imu_ray.scopes.head import with_head
 
 
 def unlearn(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from imu_ray.api import audit, unlearn
 from imu_ray.config import UnlearnConfig
-from imu_ray.models import ModelSpec
+from imu_ray.models.spec import ModelSpec
 from imu_ray.pipeline import UnlearnResult
 
 FORGOTTEN_CLASS = 3

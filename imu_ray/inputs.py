@@ -13,14 +13,15 @@ import numpy.typing as npt
 from torch import nn
 
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import influence_job, metrics
-from imu_ray.distributed.influence_job import FeatureSet
+from imu_ray.data import PartSource, Source, draw_rows, open_source
+from imu_ray.distributed import feature_job, metrics
+from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.errors import ConfigError, ForgetSetError
 from imu_ray.events import event
-from imu_ray.forget_set import ForgetSet, PartForgetSet, draw_rows, open_forget_set
-from imu_ray.influence.features import FeatureShard
-from imu_ray.manifest import describe_samples, digest_of
-from imu_ray.models import Head, ModelSpec
+from imu_ray.models.spec import ModelSpec
+from imu_ray.run.record import describe_samples, digest_of
+from imu_ray.scopes.features import FeatureShard
+from imu_ray.scopes.head import Head
 from imu_ray.settings import nearest
 from imu_ray.tasks.base import Task
 from imu_ray.tasks.classification import TASKS
@@ -33,7 +34,7 @@ class Inputs:
     model: nn.Module
     head: Head
     task: Task
-    sources: Mapping[str, ForgetSet]
+    sources: Mapping[str, Source]
     features: Mapping[str, FeatureSet] = field(default_factory=dict)
     described: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,17 +53,17 @@ class Inputs:
             raise ConfigError(f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets")
         if task not in TASKS:
             raise ConfigError(f"task is {task!r}; {nearest(task, TASKS)}")
-        whole = open_forget_set(forget_set, config.forget_set)
+        whole = open_source(forget_set, config.forget_set)
         size = config.forget_set.size
         rows = draw_rows(whole.num_rows, size, config.forget_set.size_seed) if isinstance(size, int | float) else None
         # Classes are told from the labels, which are known after the features.
-        sources = {"forget": whole if rows is None else PartForgetSet(whole, rows)}
+        sources = {"forget": whole if rows is None else PartSource(whole, rows)}
         for name, source in (evaluation or {}).items():
             if name in ("forget", "membership"):
                 raise ConfigError(
                     f"an evaluation set is named {name!r}; expected another name, because results under it are of the forget set"
                 )
-            sources[name] = open_forget_set(source, config.forget_set, f"evaluation set {name!r}")
+            sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}")
         # What travels is on the CPU and in eval mode; the caller's model stays as it is.
         built = model.build() if isinstance(model, ModelSpec) else copy.deepcopy(model).cpu().eval()
         named_head = model.head if isinstance(model, ModelSpec) else None
@@ -79,9 +80,9 @@ class Inputs:
     def extract(self, config: UnlearnConfig) -> "Inputs":
         """With features: one forward pass over every sample set."""
         features, described = {}, {}
-        model = influence_job.share(self.model)
+        model = feature_job.share(self.model)
         for name, source in self.sources.items():
-            made = influence_job.extract(source, self.task, model, config, f"features of {name}")
+            made = feature_job.extract(source, self.task, model, config, f"features of {name}")
             if not made.rows:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
             features[name], described[name] = made, describe_samples(source, made.reports)

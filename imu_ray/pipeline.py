@@ -15,14 +15,9 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from imu_ray.ascent.loop import AscentOutcome, AscentProblem
-from imu_ray.ascent.objectives import OBJECTIVES
-from imu_ray.ascent.rescoring import Rescoring
-from imu_ray.ascent.stopping import recipe_warning, stop_targets
 from imu_ray.audits.report import DOMINATED, render_report
-from imu_ray.checkpoint import INTENSITIES, MANIFEST, RunDirectory, default_run_dir
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import ascent_job, audit_job, influence_job, metrics
+from imu_ray.distributed import audit_job, feature_job, metrics, train_job
 from imu_ray.distributed.session import ray_session
 from imu_ray.errors import ConfigError, EmptySelectionError, ForgetSetError, NonFiniteError, StageFailedError
 from imu_ray.events import event
@@ -31,9 +26,16 @@ from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.intensity import SCHEMES
 from imu_ray.influence.order_statistics import Parts
 from imu_ray.inputs import Inputs
-from imu_ray.manifest import Manifest, label_counts
-from imu_ray.models import Head, ModelSpec, model_hash, with_head
+from imu_ray.models.checkpoint import model_hash
+from imu_ray.models.spec import ModelSpec
+from imu_ray.run.directory import INTENSITIES, MANIFEST, RunDirectory, default_run_dir
+from imu_ray.run.record import Manifest, label_counts
+from imu_ray.scopes.head import Head, with_head
 from imu_ray.settings import nearest
+from imu_ray.updates.iterative import AscentOutcome, AscentProblem
+from imu_ray.updates.objectives import OBJECTIVES
+from imu_ray.updates.rescoring import Rescoring
+from imu_ray.updates.stopping import recipe_warning, stop_targets
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Pipeline:
     """One run: its inputs, its run directory and the record."""
 
     def __init__(self, stage: str, inputs: Inputs, config: UnlearnConfig, run: RunDirectory, *, write: bool = True) -> None:
-        self.trial: ascent_job.Trial | None = None  # set by a sweep
+        self.trial: train_job.Trial | None = None  # set by a sweep
         self.inputs, self.config, self.run, self.write = inputs, config, run, write
         self.head, self.task = inputs.head, inputs.task
         self.unfinished = run.check(stage, config.identity()) if write else None
@@ -168,7 +170,7 @@ class Pipeline:
         curvature_set = self.config.influence.curvature_set
         with self.stage("scores"):
             fitted_on = None if curvature_set == "forget" else self.features[curvature_set]
-            scores = influence_job.score(self.features["forget"], self.head, self.config, fitted_on)
+            scores = feature_job.score(self.features["forget"], self.head, self.config, fitted_on)
         figures = self.manifest.values["influence"] = scores.figures
         if figures["plain_gradient_share"] > DOMINATED and self.config.influence.curvature != "identity":
             share, below = figures["plain_gradient_share"], figures["fisher_below_damping"]
@@ -248,7 +250,7 @@ class Pipeline:
         )
         measured = {name: features for name, features in self.features.items() if name != "forget"}
         with self.stage("ascent"):
-            outcome = ascent_job.ascend(problem, self.features["forget"], measured, self.config.resources, self.run, self.trial)
+            outcome = train_job.ascend(problem, self.features["forget"], measured, self.config.resources, self.run, self.trial)
         worrying = outcome.status in ("not_reached", "stopped_by_guard") or outcome.record["step"] == 0
         level = logging.WARNING if worrying else logging.INFO
         event("ascent ended", level=level, status=outcome.status, step=outcome.record["step"], reason=outcome.reason)

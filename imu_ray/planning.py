@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from imu_ray.config import UnlearnConfig
+from imu_ray.data import Source
 from imu_ray.distributed.session import object_store_bytes, ray_session, slots
-from imu_ray.forget_set import ForgetSet
-from imu_ray.influence.extraction import extract_features
-from imu_ray.influence.features import score_shard
 from imu_ray.inputs import Inputs
-from imu_ray.models import Head, ModelSpec
+from imu_ray.models.spec import ModelSpec
 from imu_ray.pipeline import resolve_settings
+from imu_ray.scopes.extraction import extract_features
+from imu_ray.scopes.features import score_shard
+from imu_ray.scopes.head import Head
 
 # Of one task, as measured with 100,000 shards; what the driver keeps of a shard, with 10,000; of a sample, what an ascent takes beside the
 # features (31 bytes with 2 x 10^6; scoring 10^7 took 6), where it runs: in each worker, or in the driver when one CPU worker is asked for.
@@ -97,7 +98,7 @@ def plan(
     }
 
 
-def _describe(source: ForgetSet, feature_bytes: int, seconds: float, settings: UnlearnConfig) -> dict[str, Any]:
+def _describe(source: Source, feature_bytes: int, seconds: float, settings: UnlearnConfig) -> dict[str, Any]:
     shards = source.shards(settings.influence.block_rows, settings.influence.blocks_per_shard)
     return {
         "samples": source.num_rows,
@@ -127,7 +128,7 @@ def _time_block(inputs: Inputs, settings: UnlearnConfig) -> tuple[float, float]:
     return (extracted - started) / rows, (scored - extracted) / rows
 
 
-def _row_bytes(source: ForgetSet) -> int:
+def _row_bytes(source: Source) -> int:
     """Bytes of one sample as it is read."""
     value = source.read(0, 1).inputs[0]
     return len(value) if isinstance(value, bytes) else int(getattr(value, "nbytes", 0))

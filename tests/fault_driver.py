@@ -11,7 +11,7 @@ from samples import pairs, tensors
 
 import imu_ray
 from imu_ray import pipeline
-from imu_ray.ascent.stopping import StopTarget
+from imu_ray.updates.stopping import StopTarget
 
 TARGETS = {
     "hang in the ascent": lambda folder: HangingTarget("forget_accuracy", -1.0, "test", folder=folder),

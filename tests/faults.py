@@ -10,8 +10,8 @@ from pathlib import Path
 from architectures import named
 from samples import Pairs
 
-from imu_ray.ascent.stopping import StopTarget
 from imu_ray.demo import digits_cnn
+from imu_ray.updates.stopping import StopTarget
 
 
 def kill_once(folder, key):

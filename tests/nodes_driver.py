@@ -21,11 +21,11 @@ from torch import nn
 
 import imu_ray
 from imu_ray import pipeline
-from imu_ray.ascent.stopping import StopTarget
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import influence_job
+from imu_ray.data import Rows, Source
+from imu_ray.distributed import feature_job
 from imu_ray.errors import ConfigError
-from imu_ray.forget_set import ForgetSet, Rows
+from imu_ray.updates.stopping import StopTarget
 
 # A killed raylet is noticed within a second or two instead of fifteen.
 NOTICE_QUICKLY = {"health_check_period_ms": 500, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
@@ -147,7 +147,7 @@ class Noting:
         return self.function(shard, **more)
 
 
-class OneRowShards(ForgetSet):
+class OneRowShards(Source):
     """As many random samples as there should be shards."""
 
     name = "one row a shard"
@@ -173,7 +173,7 @@ def start_cluster(**head):
 def lose_nodes(folder):
     """An undisturbed run on one node; then, on three, one lost in each stage, and replaced after it."""
     data = tensors(ROWS)
-    plain = {name: getattr(influence_job, name) for name in ("shard_statistics", "score_shard")}
+    plain = {name: getattr(feature_job, name) for name in ("shard_statistics", "score_shard")}
     cluster = start_cluster()
     cluster.add_node(num_cpus=2)
     target = StopTarget("forget_accuracy", -1.0, "test")
@@ -187,10 +187,10 @@ def lose_nodes(folder):
         samples = (LosingPairs if stage == "features" else CountedPairs)(*data, place)
         for name, function in plain.items():
             hit = name == {"statistics": "shard_statistics", "scores": "score_shard"}.get(stage)
-            setattr(influence_job, name, Losing(function, place) if hit else function)
+            setattr(feature_job, name, Losing(function, place) if hit else function)
         imu_ray.score(Wide(2048), samples, config=settings(3), run_dir=place / "run")
         for name, function in plain.items():
-            setattr(influence_job, name, function)
+            setattr(feature_job, name, function)
     return cluster
 
 
@@ -213,7 +213,7 @@ def add_a_node(folder):
     places = {name: folder / name for name in ("read", "scored")}
     for place in places.values():
         place.mkdir()
-    influence_job.score_shard = Noting(influence_job.score_shard, places["scored"])
+    feature_job.score_shard = Noting(feature_job.score_shard, places["scored"])
     imu_ray.score(Wide(2048), NotingPairs(*tensors(64), places["read"]), config=settings(1), run_dir=folder / "noted")
     return cluster
 

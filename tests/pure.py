@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.forget_set import open_forget_set
+from imu_ray.data import open_source
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Damping, Moments, damped_direction, merge_tree
-from imu_ray.influence.extraction import extract_features
-from imu_ray.influence.features import score_shard, shard_statistics
-from imu_ray.models import Head
+from imu_ray.scopes.extraction import extract_features
+from imu_ray.scopes.features import score_shard, shard_statistics
+from imu_ray.scopes.head import Head
 from imu_ray.tasks.classification import ClassificationTask
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def pure_scores(model, dataset, curvature="diagonal_fisher", block_rows=8):
     """Influence of every sample, ``[N]``."""
-    source = open_forget_set(dataset, ForgetSetConfig())
+    source = open_source(dataset, ForgetSetConfig())
     task = ClassificationTask.for_model(model, source, ForgetSetConfig())
     head = Head.of(model, task.head)
     shards = [extract_features(source, shard, task, model, CPU)[0] for shard in source.shards(block_rows, 1)]

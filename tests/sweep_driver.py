@@ -12,8 +12,9 @@ from pathlib import Path
 import ray
 
 import imu_ray
-from imu_ray import ModelSpec, SweepConfig, UnlearnConfig, sweep_run
+from imu_ray import ModelSpec, SweepConfig, UnlearnConfig
 from imu_ray.demo import SETTINGS, digits, train_and_save, write_digits
+from imu_ray.experiments import sweep as sweep_run
 
 
 def samples(folder):

@@ -28,8 +28,8 @@ from imu_ray import (
     score,
     unlearn,
 )
-from imu_ray.checkpoint import RunDirectory
-from imu_ray.storage import open_storage
+from imu_ray.run.directory import RunDirectory
+from imu_ray.run.storage import open_storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SETTINGS = {
@@ -415,7 +415,7 @@ def test_other_heads_can_be_kept(keep, tmp_path):
     if keep == "best":
         assert result.metrics["after"]["forget"]["accuracy"] == min(accuracies)
     else:
-        assert len(list((tmp_path / "run" / "heads").iterdir())) == len(accuracies) - 1
+        assert len(list((tmp_path / "run" / "checks").iterdir())) == len(accuracies) - 1
 
 
 def test_a_row_of_another_shape_is_named_or_left_out(tmp_path):

@@ -6,17 +6,17 @@ import torch
 from architectures import named
 from samples import pairs
 
-from imu_ray.ascent.batches import FeatureStore
-from imu_ray.ascent.loop import AscentProblem, run_ascent
-from imu_ray.ascent.workers import Workers
 from imu_ray.config import AscentConfig, ForgetSetConfig, StopConfig
-from imu_ray.forget_set import open_forget_set
+from imu_ray.data import open_source
 from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import Damping, Moments, damped_direction, merge_tree
-from imu_ray.influence.extraction import extract_features
-from imu_ray.influence.features import score_shard, shard_statistics
-from imu_ray.models import Head
+from imu_ray.scopes.extraction import extract_features
+from imu_ray.scopes.features import score_shard, shard_statistics
+from imu_ray.scopes.head import Head
 from imu_ray.tasks.classification import ClassificationTask
+from imu_ray.updates.batches import FeatureStore
+from imu_ray.updates.iterative import AscentProblem, run_ascent
+from imu_ray.updates.workers import Workers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -25,7 +25,7 @@ def features(dtype, device):
     """Feature shards made on one device. The head's arithmetic is float64 on the CPU in either case."""
     torch.backends.cudnn.allow_tf32 = False
     model = named("fc").to(dtype)
-    source = open_forget_set(pairs(75), ForgetSetConfig())
+    source = open_source(pairs(75), ForgetSetConfig())
     task = ClassificationTask.for_model(model, source, ForgetSetConfig())
     made = [extract_features(source, s, task, model.to(device), torch.device(device))[0] for s in source.shards(16, 1)]
     return made, Head.of(model, "fc")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imu_ray.checkpoint import RunDirectory
+from imu_ray.run.directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,10 @@ from architectures import named
 from ray import tune
 from samples import Pairs, pairs, tensors
 
-from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep, sweep_axes
-from imu_ray import sweep_run as module
+from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep
 from imu_ray.demo import SETTINGS
+from imu_ray.experiments import axes as sweep_axes
+from imu_ray.experiments import sweep as module
 
 BASE = UnlearnConfig()
 

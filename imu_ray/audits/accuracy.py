@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imu_ray.influence.features import FeatureShard
 from imu_ray.influence.scores import sample_losses
-from imu_ray.models import Head
+from imu_ray.scopes.features import FeatureShard
+from imu_ray.scopes.head import Head
 
 
 @dataclass(frozen=True)

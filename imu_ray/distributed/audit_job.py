@@ -10,8 +10,8 @@ import numpy.typing as npt
 from imu_ray.audits.accuracy import Accuracy, Predictions, output_change, predict_shard
 from imu_ray.audits.membership import LossDraw, membership_inference
 from imu_ray.config import AuditConfig
-from imu_ray.distributed.influence_job import FeatureSet
-from imu_ray.models import Head
+from imu_ray.distributed.feature_job import FeatureSet
+from imu_ray.scopes.head import Head
 
 
 def accuracy(name: str, features: FeatureSet, head: Head, draw: LossDraw | None = None) -> Accuracy:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imu_ray.errors import StageFailedError
-from imu_ray.influence.features import SCORE_SCHEMA
 from imu_ray.influence.order_statistics import Column, Parts, quantile
+from imu_ray.scopes.features import SCORE_SCHEMA
 
 ROW_GROUP = 65_536
 JOINED = 64  # tables that are made one with memory of its own, because each holds the whole message that it came in

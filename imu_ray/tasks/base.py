@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from imu_ray.forget_set import Rows
+from imu_ray.data import Rows
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
+from imu_ray.data import Rows, Source
 from imu_ray.errors import ConfigError, ForgetSetError, ImuError, NonFiniteError, UnsupportedModelError
-from imu_ray.forget_set import ForgetSet, Rows
-from imu_ray.models import find_head, linear_layers
+from imu_ray.models.layers import find_head, linear_layers
 from imu_ray.tasks.base import BadRow, Batch, Outputs
 
 
@@ -35,7 +35,7 @@ class ClassificationTask:
     shape: tuple[int, ...] | None = None
 
     @classmethod
-    def for_model(cls, model: nn.Module, samples: ForgetSet, config: ForgetSetConfig, head: str | None = None) -> "ClassificationTask":
+    def for_model(cls, model: nn.Module, samples: Source, config: ForgetSetConfig, head: str | None = None) -> "ClassificationTask":
         """Find the model's head with the first usable row of ``samples``."""
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         task = cls(replace(config, on_bad_row="skip"), dtype=parameter.dtype)

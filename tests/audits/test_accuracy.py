@@ -4,8 +4,8 @@ import torch
 from scipy.special import softmax
 
 from imu_ray.audits.accuracy import Accuracy, Predictions, output_change, predict_shard
-from imu_ray.influence.features import FeatureShard
-from imu_ray.models import Head
+from imu_ray.scopes.features import FeatureShard
+from imu_ray.scopes.head import Head
 
 
 def test_figures_are_those_counted_by_hand():

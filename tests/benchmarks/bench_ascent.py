@@ -24,12 +24,12 @@ import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from imu_ray.ascent.batches import FeatureStore
-from imu_ray.ascent.loop import AscentProblem, run_ascent
-from imu_ray.ascent.workers import Workers
 from imu_ray.config import UnlearnConfig
-from imu_ray.influence.features import FeatureShard
-from imu_ray.models import Head
+from imu_ray.scopes.features import FeatureShard
+from imu_ray.scopes.head import Head
+from imu_ray.updates.batches import FeatureStore
+from imu_ray.updates.iterative import AscentProblem, run_ascent
+from imu_ray.updates.workers import Workers
 
 WIDTH, CLASSES = 512, 10
 # Rows, epochs, batch, width, classes. Reductions cost the same whatever the batch, so that small steps scale worst.

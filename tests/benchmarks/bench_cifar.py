@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import imu_ray
-from imu_ray.forget_set import open_forget_set
+from imu_ray.data import open_source
 from imu_ray.tasks.classification import ClassificationTask
 from tests.benchmarks.train_cifar import MEAN, STD, forget_rows
 
@@ -42,7 +42,7 @@ def split_sets(data: Path, out: Path, without: str) -> dict[str, str]:
 def plain_forward(model: torch.nn.Module, path: str) -> float:
     """Samples/s of the model alone, eval mode, blocks of 256 that are decoded already, one thread."""
     config = imu_ray.UnlearnConfig().with_overrides(DATA).forget_set
-    source = open_forget_set(path, config)
+    source = open_source(path, config)
     task = ClassificationTask(config, "fc", 10)
     blocks = [task.collate(source.read(i, min(i + 256, source.num_rows))).inputs for i in range(0, source.num_rows, 256)]
     torch.set_num_threads(1)

@@ -4,7 +4,7 @@
 
 What is timed or measured:
 
-- ``tasks``: wall-clock of ``Inputs.extract`` and of ``influence_job.score`` over ``--shards`` shards of one row and 12 features, whose
+- ``tasks``: wall-clock of ``Inputs.extract`` and of ``feature_job.score`` over ``--shards`` shards of one row and 12 features, whose
   work is next to nothing, after a warm-up; the median of ``--repeat``. Tasks are one per shard and round (features, moments, scores) and
   the merges. ``driver_cpu_ms_per_task`` is the driver's own processor time, all threads, over the same span: what one driver cannot
   go below. On a machine whose cores the workers share, tasks per second are those of driver, Ray and workers together.
@@ -50,13 +50,13 @@ from samples import Pairs, tensors
 
 from imu_ray.audits.accuracy import predict_shard
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import influence_job
+from imu_ray.distributed import feature_job
 from imu_ray.influence.curvature.base import Moments
-from imu_ray.influence.extraction import extract_features
-from imu_ray.influence.features import FeatureShard, score_shard, shard_statistics
 from imu_ray.inputs import Inputs
-from imu_ray.manifest import processor
-from imu_ray.models import Head
+from imu_ray.run.record import processor
+from imu_ray.scopes.extraction import extract_features
+from imu_ray.scopes.features import FeatureShard, score_shard, shard_statistics
+from imu_ray.scopes.head import Head
 
 HEADS = [(10, 513), (1000, 2049)]
 DISTURBED_SHARDS = 160  # of 16 rows each
@@ -105,7 +105,7 @@ def work(model: torch.nn.Module, samples: Any, settings: UnlearnConfig) -> tuple
     begun = time.perf_counter()
     inputs = inputs.extract(settings)
     made = time.perf_counter()
-    scores = influence_job.score(inputs.features["forget"], inputs.head, settings)
+    scores = feature_job.score(inputs.features["forget"], inputs.head, settings)
     return made - begun, time.perf_counter() - made, pa.concat_tables(scores.batches(scores.influence))
 
 
@@ -113,7 +113,7 @@ def merges(shards: int) -> int:
     """Merge tasks of one reduce."""
     total = 0
     while shards > 1:
-        shards = -(-shards // influence_job.REDUCE_FAN_IN)
+        shards = -(-shards // feature_job.REDUCE_FAN_IN)
         total += shards
     return total
 
@@ -140,7 +140,7 @@ def measure_nodes(repeat: int, nodes: int) -> dict[str, Any]:
     cluster, _ = start(nodes)
     data, settings = tensors(DISTURBED_SHARDS * 16), config(nodes, rows=16)
     settings = settings.with_overrides({"resources.autoscaling": True})
-    plain = influence_job.score_shard
+    plain = feature_job.score_shard
     run = functools.partial(work, Wide(2048), settings=settings)
     *_, reference = run(Pairs(*data))
     runs = []
@@ -150,9 +150,9 @@ def measure_nodes(repeat: int, nodes: int) -> dict[str, Any]:
         same = table.equals(reference)
         with tempfile.TemporaryDirectory() as folder:
             counted = CountedPairs(*data, folder)
-            influence_job.score_shard = Losing(plain, folder, MIDDLE)
+            feature_job.score_shard = Losing(plain, folder, MIDDLE)
             *seconds["lost"], table = run(counted)
-            influence_job.score_shard = plain
+            feature_job.score_shard = plain
             again = (Path(folder) / "reads").stat().st_size - len(data[1]) - 1
             same &= table.equals(reference) and (Path(folder) / "lost").exists()
         cluster.add_node(num_cpus=1)  # in place of the lost one; warmed by the next run

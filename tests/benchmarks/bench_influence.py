@@ -42,13 +42,13 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 # ruff: noqa: E402 - this tree comes first
 from imu_ray.config import InfluenceConfig, UnlearnConfig
-from imu_ray.forget_set import ForgetSet, open_forget_set
+from imu_ray.data import Source, open_source
 from imu_ray.influence.curvature.base import merge_tree
 from imu_ray.influence.direction import fit_direction
-from imu_ray.influence.extraction import extract_features
-from imu_ray.influence.features import FeatureShard, score_shard, shard_statistics
-from imu_ray.manifest import processor
-from imu_ray.models import Head
+from imu_ray.run.record import processor
+from imu_ray.scopes.extraction import extract_features
+from imu_ray.scopes.features import FeatureShard, score_shard, shard_statistics
+from imu_ray.scopes.head import Head
 from imu_ray.tasks.classification import ClassificationTask
 
 CLASSES, BATCH, DAMPING = 10, 256, 0.01
@@ -96,7 +96,7 @@ class Ways:
         self.slow = slice(0, slow_rows)
         self.device = device
         self.settings = InfluenceConfig(autocast=dtype)
-        self.source = open_forget_set(Images(self.inputs, self.labels), UnlearnConfig().forget_set)
+        self.source = open_source(Images(self.inputs, self.labels), UnlearnConfig().forget_set)
         self.task = ClassificationTask.for_model(self.model.cpu(), self.source, UnlearnConfig().forget_set)
         self.model.to(device)
         self.head = Head.of(self.model, self.task.head)
@@ -112,7 +112,7 @@ class Ways:
                 outputs = self.model(batch)
             outputs.sum().item()  # waits for a GPU
 
-    def _extract(self, source: ForgetSet) -> list[FeatureShard]:
+    def _extract(self, source: Source) -> list[FeatureShard]:
         shards = source.shards(BATCH, self.settings.blocks_per_shard)
         return [extract_features(source, shard, self.task, self.model, self.device, self.settings)[0] for shard in shards]
 
@@ -203,9 +203,7 @@ class Ways:
 
     def expected(self) -> np.ndarray:
         """Our scores of the samples of the slow ways, scored as a forget set of their own."""
-        return self._score(
-            self._extract(open_forget_set(Images(self.inputs[self.slow], self.labels[self.slow]), UnlearnConfig().forget_set))
-        )
+        return self._score(self._extract(open_source(Images(self.inputs[self.slow], self.labels[self.slow]), UnlearnConfig().forget_set)))
 
 
 def direct_scores(first_NP: Tensor, second_NP: Tensor) -> np.ndarray:

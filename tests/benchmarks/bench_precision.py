@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import imu_ray
-from imu_ray.manifest import processor
+from imu_ray.run.record import processor
 from tests.benchmarks.bench_cifar import DATA, FACTORY, split_sets
 
 KINDS = ("float32", "bfloat16", "float16")

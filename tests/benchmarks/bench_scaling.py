@@ -45,14 +45,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from bench_influence import Images
 
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import influence_job
-from imu_ray.distributed.influence_job import FeatureSet
-from imu_ray.distributed.task_runner import TaskRunner
-from imu_ray.influence.features import FeatureShard, ShardReport
+from imu_ray.distributed import feature_job
+from imu_ray.distributed.feature_job import FeatureSet
+from imu_ray.distributed.tasks import TaskRunner
 from imu_ray.influence.intensity import SCHEMES
 from imu_ray.inputs import Inputs
-from imu_ray.manifest import processor
-from imu_ray.models import Head
+from imu_ray.run.record import processor
+from imu_ray.scopes.features import FeatureShard, ShardReport
+from imu_ray.scopes.head import Head
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -140,9 +140,9 @@ def load_late_imports() -> None:
 @ray.remote
 def _imported() -> int:
     """Imports what scoring imports."""
-    from imu_ray.distributed import influence_job
+    from imu_ray.distributed import feature_job
 
-    assert influence_job.score is not None
+    assert feature_job.score is not None
     load_late_imports()
     time.sleep(5.0)  # so that the other worker takes the other task
     return os.getpid()
@@ -194,7 +194,7 @@ def measure_sizes(sizes: list[tuple[int, int, int, int]], store: int, repeat: in
             with Peak(imported) as peak:
                 for _ in range(repeat if rows < 10**6 else 1):
                     begun = time.perf_counter()
-                    scores = influence_job.score(features, head, settings)
+                    scores = feature_job.score(features, head, settings)
                     seconds.append(time.perf_counter() - begun)
                     weights = SCHEMES["imu"](scores.column("influence"), scores.column("loss"), settings.intensity, 0)
                     written = sum(len(part) for part in scores.batches(weights))
@@ -221,7 +221,7 @@ def measure_growth(repeat: int) -> dict[str, Any]:
             seconds = {}
             for rows, features in sets.items():
                 begun = time.perf_counter()
-                influence_job.score(features, head, settings)
+                feature_job.score(features, head, settings)
                 seconds[rows] = time.perf_counter() - begun
             print(json.dumps(seconds), flush=True)
             if turn:
@@ -288,7 +288,7 @@ def measure_workers(repeat: int, images: int = 16_384) -> dict[str, Any]:
                 inputs = Inputs.open(model, samples, "classification", None, settings)
                 begun = time.perf_counter()
                 inputs = inputs.extract(settings)
-                influence_job.score(inputs.features["forget"], inputs.head, settings)
+                feature_job.score(inputs.features["forget"], inputs.head, settings)
                 seconds[f"workers_{workers}"] = time.perf_counter() - begun
             seconds |= {"loop": plain_loop(images), "two_loops": two_loops(images)}
             print(json.dumps(seconds), flush=True)

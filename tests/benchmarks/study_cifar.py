@@ -26,20 +26,20 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from imu_ray.ascent.batches import FeatureStore
-from imu_ray.ascent.loop import AscentProblem, run_ascent
-from imu_ray.ascent.measure import measure
-from imu_ray.ascent.stopping import StopTarget, stop_targets
-from imu_ray.ascent.workers import Workers
 from imu_ray.audits.accuracy import predict_shard
 from imu_ray.audits.membership import LossDraw, membership_inference
 from imu_ray.config import UnlearnConfig
 from imu_ray.influence.curvature import PRECONDITIONERS
 from imu_ray.influence.direction import fit_direction
-from imu_ray.influence.features import FeatureShard, norms_of, score_shard, shard_statistics
 from imu_ray.influence.intensity import SCHEMES
-from imu_ray.manifest import label_counts
-from imu_ray.models import Head
+from imu_ray.run.record import label_counts
+from imu_ray.scopes.features import FeatureShard, norms_of, score_shard, shard_statistics
+from imu_ray.scopes.head import Head
+from imu_ray.scopes.measure import measure
+from imu_ray.updates.batches import FeatureStore
+from imu_ray.updates.iterative import AscentProblem, run_ascent
+from imu_ray.updates.stopping import StopTarget, stop_targets
+from imu_ray.updates.workers import Workers
 from tests.benchmarks.small_resnet import small_resnet
 from tests.benchmarks.train_cifar import forget_rows, load_split, normalise
 

@@ -16,7 +16,7 @@ from ray._private.authentication_test_utils import _AUTH_ENV_VARS
 from ray._private.ray_constants import RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE
 from ray.scripts.scripts import cli
 
-from imu_ray.job import JobConfig
+from imu_ray.cli import JobConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

@@ -8,8 +8,8 @@ import pytest
 
 from imu_ray.errors import StageFailedError
 from imu_ray.influence import score_table
-from imu_ray.influence.features import SCORE_SCHEMA
 from imu_ray.influence.score_table import INTENSITY_SCHEMA, ColumnFile, ScoreTable
+from imu_ray.scopes.features import SCORE_SCHEMA
 
 
 def parts(sizes):

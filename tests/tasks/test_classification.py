@@ -11,8 +11,8 @@ from PIL import Image
 from samples import Pairs, image_table, png, tensors
 
 from imu_ray.config import ForgetSetConfig
+from imu_ray.data import Rows, open_source
 from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError
-from imu_ray.forget_set import Rows, open_forget_set
 from imu_ray.tasks.classification import ClassificationTask
 
 
@@ -119,7 +119,7 @@ def test_a_palette_image_with_transparency_decodes():
 def test_features_are_the_input_of_the_head():
     model = named("heads.head")
     inputs, labels = tensors(4)
-    source = open_forget_set(Pairs(inputs, labels), ForgetSetConfig())
+    source = open_source(Pairs(inputs, labels), ForgetSetConfig())
     made = ClassificationTask.for_model(model, source, ForgetSetConfig())
     with torch.no_grad():
         outputs = made.forward(model, made.collate(source.read(0, 4)))
@@ -131,11 +131,11 @@ def test_the_head_is_found_though_the_first_rows_are_bad():
     table = pa.table({"image": [b"bad", GOOD, b"bad"], "label": [0, 1, 2]})
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 5))
     config = ForgetSetConfig(image_mode="L")
-    assert ClassificationTask.for_model(model, open_forget_set(table, config), config).head == "1"
+    assert ClassificationTask.for_model(model, open_source(table, config), config).head == "1"
 
 
 def test_a_model_that_cannot_take_the_samples_is_refused_with_their_shape():
-    source = open_forget_set(image_table(3), ForgetSetConfig())
+    source = open_source(image_table(3), ForgetSetConfig())
     with pytest.raises(ForgetSetError, match=r"cannot take a sample of shape \[3, 6, 6\].*forget_set.image_mode"):
         ClassificationTask.for_model(named("fc"), source, ForgetSetConfig())
 
@@ -148,6 +148,6 @@ def test_an_image_above_pillows_limit_is_refused_in_every_thread(monkeypatch):
 
 
 def test_a_column_of_single_numbers_is_refused():
-    samples = open_forget_set(pa.table({"image": [0.5, 1.5], "label": [0, 1]}), ForgetSetConfig())
+    samples = open_source(pa.table({"image": [0.5, 1.5], "label": [0, 1]}), ForgetSetConfig())
     with pytest.raises(ForgetSetError):
         ClassificationTask.for_model(named("fc"), samples, ForgetSetConfig())

@@ -1,0 +1,1 @@
+"""A model from a spec, its checkpoint, and its layers."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind: its directory, its record, and where both are stored."""

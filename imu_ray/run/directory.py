@@ -1,0 +1,188 @@
+"""A run directory: which artifacts it holds, and when a run may go on in it."""
+
+import itertools
+import json
+import math
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+
+from imu_ray.errors import CheckpointError, StageFailedError
+from imu_ray.run.storage import PART, open_storage
+
+MANIFEST = "manifest.json"
+INTENSITIES = "intensities.parquet"
+STATE = "state/ascent.safetensors"
+
+
+@dataclass(frozen=True)
+class UpdateState:
+    """All that the next step of an update depends on, and the trajectory so far."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    trajectory: list[dict[str, float]]
+
+
+def default_run_dir() -> Path:
+    """A new directory under ``runs`` in the working directory."""
+    return Path("runs").absolute() / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+class RunDirectory:
+    """Where a run leaves its artifacts. Nothing is made before the first artifact is written."""
+
+    def __init__(self, location: str | Path) -> None:
+        # A path, made absolute, or the URI as it was given.
+        self.location = location if "://" in str(location) else Path(location).absolute()
+        self.storage = open_storage(location)
+
+    def check(self, stage: str, identity: str) -> dict[str, Any] | None:
+        """The manifest of an unfinished run of the same stage and settings to go on from, or None for a new run.
+
+        Raises:
+            CheckpointError: the directory cannot be made, or holds another or a finished run, or other files.
+        """
+        self.storage.check_writable()
+        # Parts of files are all that a process killed before its first artifact leaves.
+        if all(entry.startswith(PART) for entry in self.storage.entries()):
+            return None
+        manifest = self.read_manifest()
+        if (manifest.get("stage"), manifest.get("config_identity")) != (stage, identity):
+            raise CheckpointError(
+                f"run_dir {self.location} holds a run of {manifest.get('stage')} with other settings; expected {stage} with the same "
+                "settings to go on from, or a new directory"
+            )
+        if manifest.get("status") == "complete":
+            raise CheckpointError(f"run_dir {self.location} holds a finished run; expected a new directory, so that nothing is overwritten")
+        return manifest
+
+    def check_inputs(self, manifest: dict[str, Any], inputs: dict[str, str]) -> None:
+        """Refuse to go on with another model, other samples or other weights than those that the run began with."""
+        for name, digest in inputs.items():
+            begun = manifest.get("inputs", {}).get(name)
+            if begun != digest:
+                raise CheckpointError(
+                    f"run_dir {self.location} holds a run on another {name} (digest {str(begun)[:12]}, now {digest[:12]}); expected the same, "
+                    "or a new directory"
+                )
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest; ``CheckpointError`` when there is none or it is not one."""
+        try:
+            manifest = self.read_json(MANIFEST)
+        except ValueError:
+            manifest = None
+        if not isinstance(manifest, dict):
+            raise CheckpointError(
+                f"{self.location} holds files but no {MANIFEST} of a run; expected an empty or new directory, or a run to go on from"
+            )
+        return manifest
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Write one artifact: ``fill`` gets a temporary path, which is renamed to ``name`` when complete."""
+        try:
+            self.storage.write(name, fill)
+        except (OSError, SafetensorError) as error:
+            raise StageFailedError(
+                f"{self.location}/{name} cannot be written: {error}; make room or choose another run_dir; what was there before is intact"
+            ) from error
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text artifact."""
+
+        def fill(path: Path) -> None:
+            path.write_text(text)
+
+        self.write(name, fill)
+
+    def write_json(self, name: str, values: Any) -> None:
+        """A JSON artifact; NaN is refused."""
+        self.write_text(name, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """A Parquet artifact."""
+        self.write_tables(name, iter([table]))
+
+    def write_tables(self, name: str, parts: Iterator[pa.Table]) -> None:
+        """A Parquet artifact from parts, of which one is held at a time."""
+
+        def fill(path: Path) -> None:
+            first = next(parts)
+            with pq.ParquetWriter(path, first.schema, use_dictionary=False) as writer:
+                for part in itertools.chain([first], parts):
+                    writer.write_table(part)
+
+        self.write(name, fill)
+        pa.default_memory_pool().release_unused()
+
+    def read_json(self, name: str) -> Any:
+        """A JSON artifact, or None where there is none."""
+        with self.storage.fetch(name) as path:
+            return json.loads(path.read_text()) if path else None
+
+    def read_table(self, name: str) -> pa.Table:
+        """A Parquet artifact as it was written."""
+        with self.storage.fetch(name) as path:
+            if path is None:
+                raise CheckpointError(f"{self.location} holds no {name}; expected the artifact of a run")
+            return pq.read_table(path)
+
+    def write_model(self, name: str, model: nn.Module) -> None:
+        """All parameters and buffers of a model as safetensors; tensors that share memory are written each."""
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+        self.write(name, lambda path: save_file(tensors, path))
+
+    def write_events(self, trajectory: Sequence[Mapping[str, float]]) -> None:
+        """The trajectory as a TensorBoard event file, a scalar per column."""
+
+        def fill(path: Path) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                with SummaryWriter(folder) as writer:
+                    for record in trajectory:
+                        for name, value in record.items():
+                            writer.add_scalar(name, value, math.ceil(record["step"]))
+                (made,) = Path(folder).iterdir()
+                shutil.copyfile(made, path)
+
+        self.write("tensorboard/events.out.tfevents.0", fill)
+
+    def save_parameters(self, step: int, parameters: Mapping[str, Tensor]) -> None:
+        """The parameters of one check (``ascent.keep=all``), float64, by layer."""
+        self.write(f"checks/step-{step:08d}.safetensors", lambda path: save_file(dict(parameters), path))
+
+    def save_state(self, state: UpdateState) -> None:
+        """The state of an ascent, as one file."""
+        metadata = {"step": str(state.step), "trajectory": json.dumps(state.trajectory)}
+        self.write(STATE, lambda path: save_file(state.tensors, path, metadata))
+
+    def load_state(self) -> UpdateState | None:
+        """The last state saved, or None."""
+        with self.storage.fetch(STATE) as path:
+            if path is None:
+                return None
+            try:
+                with safe_open(path, framework="pt") as file:
+                    metadata: dict[str, str] = file.metadata()
+                    tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.location}/{STATE} cannot be read: {error}; delete the state folder to start the ascent again"
+                ) from None
+        return UpdateState(int(metadata["step"]), tensors, json.loads(metadata["trajectory"]))
+
+    def clear_state(self) -> None:
+        """Remove the state of a finished run."""
+        self.storage.remove("state")

@@ -1,0 +1,164 @@
+"""The forward pass: blocks of samples in, their features out. Reading and decoding run ahead of the model in threads.
+
+Shapes: B samples of a block, C classes, F features (the head's input without the bias input).
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from imu_ray.config import InfluenceConfig
+from imu_ray.data import Rows, Shard, Source
+from imu_ray.errors import NonFiniteError, UnsupportedModelError
+from imu_ray.models.layers import evaluation_mode
+from imu_ray.scopes.features import FeatureShard, ShardReport, first_of
+from imu_ray.scopes.head import Head
+from imu_ray.tasks.base import BadRow, Batch, Task
+
+READER = ThreadPoolExecutor(1, "read")  # one thread in each process: a caller's Dataset need not be safe in several
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoded block: the batch of its usable rows, their places, and its digest, which may be still on its way."""
+
+    batch: Batch
+    places_B: npt.NDArray[np.int64]
+    digest: Future[bytes]
+
+
+def extract_features(
+    source: Source, shard: Shard, task: Task, model: nn.Module, device: torch.device, settings: InfluenceConfig | None = None
+) -> tuple[FeatureShard, ShardReport]:
+    """Read a shard and run the model over it, one forward call per block, in eval mode.
+
+    Args:
+        source: where the samples are.
+        shard: which of them.
+        task: how rows become a batch, and what the head is.
+        model: on ``device``.
+        device: where the forward pass runs.
+        settings: ``influence.*`` as far as it says how the forward pass runs and how features are kept.
+
+    Raises:
+        ForgetSetError: a row cannot be used.
+        NonFiniteError: a feature is NaN, infinite or out of range; the message names the sample.
+    """
+    settings = settings or InfluenceConfig()
+    features, labels, ids, digests, places = [], [], [], b"", []
+    bad: list[BadRow] = []
+    seconds = 0.0
+    head = Head.of(model, task.head)
+    matrix = head.matrix_CD.to(device)
+    with evaluation_mode(model):
+        for block in _decode_ahead(source, shard, task, device):
+            batch = block.batch
+            bad += batch.bad_rows
+            labels.append(batch.labels_B.numpy())
+            ids.append(batch.ids)
+            places.append(block.places_B)
+            if batch.ids:
+                started = time.perf_counter()
+                with torch.autocast(device.type, getattr(torch, settings.autocast, None), enabled=settings.autocast != "none"):
+                    outputs = task.forward(model, _to(batch, device, settings.channels_last))
+                kept = _finite(outputs.features_BD, outputs.logits_BC, batch.ids)
+                _check_linear(head.logits(kept, matrix), outputs.logits_BC, model, settings.autocast != "none")
+                features.append(_kept(kept.cpu(), settings.feature_dtype, batch.ids))
+                seconds += time.perf_counter() - started
+            digests += block.digest.result()
+    width = task.target_layers(model)[task.head].in_features
+    stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
+    sizes = tuple(len(part) for part in ids)
+    flat = pa.array([sample_id for part in ids for sample_id in part], pa.string())
+    report = ShardReport(shard.index, len(flat), sizes, digests, tuple(bad), seconds, stacked.nbytes)
+    return FeatureShard(stacked, np.concatenate(labels), flat, sizes, np.concatenate(places)), report
+
+
+def _decode_ahead(source: Source, shard: Shard, task: Task, device: torch.device) -> Iterator[Block]:
+    """The blocks of a shard in order, the next ones decoded while the caller works on one."""
+
+    def decode(read: Future[Rows], start: int, stop: int) -> tuple[Batch, npt.NDArray[np.int64]]:
+        rows = read.result()
+        batch = task.collate(rows)
+        # Left-out rows are not in the batch; the others keep their order.
+        usable = np.isin(rows.ids, batch.ids) if batch.bad_rows else slice(None)
+        if device.type == "cuda" and batch.ids:
+            batch = replace(batch, inputs=batch.inputs.pin_memory())
+        return batch, source.positions(start, stop)[usable]
+
+    # On a GPU the worker's CPUs have nothing else to do; on the CPU one thread hides waiting and takes little from the model.
+    threads = torch.get_num_threads() if device.type == "cuda" else 1
+    blocks = source.read_blocks(shard)
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[tuple[Future[tuple[Batch, npt.NDArray[np.int64]]], Future[bytes]]] = deque()
+
+        def first() -> Block:
+            decoded, digest = pending.popleft()
+            return Block(*decoded.result(), digest)
+
+        for start, stop in shard.blocks():
+            read = READER.submit(next, blocks)
+            pending.append((pool.submit(decode, read, start, stop), pool.submit(lambda read: read.result().digest(), read)))
+            if len(pending) > threads:
+                yield first()
+        while pending:
+            yield first()
+
+
+def _to(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
+    inputs = batch.inputs.to(device, non_blocking=True)
+    if channels_last and inputs.ndim == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    return replace(batch, inputs=inputs, labels_B=batch.labels_B.to(device))
+
+
+def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
+    """Features in float32 or better; refused when they, or the logits, are not finite.
+
+    Also of a float64 model they must be within the range of float32: sums of their squares and fourth powers must not overflow.
+    """
+    bad = ~(torch.isfinite(features_BF.float()).all(dim=1) & torch.isfinite(logits_BC).all(dim=1))
+    if bad.any():
+        named = [ids[place] for place in bad.nonzero()[:, 0].tolist()]
+        raise NonFiniteError(
+            f"the model gives NaN, infinity or features beyond 3.4e38 for {len(named)} samples of a block (ids {first_of(named)}); expected "
+            "finite features and logits; check the weights and the inputs' scale"
+        )
+    return features_BF if features_BF.dtype == torch.float64 else features_BF.float()
+
+
+# How far logits recomputed from the features in float64 may be from the model's own, as a share of the largest.
+LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module, autocast: bool) -> None:
+    """Refuse a model whose output is not the plain linear head of the cached features."""
+    tolerance = 0.05 if autocast else LOGIT_TOLERANCE.get(logits_BC.dtype, 0.05)
+    difference = (recomputed_BC - logits_BC).abs().max()
+    if difference > tolerance * max(1.0, float(logits_BC.abs().max())):
+        raise UnsupportedModelError(
+            f"the output of {type(model).__name__} differs by {float(difference):.3g} from weight x features + bias of its head; expected a "
+            "plain linear head with nothing after it; score and ascent would be those of another model"
+        )
+
+
+def _kept(features_BF: Tensor, dtype: str, ids: list[str]) -> npt.NDArray[np.floating] | npt.NDArray[np.uint16]:
+    """Features as they are kept; refused when float16 cannot hold them."""
+    if dtype == "float32":
+        return features_BF.numpy()
+    rounded = features_BF.to(getattr(torch, dtype))
+    bad = ~torch.isfinite(rounded).all(dim=1)
+    if bad.any():
+        raise NonFiniteError(
+            f"features of {int(bad.sum())} samples of a block (the first: {ids[int(bad.nonzero()[0])]}) are beyond the range of {dtype}; "
+            "expected numbers up to 65504 (float16); use influence.feature_dtype=bfloat16 or float32"
+        )
+    return rounded.numpy() if dtype == "float16" else rounded.view(torch.uint16).numpy()

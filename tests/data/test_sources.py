@@ -1,0 +1,242 @@
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from samples import Pairs, image_table, pairs, tensors, write_images
+from torch.utils.data import IterableDataset
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.data import PartSource, Rows, draw_rows, open_source
+from imu_ray.errors import ForgetSetError
+
+CONFIG = ForgetSetConfig()
+
+
+def same(rows, table, start, stop):
+    part = table.slice(start, stop - start)
+    assert rows.ids == part["id"].to_pylist()
+    assert rows.labels.tolist() == part["label"].to_pylist()
+    assert rows.inputs == part["image"].to_pylist()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 40), (6, 8), (13, 30), (39, 40)])
+def test_parquet_row_ranges_cross_files_and_row_groups(tmp_path, start, stop):
+    parts = [image_table(20, seed=1), image_table(20, seed=2)]
+    for number, part in enumerate(parts):
+        pq.write_table(part, tmp_path / f"part-{number}.parquet", row_group_size=7)
+    source = open_source(tmp_path, CONFIG)
+    assert source.num_rows == 40
+    same(source.read(start, stop), pa.concat_tables(parts), start, stop)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["files", "table", "dataset", "folder"])
+def test_the_blocks_of_a_shard_are_what_reading_them_gives(kind, size, tmp_path):
+    parts = [image_table(20, seed=1), image_table(20, seed=2)]
+    given = {"table": pa.concat_tables(parts), "dataset": pairs(40)}.get(kind, tmp_path)
+    for number, part in enumerate(parts):
+        if kind == "files":
+            pq.write_table(part, tmp_path / f"part-{number}.parquet", row_group_size=7)
+        elif kind == "folder":
+            for row, image in enumerate(part["image"].to_pylist()):
+                (tmp_path / str(number)).mkdir(exist_ok=True)
+                (tmp_path / str(number) / f"{row:02d}.png").write_bytes(image)
+    source = open_source(given, CONFIG)
+    if size < 1:
+        source = PartSource(source, draw_rows(source.num_rows, size, seed=0))
+    read = [rows for shard in source.shards(3, 4) for rows in source.read_blocks(shard)]
+    wanted = [source.read(start, stop) for shard in source.shards(3, 4) for start, stop in shard.blocks()]
+    assert len(read) == -(-source.num_rows // 3)
+    assert [rows.ids for rows in read] == [rows.ids for rows in wanted]
+    assert [rows.digest() for rows in read] == [rows.digest() for rows in wanted]
+
+
+def test_a_file_that_lost_rows_since_it_was_opened_is_refused(tmp_path):
+    write_images(tmp_path / "set.parquet", 11)
+    source = open_source(tmp_path, CONFIG)
+    write_images(tmp_path / "set.parquet", 9)
+    with pytest.raises(ForgetSetError, match=r"fewer rows than when the run began; expected 11"):
+        source.read(6, 11)
+
+
+def test_shards_are_aligned_runs_of_blocks_that_cover_every_row_once():
+    source = open_source(pairs(103), CONFIG)
+    shards = source.shards(block_rows=10, blocks_per_shard=4)
+    assert [(shard.start, shard.stop) for shard in shards] == [(0, 40), (40, 80), (80, 103)]
+    assert list(shards[2].blocks()) == [(80, 90), (90, 100), (100, 103)]
+
+
+def test_an_arrow_table_and_a_parquet_file_read_alike_and_have_one_fingerprint(tmp_path):
+    table = write_images(tmp_path / "set.parquet", 11)
+    from_file, from_table = open_source(str(tmp_path / "set.parquet"), CONFIG), open_source(table, CONFIG)
+    same(from_table.read(2, 9), table, 2, 9)
+    assert from_file.read(2, 9).digest() == from_table.read(2, 9).digest()
+
+
+def test_the_fingerprint_sees_ids_labels_and_content():
+    rows = open_source(pairs(4), CONFIG).read(0, 4)
+    base = rows.digest()
+    inputs, labels = tensors(4)
+    inputs[2, 0, 0, 0] += 1e-6
+    assert open_source(Pairs(inputs, labels), CONFIG).read(0, 4).digest() != base
+    rows.labels[1] += 1
+    assert rows.digest() != base
+
+
+def test_arrays_come_from_list_and_tensor_columns():
+    numbers = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(numbers)
+    for column in (tensor, pa.array(numbers.tolist())):
+        read = open_source(pa.table({"image": column, "label": [0, 1, 2]}), CONFIG).read(1, 3)
+        np.testing.assert_array_equal(np.stack(read.inputs), numbers[1:])
+        assert read.ids == ["1", "2"], "rows without an id column are numbered"
+
+
+def image_folder(root, folders):
+    table = image_table(6)
+    for place, name in enumerate(folders):
+        (root / name).mkdir(parents=True)
+        for row in range(2):
+            (root / name / f"{row}.png").write_bytes(table["image"][2 * place + row].as_py())
+    return root
+
+
+def test_a_folder_is_labelled_by_the_listed_classes_not_by_its_place_in_the_alphabet(tmp_path):
+    source = open_source(image_folder(tmp_path, ["truck"]), ForgetSetConfig(classes=("cat", "dog", "truck")))
+    rows = source.read(0, 2)
+    assert rows.ids == ["truck/0.png", "truck/1.png"]
+    assert rows.labels.tolist() == [2, 2]
+
+
+def test_folders_named_by_index_need_no_list(tmp_path):
+    assert open_source(image_folder(tmp_path, ["4", "10"]), CONFIG).read(0, 4).labels.tolist() == [10, 10, 4, 4]
+
+
+def test_folders_with_names_and_no_list_are_refused(tmp_path):
+    with pytest.raises(ForgetSetError, match="named truck.*forget_set.classes"):
+        open_source(image_folder(tmp_path, ["truck"]), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "notes.txt"])
+def test_a_file_in_a_folder_that_is_no_image_is_refused_not_passed_over(tmp_path, name):
+    (image_folder(tmp_path, ["4"]) / "4" / name).write_text("x")
+    with pytest.raises(ForgetSetError, match=f"{name} is no image that is read"):
+        open_source(tmp_path, CONFIG)
+
+
+def test_a_linked_folder_and_a_mixed_folder_are_refused(tmp_path):
+    root = image_folder(tmp_path / "images", ["4"])
+    (root / "5").symlink_to(root / "4")
+    with pytest.raises(ForgetSetError, match="5 is a link to a folder"):
+        open_source(root, CONFIG)
+    (root / "5").unlink()
+    write_images(root / "more.parquet", 3)
+    with pytest.raises(ForgetSetError, match="holds Parquet files and images"):
+        open_source(root, CONFIG)
+
+
+def test_files_with_other_columns_are_refused_by_name(tmp_path):
+    write_images(tmp_path / "a.parquet", 3)
+    pq.write_table(image_table(3).drop_columns("id"), tmp_path / "b.parquet")
+    with pytest.raises(ForgetSetError, match="b.parquet has columns image: binary, label: int64, .*a.parquet has"):
+        open_source(tmp_path, CONFIG)
+
+
+def test_a_missing_input_has_the_same_fingerprint_everywhere():
+    rows = Rows(["a"], np.array([0]), [None])
+    assert rows.digest() == hashlib.sha256(b"1:a0:4:none").digest()
+
+
+def test_a_dataset_label_that_is_not_whole_is_refused():
+    class Halves(Pairs):
+        def __getitem__(self, row):
+            return self.inputs[row], 2.5
+
+    with pytest.raises(ForgetSetError, match="row 0 of Halves has label 2.5"):
+        open_source(Halves(*tensors(3)), CONFIG).read(0, 1)
+
+
+def test_the_text_of_a_label_is_not_shown():
+    table = pa.table({"image": [[1.0]], "label": ["Jane Doe, born 1970"]})
+    for config in (CONFIG, ForgetSetConfig(classes=("a", "b"))):
+        with pytest.raises(ForgetSetError) as caught:
+            open_source(table, config).read(0, 1)
+        assert "Jane" not in str(caught.value)
+
+
+def test_dictionary_labels_are_checked_too():
+    table = pa.table({"image": [[1.0]] * 2, "label": pa.array([1, 9]).dictionary_encode()})
+    with pytest.raises(ForgetSetError, match="has label 9"):
+        open_source(table, CONFIG).check(5)
+
+
+def test_labels_by_name_are_looked_up():
+    table = pa.table({"image": [[1.0], [2.0]], "label": ["b", "a"]})
+    assert open_source(table, ForgetSetConfig(classes=("a", "b"))).read(0, 2).labels.tolist() == [1, 0]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+BAD = {
+    "a missing path": (lambda tmp: tmp / "nowhere.parquet", "nowhere.parquet does not exist"),
+    "an empty folder": (lambda tmp: tmp, "is empty"),
+    "an empty table": (lambda tmp: image_table(5).slice(0, 0), "is empty"),
+    "an empty Dataset": (lambda tmp: pairs(0), "is empty"),
+    "a Dataset without length": (lambda tmp: Stream(), "Stream has no length"),
+    "something else": (lambda tmp: [1, 2], "is a list; expected a path"),
+    "a missing column": (lambda tmp: image_table(5).drop_columns("label"), "no column 'label'; it has id, image.*forget_set.label_column"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_opened_is_refused(case, tmp_path):
+    make, message = BAD[case]
+    with pytest.raises(ForgetSetError, match=message):
+        open_source(make(tmp_path), CONFIG)
+
+
+def test_a_file_that_is_not_parquet_is_refused_by_name(tmp_path):
+    (tmp_path / "x.parquet").write_text("no")
+    with pytest.raises(ForgetSetError, match="x.parquet cannot be read as Parquet"):
+        open_source(tmp_path, CONFIG)
+
+
+def column(name, values):
+    table = image_table(5)
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+
+
+BAD_KEYS = {
+    "duplicate ids": (column("id", ["a", "b", "a", "c", "d"]), "sample id 'a' stands 2 times"),
+    "a missing id": (column("id", ["a", None, "b", "c", "d"]), "1 rows .* have no 'id'"),
+    "a label that is too large": (column("label", [0, 1, 5, 2, 3]), "row 's002' .* has label 5; expected 0 to 4"),
+    "a negative label": (column("label", [0, 1, -1, 2, 3]), "row 's002' .* has label -1"),
+    "a label that is not whole": (column("label", [0.5, 1, 1, 2, 3]), "has label 0.5; expected a whole number"),
+    "a missing label": (column("label", [0, None, 1, 2, 3]), "has label None"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+@pytest.mark.parametrize("where", ["table", "file"])
+def test_bad_ids_and_labels_are_refused_before_any_image_is_read(case, where, tmp_path):
+    table, message = BAD_KEYS[case]
+    if where == "file":
+        pq.write_table(table, tmp_path / "set.parquet")
+    source = open_source(table if where == "table" else tmp_path / "set.parquet", CONFIG)
+    with pytest.raises(ForgetSetError, match=message):
+        source.check(5)
+
+
+def test_a_dataset_row_that_is_no_pair_is_refused():
+    class Triples(Pairs):
+        def __getitem__(self, row):
+            return (*super().__getitem__(row), 1)
+
+    with pytest.raises(ForgetSetError, match="row 2 of Triples is a tuple; expected an .input, label. pair"):
+        open_source(Triples(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long)), CONFIG).read(2, 4)

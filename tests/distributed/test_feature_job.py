@@ -1,0 +1,289 @@
+"""Scores on Ray: the same bits whatever the workers, the shards, the order of completion and the faults."""
+
+import functools
+import itertools
+import operator
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from architectures import named
+from faults import KillBefore, KillingPairs
+from samples import Pairs, pairs, tensors
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.data import open_source
+from imu_ray.distributed import feature_job
+from imu_ray.errors import ConfigError, ForgetSetError, StageFailedError
+from imu_ray.influence.curvature import CURVATURES
+from imu_ray.influence.curvature.base import Damping, Moments, damped_direction
+from imu_ray.influence.curvature.hessian import Hessian
+from imu_ray.inputs import Inputs
+from imu_ray.scopes.features import score_shard
+from imu_ray.scopes.head import Head
+from imu_ray.tasks.classification import ClassificationTask
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+ROWS = 201
+
+
+def config(workers=2, run=1):
+    return UnlearnConfig().with_overrides({"resources.workers": workers, "influence.block_rows": 8, "influence.blocks_per_shard": run})
+
+
+def features(dataset, settings, model=None):
+    model = model or named("fc")
+    source = open_source(dataset, settings.forget_set)
+    task = ClassificationTask.for_model(model, source, settings.forget_set)
+    return feature_job.extract(source, task, feature_job.share(model), settings, "features"), Head.of(model, task.head)
+
+
+def scores(dataset, settings):
+    return table_of(*features(dataset, settings), settings)
+
+
+def table_of(made, head, settings):
+    """The whole table, with intensities of 1, and what stands behind it."""
+    found = feature_job.score(made, head, settings)
+    return pa.concat_tables(found.batches(lambda: map(np.ones_like, found.column("influence")()))), found.figures
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Scores of one worker with one block a shard."""
+    return scores(pairs(ROWS), config(1, 1))
+
+
+@pytest.mark.parametrize("run", [1, 4, 64])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_scores_are_bit_identical_for_any_workers_and_shards(workers, run, expected):
+    table, figures = scores(pairs(ROWS), config(workers, run))
+    assert table.equals(expected[0])
+    assert figures == expected[1]
+
+
+@pytest.mark.parametrize("curvature", ["identity", "kfac", "hessian", "implicit"])
+def test_every_curvature_gives_the_same_bits_for_any_workers_and_shards(curvature, monkeypatch):
+    if curvature == "implicit":
+        monkeypatch.setitem(CURVATURES, "implicit", Hessian(dense_size=0))
+    runs = [(1, 1), (4, 4), (2, 64)]
+    (first, figures), *others = (
+        scores(pairs(60), config(*run).with_overrides({"influence.curvature": curvature, "influence.robust": "clip"})) for run in runs
+    )
+    assert all(table.equals(first) and told == figures for table, told in others)
+    assert ("iterations" in figures) == (curvature == "implicit")
+
+
+@pytest.mark.parametrize("curvature", ["diagonal_fisher", "identity", "kfac", "hessian"])
+def test_workers_killed_in_every_stage_change_nothing_for_any_curvature(curvature, tmp_path, monkeypatch):
+    settings = config(2, 2).with_overrides({"influence.curvature": curvature, "influence.robust": "clip"})
+    table, figures = scores(pairs(60), settings)
+    for name in ("norms_of", "shard_statistics", "score_shard"):
+        monkeypatch.setattr(feature_job, name, KillBefore(getattr(feature_job, name), tmp_path, name))
+    again, told = scores(KillingPairs(*tensors(60), tmp_path, row=30), settings)
+    assert again.equals(table)
+    assert told == figures
+    assert sorted(os.listdir(tmp_path)) == ["norms_of", "row30", "score_shard", "shard_statistics"]
+
+
+def test_features_that_are_made_anew_in_every_stage_give_the_same_bits(expected, tmp_path):
+    settings = config(2, 4).with_overrides({"influence.features": "recompute"})
+    made, head = features(KillingPairs(*tensors(ROWS), tmp_path, row=100), settings)
+    assert sum(report.feature_bytes for report in made.reports) == 0
+    assert not any(isinstance(item, ray.ObjectRef) for item in made.refs), "nothing is kept"
+    table, figures = table_of(made, head, settings)
+    assert table.equals(expected[0])
+    assert figures == expected[1]
+    odd = made.select(odd_rows).select(first_hundred)
+    assert (
+        ids_of(odd)
+        == [str(row) for row in range(1, 100, 2)]
+        == [sample_id for shard in feature_job.fetch(odd.refs) for sample_id in shard.ids.to_pylist()]
+    )
+
+
+def test_what_was_made_in_the_callers_process_is_not_taken_for_the_next_calls():
+    """A new session may give its objects the same references; what is cached under them must not outlive the fetch."""
+    made, _ = features(pairs(20), config(1, 1).with_overrides({"influence.features": "recompute"}))
+    feature_job.fetch(made.refs)
+    assert feature_job._shared.cache_info().currsize == feature_job._model.cache_info().currsize == 0
+
+
+def test_all_sample_sets_share_one_model_in_the_object_store():
+    settings = config().with_overrides({"influence.features": "recompute"})
+    inputs = Inputs.open(named("fc"), pairs(20), "classification", {"test": pairs(10, seed=1)}, settings).extract(settings)
+    models = {ray.get(inputs.features[name].refs[0].refs[0])[2] for name in ("forget", "test")}
+    assert len(models) == 1
+
+
+def odd_rows(shard):
+    return shard.places_n % 2 == 1
+
+
+def first_hundred(shard):
+    return shard.places_n < 100
+
+
+class LastFirst(Pairs):
+    """Row 0 is read only after the last row was: shards end in reverse."""
+
+    def __init__(self, inputs, labels, folder):
+        super().__init__(inputs, labels)
+        self.token = Path(folder) / "last"
+
+    def __getitem__(self, row):
+        if row == len(self) - 1:
+            self.token.touch()
+        while self.waiting and row == 0 and not self.token.exists():
+            os.sched_yield()
+        return super().__getitem__(row)
+
+    waiting = False
+
+
+def test_scores_are_bit_identical_when_shards_end_in_reverse(tmp_path):
+    inputs, labels = tensors(32)
+    dataset = LastFirst(inputs, labels, tmp_path)
+    expected = scores(pairs(32), config(1, 1))[0]
+    (tmp_path / "last").unlink(missing_ok=True)
+    settings = config(4, 1)
+    model = named("fc")
+    source = open_source(dataset, settings.forget_set)
+    task = ClassificationTask.for_model(model, source, settings.forget_set)
+    dataset.waiting = True  # four shards, four workers: the first can end only after the last has begun
+    made = feature_job.extract(source, task, feature_job.share(model), settings, "features")
+    assert table_of(made, Head.of(model, task.head), settings)[0].equals(expected)
+
+
+def test_a_worker_killed_in_the_forward_pass_changes_nothing(tmp_path, expected):
+    killing = KillingPairs(*tensors(ROWS), tmp_path, row=100)
+    assert scores(killing, config(2, 4))[0].equals(expected[0])
+    assert (tmp_path / "row100").exists(), "the worker was killed"
+
+
+def test_a_worker_killed_in_the_statistics_or_the_scores_changes_nothing(tmp_path, expected):
+    made, head = features(pairs(ROWS), config(2, 4))
+    moments = made.reduce("moments", head, KillBefore(Moments.of, tmp_path, "moments"))
+    direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, Damping(0.01)), moments)
+    function = KillBefore(functools.partial(score_shard, head=head, direction_CD=direction), tmp_path, "scores")
+    tables = made.map("scores", function)
+    assert [row for table in tables for row in table["influence"].to_pylist()] == expected[0]["influence"].to_pylist()
+    assert sorted(os.listdir(tmp_path)) == ["moments", "scores"]
+
+
+def test_the_forget_set_is_run_through_the_model_once():
+    made, head = features(pairs(ROWS), config(2, 4))
+    feature_job.score(made, head, config(2, 4))
+    assert sum(size > 0 for report in made.reports for size in report.block_sizes) == -(-ROWS // 8)
+    assert ray.get(counter_total(made)) == ROWS
+
+
+@ray.remote
+def _rows(*shards):
+    return sum(len(shard.labels_n) for shard in shards)
+
+
+def counter_total(made):
+    return _rows.remote(*made.refs)
+
+
+class Broken(Pairs):
+    def __getitem__(self, row):
+        if row == 3:
+            raise RuntimeError("the disk is on fire")
+        return super().__getitem__(row)
+
+
+def test_an_error_of_our_own_comes_back_as_it_was_raised():
+    inputs, labels = tensors(20)
+    labels[9] = 17
+    with pytest.raises(ForgetSetError, match="row '9' has label 17; expected 0 to 4"):
+        features(Pairs(inputs, labels), config())
+
+
+def test_any_other_error_names_the_stage_and_the_cause():
+    with pytest.raises(StageFailedError, match="features failed: RuntimeError: the disk is on fire"):
+        features(Broken(*tensors(20)), config())
+
+
+def test_a_worker_that_dies_each_time_is_a_clear_failure(tmp_path):
+    class DyingPairs(KillingPairs):
+        def __getitem__(self, row):
+            if row == self.row:
+                os.kill(os.getpid(), 9)
+            return super().__getitem__(row)
+
+    with pytest.raises(StageFailedError, match="features failed: WorkerCrashedError"):
+        features(DyingPairs(*tensors(20), tmp_path, row=5), config())
+
+
+def ids_of(features):
+    """Sample ids, in order."""
+    return [sample_id for ids in features.map("ids", operator.attrgetter("ids")) for sample_id in ids.to_pylist()]
+
+
+def selected(size, run=1, dataset=None, seed=0, **more):
+    """Features of a part, made from those of all rows, or of a larger part."""
+    base = config(run=run).with_overrides({"forget_set.size_seed": seed, **more})
+    inputs = Inputs.open(named("fc"), dataset or pairs(ROWS), "classification", None, base).extract(base)
+    return inputs.select(base.with_overrides({"forget_set.size": size})).features["forget"], inputs.head
+
+
+@pytest.mark.parametrize("run", [1, 4])
+def test_a_larger_part_contains_a_smaller_one_whatever_the_shards(run):
+    parts = [set(ids_of(selected(size, run)[0])) for size in (1, 20, 0.5, 1.0)]
+    assert [len(part) for part in parts] == [1, 20, 100, ROWS]
+    assert all(small < large for small, large in itertools.pairwise(parts))
+    assert parts[1] == set(ids_of(selected(20, run=2)[0]))
+    assert parts[1] != set(ids_of(selected(20, seed=4)[0]))
+
+
+def test_a_part_of_a_part_is_the_part_of_all():
+    settings = config().with_overrides({"forget_set.size": 20})
+    alone = Inputs.open(named("fc"), pairs(ROWS), "classification", None, settings).extract(settings).select(settings)
+    assert alone.features["forget"].rows == sum(report.rows for report in alone.features["forget"].reports) == 20
+    assert ids_of(alone.features["forget"]) == ids_of(selected(20)[0]) == ids_of(selected(20, **{"forget_set.size": 0.5})[0])
+
+
+def test_rows_left_out_do_not_move_the_others():
+    class Broken(Pairs):
+        def __getitem__(self, row):
+            return (None if row % 10 == 3 else self.inputs[row]), int(self.labels[row])
+
+    whole = set(ids_of(selected(60)[0]))
+    left = set(ids_of(selected(60, dataset=Broken(*tensors(ROWS)), **{"forget_set.on_bad_row": "skip"})[0]))
+    assert left == {sample_id for sample_id in whole if int(sample_id) % 10 != 3}
+
+
+def test_classes_are_a_part_with_all_their_samples():
+    labels = pairs(ROWS).labels.numpy()
+    assert ids_of(selected((1, 3))[0]) == [str(row) for row in range(ROWS) if labels[row] in (1, 3)]
+
+
+def test_ids_are_the_samples_in_their_order_and_no_others():
+    part = selected(40)[0]
+    ids = ids_of(part)
+    assert part.holds(pa.chunked_array([ids[:7], ids[7:]]))
+    for other in (ids[:-1], [*ids, "x"], ids[::-1], [*ids[:20], "x", *ids[21:]], []):
+        assert not part.holds(pa.chunked_array([pa.array(other, pa.string())]))
+
+
+def test_a_part_is_scored_as_if_it_were_all():
+    part, head = selected(40)
+    table, _ = table_of(part, head, config())
+    rows = [int(sample_id) for sample_id in ids_of(part)]
+    alone, _ = scores(Pairs(*(column[rows] for column in tensors(ROWS))), config())
+    assert table["label"].to_pylist() == alone["label"].to_pylist()
+    largest = abs(alone["influence"].to_numpy()).max()
+    # The features of the two differ by the batches they were computed in.
+    assert abs(table["influence"].to_numpy() - alone["influence"].to_numpy()).max() <= 1e-5 * largest
+    assert part.rows == sum(sum(report.block_sizes) for report in part.reports) == 40
+
+
+@pytest.mark.parametrize(("size", "message"), [(ROWS + 1, f"at most the {ROWS} rows"), ((1, 77), r"classes \[77\]")])
+def test_a_part_that_is_not_there_is_refused(size, message):
+    with pytest.raises(ConfigError, match=message):
+        selected(size)

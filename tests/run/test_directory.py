@@ -1,0 +1,140 @@
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+
+from imu_ray.errors import CheckpointError
+from imu_ray.run.directory import RunDirectory, UpdateState
+
+
+def state(step=4, size=3):
+    return UpdateState(step, {"matrix": torch.arange(float(size)), "momentum_buffer": torch.ones(2)}, [{"step": 0, "forget_loss": 0.5}])
+
+
+def test_a_state_comes_back_as_it_was_saved(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert run.load_state() is None
+    run.save_state(state())
+    loaded = run.load_state()
+    assert (loaded.step, loaded.trajectory) == (4, [{"step": 0, "forget_loss": 0.5}])
+    assert torch.equal(loaded.tensors["matrix"], torch.arange(3.0))
+    assert stat.S_IMODE((tmp_path / "run" / "state").stat().st_mode) == 0o700
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_text("a.txt", "old")
+
+    def fail_halfway(path):
+        path.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.write("a.txt", fail_halfway)
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_broken_state_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "ascent.safetensors").write_text("x")
+    with pytest.raises(CheckpointError, match="delete the state folder"):
+        RunDirectory(tmp_path).load_state()
+
+
+def test_a_metric_that_is_not_a_number_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        RunDirectory(tmp_path).write_json("metrics.json", {"accuracy": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+FULL_DISK = """
+import sys, resource, signal
+import torch
+from imu_ray.run.directory import RunDirectory
+from imu_ray.errors import StageFailedError
+from imu_ray.run.directory import UpdateState
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+make = lambda step: UpdateState(step, {"matrix": torch.full((5000,), float(step))}, [])
+run = RunDirectory(sys.argv[1])
+run.save_state(make(1))
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+try:
+    run.save_state(make(2))
+except StageFailedError as error:
+    print(error)
+print(run.load_state().step)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+run.save_state(make(3))
+print(run.load_state().step)
+"""
+
+
+def test_a_full_disk_is_a_clear_error_the_last_state_stays_and_it_goes_on_after_room_is_made(tmp_path, python_environment):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")], env=python_environment, capture_output=True, text=True, timeout=120
+    )
+    message, after_failure, after_room = done.stdout.splitlines()
+    assert "ascent.safetensors cannot be written" in message
+    assert "make room" in message
+    assert (after_failure, after_room) == ("1", "3")
+    assert os.listdir(tmp_path / "run" / "state") == ["ascent.safetensors"]
+
+
+def test_a_read_only_place_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(CheckpointError, match="is not writable"):
+        RunDirectory(tmp_path / "run").check("unlearn", "identity")
+
+
+def test_an_unfinished_run_of_the_same_settings_is_taken_up(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert run.check("unlearn", "a") is None
+    run.write_json("manifest.json", {"stage": "unlearn", "config_identity": "a", "status": "failed"})
+    assert run.check("unlearn", "a")["status"] == "failed"
+    for stage, identity in (("unlearn", "b"), ("audit", "a")):
+        with pytest.raises(CheckpointError, match="holds a run of unlearn with other settings"):
+            run.check(stage, identity)
+
+
+def test_a_directory_with_nothing_but_parts_of_files_is_new(tmp_path):
+    (tmp_path / ".part-abc").write_text("x")
+    assert RunDirectory(tmp_path).check("unlearn", "a") is None
+
+
+def test_a_directory_made_beforehand_becomes_private(tmp_path):
+    tmp_path.chmod(0o755)
+    RunDirectory(tmp_path).write_text("a.txt", "x")
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+
+
+def test_a_manifest_that_is_no_manifest_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps([1]))
+    with pytest.raises(CheckpointError, match=r"no manifest\.json of a run"):
+        RunDirectory(tmp_path).check("unlearn", "a")
+
+
+def test_the_trajectory_is_written_for_tensorboard(tmp_path):
+    RunDirectory(tmp_path / "run").write_events([{"step": 0.0, "forget_loss": 0.5}, {"step": 2.5, "forget_loss": 1.5}])
+    (path,) = (tmp_path / "run" / "tensorboard").iterdir()
+    seen = {}
+    for record in tf_records(path):
+        event = Event.FromString(record)
+        seen |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    assert seen == {("step", 0): 0.0, ("forget_loss", 0): 0.5, ("step", 3): 2.5, ("forget_loss", 3): 1.5}
+
+
+def tf_records(path):
+    """Payloads of a TFRecord file: length (8 bytes), its checksum (4), the payload, its checksum (4)."""
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield data[12 : 12 + length]
+        data = data[16 + length :]
