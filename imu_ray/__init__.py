@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from imu_ray.config import UnlearnConfig
+from imu_ray.config import SweepConfig, UnlearnConfig
 from imu_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -17,12 +17,11 @@ from imu_ray.errors import (
 
 if TYPE_CHECKING:
     from imu_ray.api import ascend, audit, score, unlearn
-    from imu_ray.cli import JobConfig, run_job
-    from imu_ray.experiments.axes import SweepConfig
     from imu_ray.experiments.sweep import SweepResult, sweep
+    from imu_ray.job import JobConfig
     from imu_ray.models.spec import ModelSpec
-    from imu_ray.pipeline import UnlearnResult
     from imu_ray.planning import plan
+    from imu_ray.run.result import UnlearnResult
 
 __version__ = "0.1.0"
 
@@ -44,7 +43,6 @@ __all__ = [
     "ascend",
     "audit",
     "plan",
-    "run_job",
     "score",
     "sweep",
     "unlearn",
@@ -53,11 +51,10 @@ __all__ = [
 # Imported when first asked for: a worker process needs a part of the package, and Ray Train, Tune and the plots take seconds to import.
 _HOMES = {
     **dict.fromkeys(("ascend", "audit", "score", "unlearn"), "imu_ray.api"),
-    **dict.fromkeys(("JobConfig", "run_job"), "imu_ray.cli"),
     **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.experiments.sweep"),
+    "JobConfig": "imu_ray.job",
     "ModelSpec": "imu_ray.models.spec",
-    "SweepConfig": "imu_ray.experiments.axes",
-    "UnlearnResult": "imu_ray.pipeline",
+    "UnlearnResult": "imu_ray.run.result",
     "plan": "imu_ray.planning",
 }
 

@@ -10,8 +10,10 @@ from torch import nn
 from imu_ray.config import UnlearnConfig
 from imu_ray.errors import ConfigError
 from imu_ray.models.spec import ModelSpec
-from imu_ray.pipeline import Pipeline, UnlearnResult, resolve_settings
-from imu_ray.scopes.head import with_head
+from imu_ray.pipeline import Pipeline
+from imu_ray.recipes import resolve_settings
+from imu_ray.run.directory import INTENSITIES
+from imu_ray.run.result import UnlearnResult
 
 
 def unlearn(
@@ -24,7 +26,7 @@ def unlearn(
     config: UnlearnConfig | None = None,
     run_dir: str | Path | None = None,
 ) -> UnlearnResult:
-    """Make a model forget: score the forget set, ascend on its head, audit the result.
+    """Make a model forget: score the forget set, move its head to the target, audit the result.
 
     Args:
         model: a live module (not modified) or a ``ModelSpec``.
@@ -32,7 +34,7 @@ def unlearn(
         task: kind of task.
         evaluation: sets that are measured and never trained on; ``"test"`` (unseen samples) also serves the automatic stop
             rule and membership inference.
-        recipe: named settings (``paper``); excludes ``config``.
+        recipe: named settings: ``auto``, ``samples``, ``classes`` or ``paper``; excludes ``config``.
         config: all settings.
         run_dir: directory of the artifacts; default ``runs/<time>-<id>``. An unfinished run of the same settings and samples
             is taken up where it stopped.
@@ -64,9 +66,13 @@ def score(
     Returns:
         ``sample_id, label, loss, influence, gradient_norm, outlier, intensity`` in the order of the forget set; intensity is 0 where not kept.
     """
-    with Pipeline.open("score", model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None) as job:
+    with Pipeline.open(
+        "score", model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None
+    ) as job:
+        if job.finished:
+            return job.run.read_table(INTENSITIES)
         scored = job.score()
-        job.complete()
+        job.recorder.complete()
         return pa.concat_tables(scored.table())
 
 
@@ -93,9 +99,12 @@ def ascend(
             "or epoch (they serve the first epoch), or unlearn()"
         )
     with Pipeline.open("ascend", model, forget_set, task, evaluation, settings, run_dir) as job:
+        if job.finished:
+            return job.read_result(_as_held(model, job))
         samples = job.take_intensities(intensities)
         outcome = job.ascend(samples)
-        return job.finish(with_head(_as_held(model, job), outcome.head), {}, samples, outcome)
+        changed = job.head.changed(outcome.parameters).apply(_as_held(model, job))
+        return job.finish(changed, {}, samples, outcome)
 
 
 def audit(
@@ -120,11 +129,15 @@ def audit(
     metrics: dict[str, Any] = {}
     if original is not None:
         with Pipeline.open("audit", original, forget_set, task, evaluation, settings, None, write=False) as job:
-            metrics["before"] = job.measure(job.head)
-    with Pipeline.open("audit", model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None) as job:
-        metrics["after"] = job.measure(job.head)
+            metrics["before"] = job.measure()
+    with Pipeline.open(
+        "audit", model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None
+    ) as job:
+        if job.finished:
+            return dict(job.run.read_json("metrics.json"))
+        metrics["after"] = job.measure()
         job.write_audit(metrics, None, None)
-        job.complete()
+        job.recorder.complete()
     return metrics
 
 

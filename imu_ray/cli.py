@@ -1,161 +1,201 @@
-"""A job's configuration file and command line, shared by every entry point in ``jobs/``."""
+"""The command ``imu-ray``; the scripts in ``jobs/`` are doors to it."""
 
 import argparse
-import functools
 import json
 import logging
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from imu_ray.config import UnlearnConfig
-from imu_ray.distributed.session import submitted_job
-from imu_ray.errors import ConfigError, EmptySelectionError, ImuError, StageFailedError
+import imu_ray
+from imu_ray.errors import CheckpointError, EmptySelectionError, ImuError, StageFailedError
 from imu_ray.events import event, log_events
-from imu_ray.experiments.axes import SweepConfig, read_axes
-from imu_ray.models.spec import ModelSpec
-from imu_ray.planning import plan
-from imu_ray.run.directory import default_run_dir
-from imu_ray.settings import flatten, nearest, parse_assignment, read_yaml, replace_settings, settings_of
 
-_JOB_KEYS = ("forget_set.path", "run_dir", "task", "recipe")
+if TYPE_CHECKING:  # what a command needs is imported when it runs, so that `imu-ray --help` is quick
+    from imu_ray.job import JobConfig
 
-
-@dataclass(frozen=True)
-class JobConfig:
-    """What a job's YAML file says: the arguments of ``unlearn`` and all settings."""
-
-    model: ModelSpec
-    forget_set: str
-    config: UnlearnConfig
-    evaluation: Mapping[str, str] = field(default_factory=dict)
-    original: ModelSpec | None = None
-    run_dir: Path | str = field(default_factory=default_run_dir)
-    task: str = "classification"
-    axes: Mapping[str, Any] = field(default_factory=dict)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    resume: bool = False
-
-    @classmethod
-    def load(cls, path: str | Path, assignments: list[str] | None = None, resume: bool = False) -> "JobConfig":
-        """Read YAML, then apply ``dotted.key=value`` assignments; the recipe comes first, whatever the order.
-
-        ``axes`` and ``sweep`` are read by ``jobs/sweep.py`` and left alone by the others.
-
-        Raises:
-            ConfigError: a key is unknown or missing, or a value is out of range.
-        """
-        values = dict(flatten(read_yaml(path))) | dict(parse_assignment(text) for text in assignments or [])
-        texts = ("model.factory", "model.checkpoint", "original.checkpoint", "forget_set.path", "run_dir", "task", "recipe")
-        for key, value in values.items():
-            if (key in texts or key.startswith("evaluation.")) and not isinstance(value, str):
-                raise ConfigError(f"{key} in {path} is {value!r}; expected text")
-            if key in ("model", "original", "evaluation", "forget_set") or (key.startswith("evaluation.") and key.count(".") > 1):
-                expected = {"evaluation": "a path per name, evaluation: {test: /path}", "forget_set": "forget_set: {path: /path}"}
-                raise ConfigError(f"{key} in {path} is {value!r}; expected {expected.get(key.split('.')[0], key + ': {factory: ...}')}")
-        parts: dict[str, dict[str, Any]] = {"model": {}, "original": {}, "evaluation": {}, "axes": {}, "sweep": {}}
-        plain: dict[str, Any] = {}
-        settings: dict[str, Any] = {}
-        for key, value in values.items():
-            head, _, rest = key.partition(".")
-            if head in parts and rest:
-                parts[head][rest] = value
-            elif key in _JOB_KEYS:
-                plain[key] = value
-            elif key in settings_of(UnlearnConfig):
-                settings[key] = value
-            else:
-                raise ConfigError(f"unknown setting {key!r} in {path}; {nearest(key, [*settings_of(UnlearnConfig), *_JOB_KEYS])}")
-        if not isinstance(plain.get("forget_set.path"), str):
-            raise ConfigError(f"{path} has no forget_set.path; expected the path or URI of the samples to forget")
-        run_dir = plain.get("run_dir")
-        if submitted_job() is not None and "://" not in str(run_dir) and not Path(run_dir or "").is_absolute():
-            raise ConfigError(
-                f"run_dir is {run_dir!r} under `ray job submit`, whose working directory is temporary, so that the result would be lost; "
-                "expected an absolute path on storage that the nodes share, or a URI (s3://bucket/path)"
-            )
-        config = UnlearnConfig.from_recipe(plain.get("recipe", "paper")).with_overrides(settings)
-        original = _model_spec("original", parts["original"], path) if parts["original"] else None
-        return cls(
-            _model_spec("model", parts["model"], path), plain["forget_set.path"], config, parts["evaluation"], original,
-            run_dir or default_run_dir(), plain.get("task", "classification"), read_axes(parts["axes"]), _sweep_config(parts["sweep"], path), resume,
-        )  # fmt: skip
+ENDING = """\
+The last line of standard output is a JSON object with status, reason, run_dir, report (path or null) and metrics.
+Exit status, by status:
+  0    reached, already_met, epochs_done (there was no target), complete (a command without a target)
+  1    failed: the run, or trials of a sweep
+  2    refused: the configuration or the input is wrong
+  3    not_reached, stopped_by_guard: the model has not forgotten what it was asked to
+  130  interrupted: Ctrl-C          the same command goes on with the run; `sweep` with --resume
+  143  terminated: SIGTERM          likewise"""
+EXIT = {"failed": 1, "refused": 2, "not_reached": 3, "stopped_by_guard": 3, "interrupted": 130, "terminated": 143}
 
 
-def _sweep_config(values: Mapping[str, Any], path: str | Path) -> SweepConfig:
-    for key in values:
-        if key not in settings_of(SweepConfig):
-            raise ConfigError(f"unknown setting {'sweep.' + key!r} in {path}; {nearest(key, settings_of(SweepConfig))}")
-    return replace_settings(SweepConfig(), values)
+def _unlearn(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
+    return _after_ascent(job, imu_ray.unlearn(**job.arguments(), run_dir=job.run_dir))
 
 
-def _model_spec(role: str, values: Mapping[str, Any], path: str | Path) -> ModelSpec:
-    keys = ("factory", "checkpoint", "head")
-    named: dict[str, Any] = {"kwargs": {}}
-    for key, value in values.items():
-        if key.startswith("kwargs."):
-            *outer, last = key.split(".")[1:]
-            inner = functools.reduce(lambda level, name: level.setdefault(name, {}), outer, named["kwargs"])
-            inner[last] = value
-        elif key in keys:
-            named[key] = value
-        else:
-            raise ConfigError(f"unknown setting {role + '.' + key!r} in {path}; {nearest(key, [*keys, 'kwargs'])}")
-    if not isinstance(named.get("factory"), str):
-        raise ConfigError(f"{path} has no {role}.factory; expected 'package.module:callable' or a torchvision classifier")
-    return ModelSpec(**named)
+def _score(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
+    arguments = job.arguments()
+    del arguments["evaluation"]
+    table = imu_ray.score(**arguments, run_dir=job.run_dir)
+    kept = sum(weight > 0 for weight in table["intensity"].to_pylist())
+    return {"metrics": {"samples": len(table), "kept": kept}}
+
+
+def _ascend(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
+    from imu_ray.run.directory import RunDirectory
+
+    path, mark, query = options.intensities.partition("?")
+    name = path.rpartition("/")[2]
+    try:
+        intensities = RunDirectory((path.removesuffix(name) or ".") + mark + query).read_table(name)
+    except (OSError, ValueError) as error:  # pyarrow's own
+        raise CheckpointError(f"{path} cannot be read: {error}; expected the table that a score left") from None
+    return _after_ascent(job, imu_ray.ascend(**job.arguments(), intensities=intensities, run_dir=job.run_dir))
+
+
+def _after_ascent(job: "JobConfig", result: "imu_ray.UnlearnResult") -> dict[str, Any]:
+    ascent = result.manifest["ascent"]
+    return {"status": ascent["status"], "reason": ascent["reason"], "report": _report(job), "metrics": result.metrics}
+
+
+def _audit(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
+    original = job.original.spec() if job.original else None
+    metrics = imu_ray.audit(**job.arguments(), original=original, run_dir=job.run_dir)
+    return {"report": _report(job), "metrics": metrics}
+
+
+def _report(job: "JobConfig") -> str | None:
+    from imu_ray.run.storage import below
+
+    return below(job.run_dir, "report.html") if job.audit.report else None
+
+
+def _plan(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
+    """The plan, with its figures in words on standard error."""
+    made = imu_ray.plan(**job.arguments())
+    for name, part in made["sets"].items():
+        features = f"{part['feature_bytes'] / 1e6:,.1f} MB of features"
+        print(f"{name}: {part['samples']:,} samples, {part['shards']:,} shards, {features}", file=sys.stderr)
+    for key, value in made["peak_bytes"].items():
+        print(f"{key.replace('_', ' ')}: {value / 1e6:,.1f} MB at most", file=sys.stderr)
+    seconds = f"{made['seconds']['without_ascent']:,.1f} s on {made['workers']} workers"
+    print(f"{seconds}, the ascent not included (estimate)", *made["notes"], sep="\n", file=sys.stderr)
+    return {"run_dir": None, "plan": made}
+
+
+def _sweep(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
+    from imu_ray.experiments.axes import read_axes
+    from imu_ray.run.storage import below
+
+    own = {"axes": read_axes(job.axes), "settings": job.sweep, "sweep_dir": job.run_dir, "resume": options.resume}
+    result = imu_ray.sweep(**job.arguments(), **own)
+    statuses = result.table["status"].to_pylist()
+    failed = statuses.count("failed")
+    return {
+        "status": "failed" if failed else "complete",
+        "reason": f"{len(statuses)} trials, {failed} failed",
+        "report": below(job.run_dir, "sweep.html"),
+        "metrics": {"trials": len(statuses), "best": result.best, "failed": failed},
+    }
+
+
+def _demo(options: argparse.Namespace) -> dict[str, Any]:
+    from imu_ray.demo import run_demo
+    from imu_ray.distributed.session import ray_of_its_own
+    from imu_ray.run.directory import default_run_dir
+
+    out = Path(options.out or default_run_dir()).absolute()
+    with ray_of_its_own(cpus=2):
+        made = run_demo(out)
+    return {"run_dir": str(out), "metrics": {name: run["metrics"] for name, run in made.items()}, **made}
+
+
+STAGES = {
+    "unlearn": (_unlearn, "make a model forget: score, ascend, audit"),
+    "score": (_score, "write every sample's influence and intensity, and change nothing"),
+    "ascend": (_ascend, "make a model forget with given intensities"),
+    "audit": (_audit, "measure a model, beside the `original` one if the job file names it"),
+    "plan": (_plan, "say what `unlearn` will take, and run nothing"),
+    "sweep": (_sweep, "try settings and forget-set sizes"),
+}
+
+
+def main(*command: str) -> int:
+    """Run a command line: ``command``, then the arguments of this process. Returns the exit status (``ENDING``)."""
+    options = _parser().parse_args([*command, *sys.argv[1:]])
+    if options.command == "schema":
+        from imu_ray.job import job_schema
+
+        print(json.dumps(job_schema(), indent=2))
+        return 0
+    log_events("text")
+    if os.getcwd() not in sys.path:  # a model may be defined where the job starts
+        sys.path.append(os.getcwd())
+    ending: dict[str, Any] = {"status": "complete", "reason": None, "run_dir": None, "report": None, "metrics": None}
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        ending |= _demo(options) if options.command == "demo" else _run_stage(options, ending)
+    except ImuError as error:
+        failed = isinstance(error, StageFailedError | EmptySelectionError)
+        ending |= {"status": "failed" if failed else "refused", "reason": f"{type(error).__name__}: {error}"}
+    except KeyboardInterrupt:
+        ending |= {"status": "interrupted", "reason": "by SIGINT"}
+    except SystemExit:  # Ray may put its own in the place of ours
+        ending |= {"status": "terminated", "reason": "by SIGTERM"}
+    except Exception as error:
+        traceback.print_exc()
+        ending |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    code = EXIT.get(ending["status"], 0)
+    level = {0: logging.INFO, 3: logging.WARNING}.get(code, logging.ERROR)
+    event("job ended", level=level, **{key: ending[key] for key in ("status", "reason", "run_dir", "report")})
+    print(json.dumps(ending), flush=True)
+    return code
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(EXIT["terminated"])
+
+
+def _run_stage(options: argparse.Namespace, ending: dict[str, Any]) -> dict[str, Any]:
+    from imu_ray.job import JobConfig
+
+    job = JobConfig.load(options.config, options.set)
+    log_events(job.log)
+    _warn_of_credentials()
+    ending["run_dir"] = job.run_dir  # where to go on from, if the stage does not end
+    stage, _ = STAGES[options.command]
+    return stage(job, options)
 
 
 def _warn_of_credentials() -> None:
     """Say that the runtime environment of the submitted job shows what looks like a credential."""
+    from imu_ray.distributed.session import submitted_job
+
     variables = ((submitted_job() or {}).get("runtime_env") or {}).get("env_vars") or {}
-    shown = sorted(name for name in variables if re.search("SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY", name.upper()))
+    shown = [name for name in variables if re.search("SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY", name.upper())]
     if shown:
         advice = "the dashboard shows it to everyone; take it out and give the nodes a role, or mount a secret"
-        event("credentials in the runtime environment", level=logging.WARNING, variables=", ".join(shown), advice=advice)
+        names = ", ".join(sorted(shown))
+        event("credentials in the runtime environment", level=logging.WARNING, variables=names, advice=advice)
 
 
-def _plan(job: JobConfig) -> dict[str, Any]:
-    """The plan, with its figures in words on standard error."""
-    made = plan(job.model, job.forget_set, task=job.task, evaluation=job.evaluation, config=job.config)
-    lines = [f"{name}: {part['samples']:,} samples, {part['shards']:,} shards, {part['feature_bytes'] / 1e6:,.1f} MB of features"
-             for name, part in made["sets"].items()]  # fmt: skip
-    lines += [f"{key.replace('_', ' ')}: {value / 1e6:,.1f} MB at most" for key, value in made["peak_bytes"].items()]
-    lines += [
-        f"{made['seconds']['without_ascent']:,.1f} s on {made['workers']} workers, the ascent not included (estimate)",
-        *made["notes"],
-    ]
-    print("\n".join(lines), file=sys.stderr)
-    return {"run_dir": None, "plan": made}
-
-
-def run_job(description: str, stage: Callable[[JobConfig], Mapping[str, Any]], *, resumable: bool = False, plannable: bool = False) -> None:
-    """Run one stage from the command line and exit.
-
-    The last line of standard output is one JSON object, what ``stage`` returned. Exit status 0; 2 for a bad configuration or
-    input; 1 for a failed run; 130 when interrupted.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file with model, forget_set, evaluation and settings")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable")
-    if plannable:
-        parser.add_argument("--plan", action="store_true", help="say what the run will cost, and run nothing")
-    if resumable:
-        parser.add_argument("--resume", action="store_true", help="go on with what run_dir holds; finished trials are not repeated")
-    options = parser.parse_args()
-    log_events("text")
-    try:
-        job = JobConfig.load(options.config, options.set, resumable and options.resume)
-        log_events(job.config.log)
-        _warn_of_credentials()
-        result = _plan(job) if plannable and options.plan else stage(job)
-    except ImuError as error:
-        event("job failed", level=logging.ERROR, error=f"{type(error).__name__}: {error}")
-        sys.exit(1 if isinstance(error, StageFailedError | EmptySelectionError) else 2)
-    except KeyboardInterrupt:
-        event("job interrupted", level=logging.ERROR)
-        sys.exit(130)
-    print(json.dumps(result), flush=True)
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("imu-ray", description=imu_ray.__doc__, epilog=ENDING, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=imu_ray.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in STAGES.items():
+        stage = commands.add_parser(name, help=text, description=text, epilog=ENDING, formatter_class=raw)
+        stage.add_argument("--config", required=True, help="job file (YAML): model, forget_set, evaluation, settings")
+        stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+        if name == "ascend":
+            stage.add_argument("--intensities", required=True, metavar="PATH", help="intensities.parquet, or its URI")
+        if name == "sweep":
+            stage.add_argument("--resume", action="store_true", help="go on with what run_dir holds")
+    commands.add_parser("schema", help="print the JSON schema of a job file, for editors")
+    demo = commands.add_parser("demo", help="forget a handwritten digit, and 5 %% random digits, on two local workers")
+    demo.add_argument("--out", help="directory of data, models and runs; default runs/<time>-<id>")
+    return parser

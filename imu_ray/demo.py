@@ -19,21 +19,14 @@ from torch import Tensor, nn
 from imu_ray.api import audit, unlearn
 from imu_ray.config import UnlearnConfig
 from imu_ray.models.spec import ModelSpec
-from imu_ray.pipeline import UnlearnResult
+from imu_ray.run.result import UnlearnResult
 
 FORGOTTEN_CLASS = 3
 FORGOTTEN_SHARE = 0.05
-# The paper's ten epochs of batches of 256 are ten steps on a set this small, so the demo takes smaller batches and looks after
-# each one.
 SETTINGS = {
     "forget_set.image_mode": "L",
     "influence.block_rows": 64,
     "influence.blocks_per_shard": 1,
-    "ascent.batch_size": 32,
-    "ascent.learning_rate": 0.03,
-    "ascent.stop.max_epochs": 30,
-    "ascent.stop.every_steps": 1,
-    "resources.workers": 2,
 }
 ROWS = ("forget", "retain", "test", "forgotten class in test", "membership inference")
 
@@ -81,7 +74,8 @@ def write_digits(path: Path, rows: npt.NDArray[np.int64]) -> Path:
         Image.fromarray(pixels[row]).save(png, format="PNG")
         encoded.append(png.getvalue())
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"id": [f"digit-{row:04d}" for row in rows], "image": encoded, "label": labels[rows]}), path)
+    ids = [f"digit-{row:04d}" for row in rows]
+    pq.write_table(pa.table({"id": ids, "image": encoded, "label": labels[rows]}), path)
     return path
 
 
@@ -97,41 +91,47 @@ def train_and_save(path: Path, rows: npt.NDArray[np.int64]) -> ModelSpec:
 def run_demo(out: Path) -> dict[str, Any]:
     """Train, forget and compare with retraining, twice; prints tables and returns run directories and metrics."""
     _, labels, train, test = digits()
-    print("training the original on 1437 digits ...", flush=True)
+    print(f"training the original on {len(train)} digits ...", flush=True)
     original = train_and_save(out / "original.safetensors", train)
     chosen = np.random.default_rng(0).choice(train, round(FORGOTTEN_SHARE * len(train)), replace=False)
-    result = {}
-    for name, title, mask in (
-        ("class", f"forget one class: the digit {FORGOTTEN_CLASS}", labels[train] == FORGOTTEN_CLASS),
-        ("random", f"forget {FORGOTTEN_SHARE:.0%} random samples", np.isin(train, chosen)),
-    ):
-        folder = out / name
-        parts = {"forget": train[mask], "retain": train[~mask], "test": test}
-        paths = {part: str(write_digits(folder / "data" / f"{part}.parquet", rows)) for part, rows in parts.items()}
-        evaluation = {"retain": paths["retain"], "test": paths["test"]}
-        config = UnlearnConfig.from_recipe("paper").with_overrides(SETTINGS)
-        unlearned = unlearn(original, paths["forget"], evaluation=evaluation, config=config, run_dir=folder / "run")
-        retrained = train_and_save(folder / "retrained.safetensors", parts["retain"])
-        reference = audit(retrained, paths["forget"], evaluation=evaluation, config=config)["after"]
-        _print_table(title, unlearned, reference, str(FORGOTTEN_CLASS) if name == "class" else None)
-        result[name] = {"run_dir": str(unlearned.run_dir), "metrics": {**unlearned.metrics, "retrained": reference}}
+    masks = {"class": labels[train] == FORGOTTEN_CLASS, "random": np.isin(train, chosen)}
+    parts = {name: {"forget": train[mask], "retain": train[~mask], "test": test} for name, mask in masks.items()}
+    print(f"\nforget one class: the digit {FORGOTTEN_CLASS}")
+    result = {"class": _forget(out / "class", original, parts["class"], "classes")}
+    print(f"\nforget {FORGOTTEN_SHARE:.0%} random samples")
+    result["random"] = _forget(out / "random", original, parts["random"], "samples")
     print(
-        "Where this is weak: only the head is changed. Ascent lowers the accuracy on forgotten random samples and on retained ones\n"
-        "together, because a head cannot tell them apart, and a forgotten class is still in the features: a new head would find it."
+        "\nWhere this is weak: only the head is changed. Ascent lowers the accuracy on forgotten random samples and\n"
+        "on retained ones together, because a head cannot tell them apart, and a forgotten class is still in the\n"
+        "features: a new head would find it.\n"
+        f"\nmodel:   {out}/original.safetensors\nsamples: {out}/{{class,random}}/data/{{forget,retain,test}}.parquet"
     )
     return result
 
 
-def _print_table(title: str, unlearned: UnlearnResult, reference: dict[str, Any], forgotten: str | None) -> None:
+def _forget(folder: Path, original: ModelSpec, parts: dict[str, npt.NDArray[np.int64]], recipe: str) -> dict[str, Any]:
+    evaluation = {part: str(write_digits(folder / "data" / f"{part}.parquet", rows)) for part, rows in parts.items()}
+    forget = evaluation.pop("forget")
+    config = UnlearnConfig.from_recipe(recipe).with_overrides(SETTINGS)
+    unlearned = unlearn(original, forget, evaluation=evaluation, config=config, run_dir=folder / "run")
+    retrained = train_and_save(folder / "retrained.safetensors", parts["retain"])
+    reference = audit(retrained, forget, evaluation=evaluation, config=config)["after"]
+    _print_table(unlearned, reference, str(FORGOTTEN_CLASS) if recipe == "classes" else None)
+    return {"run_dir": str(unlearned.run_dir), "metrics": {**unlearned.metrics, "retrained": reference}}
+
+
+def _print_table(unlearned: UnlearnResult, reference: dict[str, Any], forgotten: str | None) -> None:
     sides = (unlearned.metrics["before"], unlearned.metrics["after"], reference)
-    print(f"\n{title}\n{'':<26}{'before':>10}{'after':>10}{'retrained':>12}")
+    print(f"{'':<26}{'before':>10}{'after':>10}{'retrained':>12}")
     for row in ROWS:
         if row == "membership inference":
             cells = [f"{side['membership'].get('balanced_accuracy', float('nan')):.3f}" for side in sides]
         elif row == "forgotten class in test":
-            cells = [f"{100 * side['test']['per_class'][forgotten]['accuracy']:.1f} %" if forgotten else "-" for side in sides]
+            classes = [side["test"]["per_class"] for side in sides]
+            cells = [f"{100 * figures[forgotten]['accuracy']:.1f} %" if forgotten else "-" for figures in classes]
         else:
             cells = [f"{100 * side[row]['accuracy']:.1f} %" for side in sides]
         print(f"{row:<26}{cells[0]:>10}{cells[1]:>10}{cells[2]:>12}")
     stopped = unlearned.manifest["ascent"]
-    print(f"{stopped['status']} after {stopped['steps']} steps: {stopped['reason']}\nreport: {unlearned.run_dir}/report.html")
+    print(f"{stopped['status']} after {stopped['steps']} steps: {stopped['reason']}")
+    print(f"report: {unlearned.run_dir}/report.html", flush=True)

@@ -4,6 +4,9 @@ A message says what is wrong (with the value), what was expected and what to do.
 raised in Ray workers and read in the driver.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class ImuError(Exception):
     """Base class: catch it to catch everything that imu_ray raises on purpose."""
@@ -35,3 +38,11 @@ class CheckpointError(ImuError):
 
 class StageFailedError(ImuError):
     """A stage of the job failed for a reason outside the settings and the data; the cause is in the message."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Remedy for a name that is not registered: the near ones, or all of them."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    close = close or [other for other in names if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    return f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(names)}"

@@ -22,14 +22,18 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        said = {"event": getattr(record, "event", "message")} | getattr(record, "fields", {"message": record.getMessage()})
+        said = {"event": getattr(record, "event", "message")} | getattr(
+            record, "fields", {"message": record.getMessage()}
+        )
         return json.dumps({"time": stamp, "level": record.levelname.lower(), **said}, default=str)
 
 
 def log_events(style: str) -> None:
     """Send the log of this process to standard error, as ``text`` or ``json``; replaces what was set up before."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(
+        JsonFormatter() if style == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logger.setLevel(logging.INFO)
 

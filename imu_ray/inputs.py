@@ -1,46 +1,59 @@
-"""What a run works on: the model and its head, the sample sets, and their features. Made once; any number of runs may share it."""
+"""What opens: the model and its scope, the sample sets, and their features. Made once; any number of runs may share it."""
 
-import copy
 import dataclasses
 import functools
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
-from imu_ray.config import UnlearnConfig
+from imu_ray.audits import AUDITS
+from imu_ray.config import ResourcesConfig, UnlearnConfig
 from imu_ray.data import PartSource, Source, draw_rows, open_source
 from imu_ray.distributed import feature_job, metrics
 from imu_ray.distributed.feature_job import FeatureSet
-from imu_ray.errors import ConfigError, ForgetSetError
+from imu_ray.distributed.session import node_store_bytes
+from imu_ray.errors import ConfigError, ForgetSetError, nearest
 from imu_ray.events import event
+from imu_ray.models.checkpoint import model_hash
+from imu_ray.models.copies import plain_copy
 from imu_ray.models.spec import ModelSpec
-from imu_ray.run.record import describe_samples, digest_of
-from imu_ray.scopes.features import FeatureShard
+from imu_ray.run.record import ModelRecord, SamplesRecord
+from imu_ray.scopes.features import FeatureShard, ShardReport
 from imu_ray.scopes.head import Head
-from imu_ray.settings import nearest
 from imu_ray.tasks.base import Task
 from imu_ray.tasks.classification import TASKS
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A model on the CPU in eval mode, its head, the open sample sets, and (after ``extract``) their features and description."""
+    """A model on the CPU in eval mode, its head, the open sample sets, and (after ``extract``) their features and description.
+
+    ``origin`` says where the model came from when a spec was given.
+    """
 
     model: nn.Module
     head: Head
     task: Task
     sources: Mapping[str, Source]
     features: Mapping[str, FeatureSet] = field(default_factory=dict)
-    described: Mapping[str, Any] = field(default_factory=dict)
+    described: Mapping[str, SamplesRecord] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(
-        cls, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None, config: UnlearnConfig
+        cls,
+        model: nn.Module | ModelSpec,
+        forget_set: Any,
+        task: str,
+        evaluation: Mapping[str, Any] | None,
+        config: UnlearnConfig,
     ) -> "Inputs":
         """Check the model and all samples as far as that needs no forward pass.
 
@@ -50,32 +63,67 @@ class Inputs:
         if not isinstance(model, nn.Module | ModelSpec):
             raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module or an imu_ray.ModelSpec")
         if not isinstance(evaluation, Mapping | None):
-            raise ConfigError(f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets")
-        if task not in TASKS:
-            raise ConfigError(f"task is {task!r}; {nearest(task, TASKS)}")
+            raise ConfigError(
+                f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets"
+            )
+        if not isinstance(task, str) or task not in TASKS:
+            raise ConfigError(f"task is {task!r}; {nearest(str(task), TASKS)}")
         whole = open_source(forget_set, config.forget_set)
         size = config.forget_set.size
         rows = draw_rows(whole.num_rows, size, config.forget_set.size_seed) if isinstance(size, int | float) else None
         # Classes are told from the labels, which are known after the features.
         sources = {"forget": whole if rows is None else PartSource(whole, rows)}
         for name, source in (evaluation or {}).items():
-            if name in ("forget", "membership"):
+            if not isinstance(name, str) or name in ("", "forget", *AUDITS):
                 raise ConfigError(
-                    f"an evaluation set is named {name!r}; expected another name, because results under it are of the forget set"
+                    f"an evaluation set is named {name!r}; expected another text; results of the forget set have those names"
                 )
             sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}")
         # What travels is on the CPU and in eval mode; the caller's model stays as it is.
-        built = model.build() if isinstance(model, ModelSpec) else copy.deepcopy(model).cpu().eval()
+        built = plain_copy(model.build() if isinstance(model, ModelSpec) else model).cpu()
+        built.eval()
         named_head = model.head if isinstance(model, ModelSpec) else None
         chosen = TASKS[task].for_model(built, sources["forget"], config.forget_set, named_head)
         for source in sources.values():
             source.check(chosen.num_classes)
-        return cls(built, Head.of(built, chosen.head), chosen, sources)
+        origin = model.describe() if isinstance(model, ModelSpec) else {}
+        return cls(built, Head.of(built, chosen), chosen, sources, origin=origin)
 
     @property
     def names(self) -> set[str]:
         """Names of the sample sets."""
         return {*self.sources, *self.features}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the model."""
+        return next(self.model.parameters()).dtype
+
+    def describe_model(self) -> ModelRecord:
+        """What the record says of the model before the run."""
+        return ModelRecord(
+            kind=type(self.model).__name__, layers=[self.head.name], hash_before=model_hash(self.model), **self.origin
+        )
+
+    def require_sets(self, config: UnlearnConfig) -> None:
+        """Refuse settings that name a sample set which was not given."""
+        ascent = config.ascent
+        named = [("influence.curvature_set", config.influence.curvature_set)]
+        named += [("ascent.preconditioner_sets", name) for name in ascent.preconditioner_sets if name != "test"]
+        named += [("ascent.guard.limits", metric.rpartition(".")[0]) for metric in ascent.guard.limits]
+        for key, name in named:
+            if name not in self.names:
+                raise ConfigError(
+                    f"{key} names the sample set {name!r}; expected forget or an evaluation set that was given, one of "
+                    f"{sorted(self.names)}; give it in evaluation, or name another"
+                )
+
+    def ascent_resources(self, resources: ResourcesConfig) -> ResourcesConfig:
+        """With a number of workers for the update: one, unless told otherwise or unless the kept features do not fit one node."""
+        if resources.ascent_workers != "auto":
+            return resources
+        kept = sum(part.feature_bytes for part in self.described.values())
+        return resources.model_copy(update={"ascent_workers": 1 if kept <= node_store_bytes() else resources.workers})
 
     def extract(self, config: UnlearnConfig) -> "Inputs":
         """With features: one forward pass over every sample set."""
@@ -86,10 +134,10 @@ class Inputs:
             if not made.rows:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
             features[name], described[name] = made, describe_samples(source, made.reports)
-            size = described[name]["feature_bytes"]
+            size = described[name].feature_bytes
             metrics.gauge("feature_bytes", size, f"features of {name}")
             metrics.flush()
-            event("features made", set=name, rows=made.rows, left_out=len(described[name]["bad_rows"]), bytes=size)
+            event("features made", set=name, rows=made.rows, left_out=len(described[name].bad_rows), bytes=size)
         return dataclasses.replace(self, features=features, described=described)
 
     def without_sources(self) -> "Inputs":
@@ -113,22 +161,22 @@ class Inputs:
                     f"forget_set.size names classes {missing}, of which the forget set has no sample; expected classes it holds"
                 )
         elif size is not None:
-            rows = draw_rows(self.described["forget"]["rows_given"], size, config.forget_set.size_seed)
-            if len(rows) < self.described["forget"]["rows_read"]:
+            rows = draw_rows(self.described["forget"].rows_given, size, config.forget_set.size_seed)
+            if len(rows) < self.described["forget"].rows_read:
                 forget = forget.select(functools.partial(_at_places, places=rows))
         if not forget.rows:
             raise ForgetSetError(
-                f"every row of the part of {self.described['forget']['name']} was left out; expected at least one usable sample"
+                f"every row of the part of {self.described['forget'].name} was left out; expected at least one usable sample"
             )
-        described = {**self.described, "forget": {**self.described["forget"], "rows_used": forget.rows}}
+        described = {**self.described, "forget": self.described["forget"].model_copy(update={"rows_used": forget.rows})}
         return dataclasses.replace(self, features={**features, "forget": forget}, described=described)
 
     def digests(self) -> dict[str, str]:
         """Digests of the samples, by which a run that goes on knows that they are the same."""
-        evaluation = {name: part["fingerprint"] for name, part in self.described.items() if name != "forget"}
+        evaluation = {name: part.fingerprint for name, part in self.described.items() if name != "forget"}
         return {
-            "forget set": self.described["forget"]["fingerprint"],
-            "set of evaluation sets": digest_of(json.dumps(evaluation)),
+            "forget set": self.described["forget"].fingerprint,
+            "set of evaluation sets": hashlib.sha256(json.dumps(evaluation).encode()).hexdigest(),
         }
 
 
@@ -142,3 +190,18 @@ def _at_places(shard: FeatureShard, places: npt.NDArray[np.int64]) -> npt.NDArra
 
 def _classes(shard: FeatureShard) -> set[int]:
     return set(shard.labels_n.tolist())
+
+
+def describe_samples(source: Source, reports: Sequence[ShardReport]) -> SamplesRecord:
+    """Name, rows, fingerprint and rows left out of one sample set; no sample content."""
+    return SamplesRecord(
+        name=source.name,
+        rows_given=source.rows_given,
+        rows_read=source.num_rows,
+        rows_used=sum(report.rows for report in reports),
+        fingerprint=hashlib.sha256(b"".join(report.digests for report in reports)).hexdigest(),
+        bad_rows=[vars(bad) for report in reports for bad in report.bad_rows],
+        forward_calls=sum(1 for report in reports for size in report.block_sizes if size),
+        forward_seconds=sum(report.forward_seconds for report in reports),
+        feature_bytes=sum(report.feature_bytes for report in reports),
+    )

@@ -42,7 +42,15 @@ class Progress:
     def _say(self, tail: str, seconds_left: float | None) -> None:
         if logger.isEnabledFor(logging.INFO):
             left = None if seconds_left is None else round(seconds_left)
-            event("progress", stage=self.stage, done=self.done, total=self.total, unit=self.unit, now=tail, seconds_left=left)
+            event(
+                "progress",
+                stage=self.stage,
+                done=self.done,
+                total=self.total,
+                unit=self.unit,
+                now=tail,
+                seconds_left=left,
+            )
             return
         left_text = "time left unknown" if seconds_left is None else f"{seconds_left:.0f} s left"
         line = ", ".join(part for part in (f"{self.done} of {self.total} {self.unit}", tail, left_text) if part)
@@ -51,7 +59,9 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
 

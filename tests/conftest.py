@@ -1,5 +1,6 @@
 """One Ray session per pytest process, private to it."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from pyarrow import fs
 ROOT = Path(__file__).resolve().parents[1]
 
 # Workers import the package and the tests' own modules.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 for name, value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -29,10 +32,25 @@ def ray_cluster(tmp_path_factory):
     import ray
 
     ray.init(
-        num_cpus=4, include_dashboard=False, logging_level="warning", log_to_driver=False, _temp_dir=str(tmp_path_factory.mktemp("ray"))
+        num_cpus=4,
+        include_dashboard=False,
+        logging_level="warning",
+        log_to_driver=False,
+        _temp_dir=str(tmp_path_factory.mktemp("ray")),
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def restored_log():
+    """Loggers as they were."""
+    root, ours = logging.getLogger(), logging.getLogger("imu_ray")
+    before = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from imu_ray import pipeline
 from imu_ray.updates.stopping import StopTarget
 
 TARGETS = {
-    "hang in the ascent": lambda folder: HangingTarget("forget_accuracy", -1.0, "test", folder=folder),
-    "kill in the ascent": lambda folder: KillingTarget("forget_accuracy", -1.0, "test", folder=folder, step=6),
-    "full disk": lambda folder: FullDiskTarget("forget_accuracy", -1.0, "test"),
-    "lose a node": lambda folder: NodeLosingTarget("forget_accuracy", -1.0, "test", folder=folder, step=6),
-    "none": lambda folder: StopTarget("forget_accuracy", -1.0, "test"),
+    "hang in the ascent": lambda folder: HangingTarget("forget.accuracy", -1.0, "test", folder=folder),
+    "kill in the ascent": lambda folder: KillingTarget("forget.accuracy", -1.0, "test", folder=folder, step=6),
+    "full disk": lambda folder: FullDiskTarget("forget.accuracy", -1.0, "test"),
+    "lose a node": lambda folder: NodeLosingTarget("forget.accuracy", -1.0, "test", folder=folder, step=6),
+    "none": lambda folder: StopTarget("forget.accuracy", -1.0, "test"),
 }
 
 
@@ -35,13 +35,18 @@ if __name__ == "__main__":
     fault, folder, workers = sys.argv[1:]
     settings = {
         "influence.block_rows": 16, "influence.blocks_per_shard": 1, "ascent.batch_size": 16, "ascent.stop.every_steps": 2,
-        "resources.workers": int(workers),
+        "resources.workers": int(workers), "resources.ascent_workers": int(workers),
     }  # fmt: skip
     samples = HangingPairs(*tensors(50), folder) if fault == "hang in the features" else pairs(50)
     target = TARGETS.get(fault, TARGETS["none"])(folder)
-    pipeline.stop_targets = lambda *_: [target]
+    pipeline.resolve_targets = lambda *_: [target]
     cluster = start_cluster() if fault == "lose a node" else None
-    imu_ray.unlearn(named("fc"), samples, config=imu_ray.UnlearnConfig().with_overrides(settings), run_dir=f"{folder}/out/run")
+    imu_ray.unlearn(
+        named("fc"),
+        samples,
+        config=imu_ray.UnlearnConfig.from_recipe("paper").with_overrides(settings),
+        run_dir=f"{folder}/out/run",
+    )
     if cluster is not None:
         ray.shutdown()
         cluster.shutdown()

@@ -28,8 +28,17 @@ from imu_ray.errors import ConfigError
 from imu_ray.updates.stopping import StopTarget
 
 # A killed raylet is noticed within a second or two instead of fifteen.
-NOTICE_QUICKLY = {"health_check_period_ms": 500, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
-SMALL = {"influence.block_rows": 16, "influence.blocks_per_shard": 1, "ascent.batch_size": 16, "ascent.stop.every_steps": 2}
+NOTICE_QUICKLY = {
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 2,
+    "health_check_initial_delay_ms": 0,
+}
+SMALL = {
+    "influence.block_rows": 16,
+    "influence.blocks_per_shard": 1,
+    "ascent.batch_size": 16,
+    "ascent.stop.every_steps": 2,
+}
 ROWS, MIDDLE = 160, 80  # rows of the disturbed runs, and the first row of the shard at which it happens
 
 
@@ -106,7 +115,9 @@ class RecordingPairs(Pairs):
             try:
                 (self.folder / "first").open("x").write(node)
                 (self.folder / "wanted").open("w").close()
-                (self.folder / "seen").open("r").close()  # a named pipe, opened at the other end by a reader on another node
+                (self.folder / "seen").open(
+                    "r"
+                ).close()  # a named pipe, opened at the other end by a reader on another node
             except FileExistsError:
                 if (self.folder / "first").read_text() != node and self._once("answered"):
                     (self.folder / "seen").open("w").close()
@@ -161,7 +172,7 @@ class OneRowShards(Source):
 
 
 def settings(workers, **more):
-    return UnlearnConfig().with_overrides({**SMALL, "resources.workers": workers, **more})
+    return UnlearnConfig.from_recipe("paper").with_overrides({**SMALL, "resources.workers": workers, **more})
 
 
 def start_cluster(**head):
@@ -176,7 +187,7 @@ def lose_nodes(folder):
     plain = {name: getattr(feature_job, name) for name in ("shard_statistics", "score_shard")}
     cluster = start_cluster()
     cluster.add_node(num_cpus=2)
-    target = StopTarget("forget_accuracy", -1.0, "test")
+    target = StopTarget("forget.accuracy", -1.0, "test")
     pipeline.stop_targets = lambda *_: [target]
     imu_ray.unlearn(Wide(2048), Pairs(*data), config=settings(1), run_dir=folder / "none" / "run")
     cluster.add_node(num_cpus=2)
@@ -223,7 +234,7 @@ def spill(folder):
     data = tensors(10_000)
     for name, megabytes in (("large", 400), ("small", 80)):
         cluster = start_cluster(num_cpus=2, object_store_memory=megabytes * 10**6)
-        config = UnlearnConfig().with_overrides({"resources.workers": 2})
+        config = UnlearnConfig.from_recipe("paper").with_overrides({"resources.workers": 2})
         imu_ray.score(Wide(4096), Pairs(*data), config=config, run_dir=folder / name)
         (folder / f"{name}.json").write_text(json.dumps(ray.cluster_resources()["object_store_memory"]))
         if name == "large":
@@ -244,7 +255,12 @@ def count_shards(folder):
     cluster = start_cluster(num_cpus=2)
     found = {}
     for shards in (100, 10_000):
-        imu_ray.score(named(), OneRowShards(shards), config=settings(2, **{"influence.block_rows": 1}), run_dir=folder / str(shards))
+        imu_ray.score(
+            named(),
+            OneRowShards(shards),
+            config=settings(2, **{"influence.block_rows": 1}),
+            run_dir=folder / str(shards),
+        )
         found[shards] = memory()
     (folder / "memory.json").write_text(json.dumps(found))
     return cluster

@@ -8,8 +8,7 @@ from imu_ray.data import open_source
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Damping, Moments, damped_direction, merge_tree
 from imu_ray.scopes.extraction import extract_features
-from imu_ray.scopes.features import score_shard, shard_statistics
-from imu_ray.scopes.head import Head
+from imu_ray.scopes.head import Head, score_shard, shard_statistics
 from imu_ray.tasks.classification import ClassificationTask
 
 CPU = torch.device("cpu")
@@ -19,7 +18,7 @@ def pure_scores(model, dataset, curvature="diagonal_fisher", block_rows=8):
     """Influence of every sample, ``[N]``."""
     source = open_source(dataset, ForgetSetConfig())
     task = ClassificationTask.for_model(model, source, ForgetSetConfig())
-    head = Head.of(model, task.head)
+    head = Head.of(model, task)
     shards = [extract_features(source, shard, task, model, CPU)[0] for shard in source.shards(block_rows, 1)]
     reduce = lambda statistics: merge_tree([shard_statistics(shard, head, statistics) for shard in shards])
     direction = damped_direction(CURVATURES[curvature].fit(reduce, Damping(0.01)), reduce(Moments.of))

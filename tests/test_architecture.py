@@ -19,6 +19,12 @@ def test_a_worker_of_the_scoring_imports_neither_train_nor_tune_nor_plots():
     assert done.stdout.strip() == ""
 
 
+def test_only_the_head_scope_and_the_mathematics_know_a_heads_matrix():
+    homes = (PACKAGE / "scopes" / "head.py", PACKAGE / "influence")
+    others = (path for path in PACKAGE.rglob("*.py") if not any(path == home or home in path.parents for home in homes))
+    assert not [path for path in others if "matrix_CD" in path.read_text()]
+
+
 def test_every_public_name_is_there():
     assert all(hasattr(imu_ray, name) for name in imu_ray.__all__)
     assert set(imu_ray.__all__) <= set(dir(imu_ray))

@@ -1,21 +1,33 @@
 import pickle
 import re
-from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from imu_ray import errors
-from imu_ray.config import RECIPES, UnlearnConfig
+from imu_ray.config import RECIPES, AscentConfig, StopConfig, UnlearnConfig
 from imu_ray.errors import ConfigError
-from imu_ray.settings import parse_assignment, read_yaml, settings_of
+from imu_ray.job import parse_assignment, read_yaml
+from imu_ray.section import Section
 
 
 def test_the_paper_recipe_has_the_papers_settings():
     config = UnlearnConfig.from_recipe("paper")
     ascent = config.ascent
-    assert (config.influence.damping, config.intensity.clip_quantile, config.intensity.keep_fraction) == (0.01, 0.93, 1.0)
+    assert (config.influence.damping, config.intensity.clip_quantile, config.intensity.keep_fraction) == (
+        0.01,
+        0.93,
+        1.0,
+    )
     assert (ascent.learning_rate, ascent.momentum, ascent.weight_decay, ascent.l1) == (0.01, 0.9, 5e-4, 5e-4)
-    assert (ascent.batch_size, ascent.stop.max_epochs, ascent.stop.forget_accuracy) == (256, 10, "auto")
+    assert (ascent.batch_size, ascent.stop.max_epochs, ascent.stop.targets) == (256, 10, {})
+    assert (config.intensity.scheme, ascent.update, ascent.objective, ascent.preconditioner) == (
+        "imu",
+        "iterative",
+        "ascent",
+        "none",
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -40,15 +52,20 @@ def test_overrides_take_dotted_keys_and_nested_mappings_and_leave_the_original_a
         ("ascent.stop.max_epochs", True, "ascent.stop.max_epochs is True"),
         ("ascent.learning_rate", "fast", "ascent.learning_rate is 'fast'; expected a number > 0"),
         ("ascent.learning_rate", float("nan"), "ascent.learning_rate is nan"),
-        ("ascent.stop.forget_accuracy", "never", 'ascent.stop.forget_accuracy is \'never\'; expected a number in .0, 1., or "auto", or null'),
+        ("ascent.stop.targets.forget.loss", "never", 'ascent.stop.targets.forget.loss is \'never\'; expected a number, or "auto", or null'),
         ("forget_set.on_bad_row", "ignore", 'forget_set.on_bad_row is \'ignore\'; expected "error" or "skip"'),
+        ("ascent.guard.limits.test.accuracy", True, "ascent.guard.limits"),
+        ("audit.report", 1, "audit.report is 1; expected true or false"),
         ("forget_set.mean", 0.5, "forget_set.mean is 0.5; expected a list of numbers, or null"),
-        ("forget_set.std", [0.0], "forget_set.std is .0.0.; expected a list of numbers"),
+        ("forget_set.std", [0.0], "forget_set.std is .0.0.; expected a list of numbers > 0, or null"),
+        ("forget_set.size", 2.0, r"forget_set.size is 2.0; expected a whole number >= 1, or a number in \(0, 1\], or a list of whole numbers, or"),
+        ("forget_set.size", [], "forget_set.size is "),
+        ("forget_set.size", [True], "forget_set.size is .True."),
         ("forget_set.mean", [float("nan")], "forget_set.mean is .nan."),
         ("influence.blocks_per_shard", 3, "influence.blocks_per_shard is 3; expected a power of two"),
         ("resources.gpus_per_worker", 1.5, "resources.gpus_per_worker is 1.5"),
         ("seed", None, "seed is None; expected a whole number >= 0"),
-        ("ascent", 3, "unknown setting 'ascent'"),
+        ("ascent", 3, "ascent is 3; expected a mapping of settings such as ascent.update"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(key, value, message):
@@ -80,9 +97,8 @@ def test_a_recipe_is_chosen_and_not_overridden():
 
 
 def test_assignments_are_read_as_yaml_and_scientific_notation_is_a_number():
-    key, value = parse_assignment("ascent.l1=1e-3")
-    assert UnlearnConfig().with_overrides({key: value}).ascent.l1 == 1e-3
-    assert parse_assignment("forget_set.mean=[0.5]") == ("forget_set.mean", [0.5])
+    assert UnlearnConfig().with_overrides(parse_assignment("ascent.l1=1e-3")).ascent.l1 == 1e-3
+    assert parse_assignment("forget_set.mean=[0.5]") == {"forget_set.mean": [0.5]}
     with pytest.raises(ConfigError, match="expected dotted.key=value"):
         parse_assignment("ascent.l1")
 
@@ -97,22 +113,65 @@ def test_yaml_cannot_run_code_and_must_be_a_mapping(tmp_path):
 
 def test_identity_ignores_what_cannot_change_a_result_and_nothing_else():
     base = UnlearnConfig()
+    assert base.with_overrides({"ascent.stop.max_epochs": 20, "ascent.stop.max_steps": 5}).identity() == base.identity()
     assert base.with_overrides({"resources.workers": 4, "influence.blocks_per_shard": 16}).identity() == base.identity()
-    for key, value in {"seed": 1, "influence.block_rows": 8, "resources.cpus_per_worker": 2, "ascent.l1": 0}.items():
+    for key, value in {"seed": 1, "influence.block_rows": 8, "resources.cpus_per_worker": 2, "ascent.l1": 0.1}.items():
         assert base.with_overrides({key: value}).identity() != base.identity()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ImuError)])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ImuError)]
+)
 def test_every_error_survives_pickling(kind):
     error = pickle.loads(pickle.dumps(kind("what, expected, remedy")))
     assert type(error) is kind
     assert str(error) == "what, expected, remedy"
 
 
-def test_the_readme_lists_every_setting_with_its_default():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for key, item in settings_of(UnlearnConfig).items():
-        row = re.search(rf"^\| `{re.escape(key)}` \| (.*?) \|", readme, re.MULTILINE)
-        assert row, f"README.md has no row for {key}"
-        shown = "null" if item.default is None else str(item.default).lower() if isinstance(item.default, bool) else str(item.default)
-        assert row[1] == f"`{shown}`", key
+def test_a_configuration_is_made_of_sections_compared_and_pickled():
+    config = UnlearnConfig(ascent=AscentConfig(batch_size=20, stop=StopConfig(max_epochs=3)))
+    assert config == UnlearnConfig().with_overrides({"ascent": {"batch_size": 20, "stop.max_epochs": 3}})
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert type(UnlearnConfig().with_overrides({"forget_set.size": 1.0}).forget_set.size) is float
+    with pytest.raises(
+        ConfigError, match="unknown setting 'ascent.stop.max_epoch'; did you mean ascent.stop.max_epochs"
+    ):
+        StopConfig(max_epoch=3)
+
+
+class Rule(Section):
+    targets: dict[str, Annotated[float, Field(ge=0)] | Literal["auto"] | None] = Field({"forget.accuracy": "auto"})
+    """metric to threshold"""
+
+
+class Settings(Section):
+    stop: Rule = Field(default_factory=Rule)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"stop.targets.forget.loss": "1e-2"},
+        {"stop": {"targets": {"forget.loss": 0.01}}},
+        {"stop": {"targets": {"forget": {"loss": 0.01}}}},
+        {"stop.targets": {"forget.loss": 0.01}},
+    ],
+)
+def test_a_setting_that_is_a_mapping_takes_dotted_names_and_keeps_its_other_entries(overrides):
+    assert Settings().with_overrides(overrides).stop.targets == {"forget.accuracy": "auto", "forget.loss": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"stop.targets.forget.loss": "never"},
+            "targets.forget.loss is 'never'; expected a number >= 0, or \"auto\", or null",
+        ),
+        ({"stop.targets": 0.01}, "targets is 0.01; expected a mapping"),
+        ({"stop.target.forget.loss": 0.01}, "unknown setting 'stop.target.forget.loss'; .*stop.targets"),
+    ],
+)
+def test_a_bad_entry_of_a_mapping_is_refused_by_name(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings().with_overrides(overrides)

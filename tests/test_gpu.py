@@ -11,12 +11,12 @@ from imu_ray.data import open_source
 from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
 from imu_ray.influence.curvature.base import Damping, Moments, damped_direction, merge_tree
 from imu_ray.scopes.extraction import extract_features
-from imu_ray.scopes.features import score_shard, shard_statistics
-from imu_ray.scopes.head import Head
+from imu_ray.scopes.features import FeatureStore
+from imu_ray.scopes.head import Head, HeadScope, score_shard, shard_statistics
+from imu_ray.scopes.workers import Workers
 from imu_ray.tasks.classification import ClassificationTask
-from imu_ray.updates.batches import FeatureStore
-from imu_ray.updates.iterative import AscentProblem, run_ascent
-from imu_ray.updates.workers import Workers
+from imu_ray.updates.base import UpdateProblem
+from imu_ray.updates.iterative import run_iterative
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -28,7 +28,7 @@ def features(dtype, device):
     source = open_source(pairs(75), ForgetSetConfig())
     task = ClassificationTask.for_model(model, source, ForgetSetConfig())
     made = [extract_features(source, s, task, model.to(device), torch.device(device))[0] for s in source.shards(16, 1)]
-    return made, Head.of(model, "fc")
+    return made, Head.of(model, task)
 
 
 def scores(shards, head):
@@ -50,7 +50,12 @@ def test_the_ascent_on_the_gpu_takes_the_steps_of_the_cpu(preconditioner):
     if preconditioner:
         reduce = lambda statistics: merge_tree([shard_statistics(shard, head, statistics) for shard in shards])
         fitted = PRECONDITIONERS[preconditioner].fit(reduce, 0.01)
-    config = AscentConfig(batch_size=20, stop=StopConfig(max_epochs=3, every_steps=2))
-    problem = AscentProblem(head, np.ones(75), config, 0, (), fitted, FeatureStore(shards))
-    cpu, gpu = (run_ascent(problem, Workers(device=torch.device(device))).head.matrix_CD for device in ("cpu", "cuda"))
+    config = AscentConfig(update="iterative", batch_size=20, stop=StopConfig(max_epochs=3, every_steps=2))
+    problem = UpdateProblem(np.ones(75), config, 0, (), {} if fitted is None else {"fc": fitted})
+
+    def ascended(device):
+        scope = HeadScope(head, {"forget": FeatureStore(shards)}, Workers(device=torch.device(device)))
+        return run_iterative(scope, problem).parameters["fc"]
+
+    cpu, gpu = ascended("cpu"), ascended("cuda")
     assert (cpu - gpu).norm() <= 1e-9 * (cpu - head.matrix_CD).norm()

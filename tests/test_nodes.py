@@ -23,7 +23,9 @@ def drive(scenario, folder, **variables):
         **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp"), **variables
     }  # fmt: skip
     script = str(Path(__file__).with_name("nodes_driver.py"))
-    done = subprocess.run([sys.executable, script, scenario, str(folder)], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, script, scenario, str(folder)], env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -81,7 +83,10 @@ def test_a_node_with_another_torch_is_refused_by_name(tmp_path):
     drive("refuse", tmp_path)
     said = (tmp_path / "refused").read_text()
     address = json.loads((tmp_path / "nodes").read_text())[0]
-    assert f"1 of 3 nodes cannot do the work: node {address}: torch 1.0 (driver {torch.__version__.partition('+')[0]}" in said
+    assert (
+        f"1 of 3 nodes cannot do the work: node {address}: torch 1.0 (driver {torch.__version__.partition('+')[0]}"
+        in said
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -59,7 +59,9 @@ def test_under_a_log_the_line_is_an_event(clock, capsys, caplog):
         clock[0] += 20
         bar.advance(5, samples=100)
     assert capsys.readouterr().err == ""
-    assert [(record.event, record.fields["done"], record.fields["seconds_left"]) for record in caplog.records] == [("progress", 5, 20)]
+    assert [(record.event, record.fields["done"], record.fields["seconds_left"]) for record in caplog.records] == [
+        ("progress", 5, 20)
+    ]
 
 
 def test_in_a_notebook_there_is_a_bar(monkeypatch):

@@ -49,7 +49,9 @@ def test_the_same_call_goes_on_to_the_same_bits(fault, last_good, tmp_path, pyth
     assert again.returncode == 0, again.stderr
     saved = load_file(run / "model.safetensors")
     assert all(torch.equal(saved[key], value) for key, value in uninterrupted.items())
-    assert not (run / "state").exists()
+    assert [path.name for path in (run / "state").iterdir()] == ["ascent.safetensors"], (
+        "it may take more steps from there"
+    )
 
 
 def test_a_lost_node_changes_nothing(tmp_path, python_environment, uninterrupted):

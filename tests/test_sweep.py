@@ -14,13 +14,14 @@ import pytest
 from architectures import named
 from ray import tune
 from samples import Pairs, pairs, tensors
+from sweep_driver import CONFIG
 
 from imu_ray import CheckpointError, ConfigError, SweepConfig, UnlearnConfig, sweep
-from imu_ray.demo import SETTINGS
 from imu_ray.experiments import axes as sweep_axes
 from imu_ray.experiments import sweep as module
+from imu_ray.run.directory import RunDirectory
 
-BASE = UnlearnConfig()
+BASE = UnlearnConfig.from_recipe("paper")
 
 
 def trials(axes, **settings):
@@ -82,20 +83,47 @@ def test_the_largest_size_contains_the_others():
 
 def test_the_best_trial_reached_its_target():
     rows = [
-        {"trial": "a", "status": "not_reached", "output_change": 0.0, "parameter_drift": 0.0, "retain_accuracy": 1.0, "label_share": 0.1},
-        {"trial": "b", "status": "reached", "output_change": 0.3, "parameter_drift": 0.1, "retain_accuracy": 0.9, "label_share": 0.1},
-        {"trial": "c", "status": "reached", "output_change": 0.1, "parameter_drift": 0.2, "retain_accuracy": 0.8, "label_share": 0.1},
+        {
+            "trial": "a",
+            "status": "not_reached",
+            "output_change": 0.0,
+            "parameter_drift": 0.0,
+            "retain.accuracy": 1.0,
+            "label_share": 0.1,
+        },
+        {
+            "trial": "b",
+            "status": "reached",
+            "output_change": 0.3,
+            "parameter_drift": 0.1,
+            "retain.accuracy": 0.9,
+            "label_share": 0.1,
+        },
+        {
+            "trial": "c",
+            "status": "reached",
+            "output_change": 0.1,
+            "parameter_drift": 0.2,
+            "retain.accuracy": 0.8,
+            "label_share": 0.1,
+        },
     ]
     assert module.best_trial(rows, "output_change") == "c"
-    assert module.best_trial(rows, "retain_accuracy") == "b"
+    assert module.best_trial(rows, "retain") == "b"
     assert module.best_trial(rows, "auto") == "c", "a set of few classes"
     assert module.best_trial([row | {"label_share": 1.0} for row in rows], "auto") == "b", "a mixed set"
+    assert (
+        module.best_trial([*rows, rows[2] | {"trial": "d", "status": "already_met", "output_change": 0.0}], "auto")
+        == "d"
+    )
     assert module.best_trial(rows[:1], "auto") is None
 
 
 def test_a_choice_by_a_set_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="there is no such evaluation set"):
-        sweep(named("fc"), pairs(10), {"seed": [1]}, settings=SweepConfig(choose_by="test_accuracy"), sweep_dir=tmp_path / "sweep")
+        sweep(
+            named("fc"), pairs(10), {"seed": [1]}, settings=SweepConfig(choose_by="test"), sweep_dir=tmp_path / "sweep"
+        )
 
 
 def test_another_directory_is_not_taken_for_a_sweep(tmp_path):
@@ -108,8 +136,23 @@ def test_another_directory_is_not_taken_for_a_sweep(tmp_path):
         sweep(named("fc"), pairs(10), {"seed": [1]}, sweep_dir=tmp_path, resume=True)
 
 
+def test_a_sweep_keeps_others_out_of_its_directory(tmp_path):
+    with RunDirectory(tmp_path).locked(), pytest.raises(CheckpointError, match="is in use by process"):
+        sweep(named("fc"), pairs(10), {"seed": [1]}, sweep_dir=tmp_path, resume=True)
+
+
+def test_trials_that_differ_in_their_limits_have_directories_of_their_own():
+    key = "ascent.stop.max_epochs"
+    long = {
+        "influence.curvature_set": [
+            "a-name-that-fills-the-folder-name-on-its-own-and-leaves-no-room-for-what-comes-after-it"
+        ]
+    }
+    assert len(trials({**long, key: [5, 10]})) == 2
+
+
 def test_a_sweep_goes_on_with_the_same_model_and_samples_only(tmp_path, ray_cluster, monkeypatch):
-    monkeypatch.setattr(module, "_run_trials", lambda *_: None)
+    monkeypatch.setattr(module, "run_trials", lambda *_: None)
     go_on = functools.partial(sweep, axes={"seed": [1]}, sweep_dir=tmp_path / "sweep", resume=True)
     for _ in range(2):
         assert go_on(named("fc"), pairs(10)).table["status"].to_pylist() == ["not_run"]
@@ -128,14 +171,14 @@ def drive(folder, environment, axes, settings=(), overrides=(), *more):
     )  # fmt: skip
 
 
-DIGITS = BASE.with_overrides({**SETTINGS, "resources.workers": 1})
 SIZES = {"forget_set.size": [0.05, 0.2, 1.0], "ascent.learning_rate": [0.01, 0.03]}
 
 
 @pytest.mark.slow
 def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_path, python_environment):
-    died = drive(tmp_path, python_environment, SIZES, (), (), 2)
+    died = drive(tmp_path, python_environment, SIZES, (), (), int(signal.SIGKILL), 2)
     assert died.returncode == -signal.SIGKILL, died.stderr
+    begun = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sweep/trials/*/model.safetensors")}
     rows = list(tmp_path.glob("sweep/rows/*.json"))
     assert len(rows) == 2
@@ -153,9 +196,9 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
     assert len(result["rows"]) == 6
     assert {row["status"] for row in result["rows"]} <= {"reached", "not_reached"}
     assert sorted({row["rows"] for row in result["rows"]}) == [30, 120, 600]
-    assert all(row["seconds"] > 0 and 0 <= row["retain_accuracy"] <= 1 for row in result["rows"])
+    assert all(row["seconds"] > 0 and 0 <= row["retain.accuracy"] <= 1 for row in result["rows"])
     # 600 forget, 691 retain and 360 test rows in blocks of 64, once for each of the two calls.
-    assert forward == 10 + 11 + 6
+    assert forward == 10 + 11 + 6 + 2 * 3, "and the first block of every set twice more"
     assert (tmp_path / "forward").stat().st_size == 2 * forward
 
     assert pq.read_table(tmp_path / "sweep" / "results.parquet").to_pylist() == result["rows"]
@@ -165,9 +208,24 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
     assert "digit-" not in page, "no sample is named"
     assert list(tmp_path.glob("sweep/tune*/*/events.out.tfevents*")), "TensorBoard files"
 
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert record == {**begun, "resumed": record["resumed"]}
+    assert len(record["resumed"]) == 1
+
     paths = {path.stem: str(path) for path in tmp_path.glob("*.parquet")}
-    again = sweep(None, paths.pop("forget"), SIZES, evaluation=paths, config=DIGITS, sweep_dir=tmp_path / "sweep", resume=True)
+    again = sweep(None, paths.pop("forget"), SIZES, evaluation=paths, config=CONFIG, sweep_dir=tmp_path / "sweep")
     assert again.table.to_pylist() == result["rows"], "nothing is left to do, not even to look at the model"
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_ends_as_interrupted_and_keeps_what_was_finished(tmp_path, python_environment):
+    axes = {"ascent.learning_rate": [0.01, 0.02, 0.03]}
+    done = drive(tmp_path, python_environment, axes, (), {"forget_set.size": 64}, int(signal.SIGINT), 1)
+    assert done.returncode in (-signal.SIGINT, 130), done.stderr
+    assert "sweep interrupted: trials_left=2" in done.stderr
+    assert "best" not in done.stdout, "there is no result"
+    assert len(list(tmp_path.glob("sweep/rows/*.json"))) == 1
+    assert not (tmp_path / "sweep" / "results.parquet").exists()
 
 
 @pytest.mark.slow
@@ -175,7 +233,7 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
 def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates, tmp_path, python_environment):
     # Steps that forget in two, where halving first looks.
     overrides = {
-        "forget_set.size": 64, "resources.workers": workers, "ascent.stop.forget_accuracy": None, "ascent.stop.max_epochs": 2,
+        "forget_set.size": 64, "resources.workers": workers, "resources.ascent_workers": workers, "ascent.stop.targets": {"forget.accuracy": None}, "ascent.stop.max_epochs": 2,
         "ascent.guard.max_forget_loss": 1e6,
     }  # fmt: skip
     done = drive(tmp_path, python_environment, {"ascent.learning_rate": rates}, {"scheduler": "asha"}, overrides)
@@ -186,7 +244,7 @@ def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates,
     beside = 2 // workers - 1
     assert {row["status"] for row in rows[1 : 1 + beside]} <= {"stopped_early", "epochs_done"}
     assert {row["status"] for row in rows[1 + beside :]} == {"stopped_early"}
-    assert all(row["forget_accuracy"] > rows[0]["forget_accuracy"] for row in rows[1:])
+    assert all(row["forget.accuracy"] > rows[0]["forget.accuracy"] for row in rows[1:])
     assert {row["rows"] for row in rows} == {64}
 
 
@@ -206,7 +264,7 @@ def test_a_trial_that_fails_is_listed_and_tried_again_on_resume(tmp_path, ray_cl
             resume=True,
         )
         good, bad = result.table.to_pylist()
-        assert good["status"] in ("reached", "not_reached")
+        assert good["status"] in ("reached", "not_reached", "already_met")
         assert bad["status"] == "failed"
         assert "ConfigError: forget_set.size names classes [3]" in bad["reason"]
         assert "1 failed" in (tmp_path / "sweep.html").read_text()

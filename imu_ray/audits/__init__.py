@@ -1,1 +1,7 @@
-"""What was forgotten, what was kept, and the report."""
+"""What was forgotten and what was kept: one class per audit, the registry that every run reads, and the report."""
+
+from imu_ray.audits.accuracy import SetMetrics
+from imu_ray.audits.base import Audit
+from imu_ray.audits.membership import Membership
+
+AUDITS: dict[str, Audit] = {"metrics": SetMetrics(), "membership": Membership()}

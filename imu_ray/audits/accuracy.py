@@ -1,66 +1,47 @@
-"""Accuracy and loss of a sample set under a head, overall and per class."""
+"""The metrics of a sample set, overall and per class, and how far predictions have moved."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from imu_ray.influence.scores import sample_losses
+from imu_ray.audits.base import Predictions
+from imu_ray.config import AuditConfig
 from imu_ray.scopes.features import FeatureShard
 from imu_ray.scopes.head import Head
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Labels, losses (nats) and correctness of some samples, ``[n]`` each."""
+class SetMetrics:
+    r"""Mean of every metric over each sample set, overall and per class.
 
-    labels: npt.NDArray[np.int64]
-    losses: npt.NDArray[np.float64]
-    correct: npt.NDArray[np.bool_]
+    .. math:: \frac1n \sum_i m_i
 
-
-class Accuracy:
-    """Accuracy and loss of a sample set, counted as its predictions come.
-
-    Args:
-        classes: number of classes.
+    Accuracy lies in [0, 1] and loss in :math:`[0, \infty)` nats. Of the forget set, accuracy falls and loss rises
+    towards what unseen samples have; of every other set both stay as they were.
     """
 
-    def __init__(self, classes: int) -> None:
-        self._samples, self._correct, self._losses = np.zeros(classes, np.int64), np.zeros(classes, np.int64), np.zeros(classes)
-
-    def take(self, part: Predictions) -> None:
-        """The next samples."""
-        self._samples += np.bincount(part.labels, minlength=len(self._samples))
-        self._correct += np.bincount(part.labels[part.correct], minlength=len(self._samples))
-        np.add.at(self._losses, part.labels, part.losses)  # one after the other: the bits do not hang on how the samples are parted
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """Labels that occur, ascending."""
-        return np.flatnonzero(self._samples)
-
-    def figures(self) -> dict[str, Any]:
-        """``samples``, ``accuracy`` (share), ``loss`` (mean, nats) and ``per_class`` with the same, keyed by label."""
-        per_class = {str(label): self._figures(label) for label in self.labels}
-        return {**self._figures(slice(None)), "per_class": per_class}
-
-    def _figures(self, classes: int | slice) -> dict[str, Any]:
-        samples = int(self._samples[classes].sum())
-        sums = {"accuracy": self._correct[classes].sum(), "loss": self._losses[classes].sum()}
-        return {"samples": samples, **{name: float(total / samples) for name, total in sums.items()}}
+    def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
+        """Figures by name of set, as ``set_figures`` gives them."""
+        return {name: set_figures(part) for name, part in measured.items()}
 
 
-def predict_shard(shard: FeatureShard, head: Head) -> Predictions:
-    """Predictions for every sample of a shard."""
-    losses, correct = [np.empty(0)], [np.empty(0, bool)]
-    for features, labels in shard.blocks():
-        logits = head.logits(features)
-        losses.append(sample_losses(logits, labels).numpy())
-        correct.append((logits.argmax(1) == labels).numpy())
-    return Predictions(shard.labels_n, np.concatenate(losses), np.concatenate(correct))
+def set_figures(part: Predictions) -> dict[str, Any]:
+    """``samples``, the mean of every metric, and ``per_class`` with the same by label, where samples have one."""
+    has_classes = part.labels.ndim == 1
+    labels = part.labels if has_classes else np.zeros(len(part.labels), np.int64)
+    samples = np.bincount(labels, minlength=part.classes)
+    sums = {name: np.bincount(labels, values, part.classes) for name, values in part.metrics.items()}
+
+    def means(classes: int | slice) -> dict[str, Any]:
+        count = int(samples[classes].sum())
+        return {"samples": count, **{name: float(total[classes].sum() / count) for name, total in sums.items()}}
+
+    return {
+        **means(slice(None)),
+        "per_class": {str(label): means(label) for label in np.flatnonzero(samples).tolist()} if has_classes else {},
+    }
 
 
 def output_change(shard: FeatureShard, before: Head, after: Head) -> npt.NDArray[np.float64]:
@@ -72,10 +53,9 @@ def output_change(shard: FeatureShard, before: Head, after: Head) -> npt.NDArray
     """
     changes = [np.empty(0)]
     for features, labels in shard.blocks():
-        others = ~torch.nn.functional.one_hot(labels, len(before.matrix_CD)).bool()
+        others = ~torch.nn.functional.one_hot(labels, before.task.num_classes).bool()
         old, new = (
-            torch.log_softmax(head.logits(features)[others].reshape(len(labels), len(before.matrix_CD) - 1), dim=1)
-            for head in (before, after)
+            torch.log_softmax(head.logits(features)[others].view(*labels.shape, -1), dim=-1) for head in (before, after)
         )
-        changes.append((old.exp() * (old - new)).sum(1).numpy())
+        changes.append((old.exp() * (old - new)).sum(-1).reshape(len(labels), -1).sum(1).numpy())
     return np.concatenate(changes)

@@ -1,59 +1,51 @@
 """Membership inference: can the forget set be told from unseen samples by the model's confidence?"""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from imu_ray.audits.accuracy import Predictions
+from imu_ray.audits.base import Predictions
 from imu_ray.config import AuditConfig
 
 LIMIT = 20_000  # per side; more would not move a figure that is read to two digits
 
 
-class LossDraw:
-    """Losses of at most ``LIMIT`` samples, drawn evenly and without replacement from predictions as they come.
+class Membership:
+    r"""Balanced accuracy of an attacker who tells the forget set from unseen samples by their loss.
 
-    Args:
-        seed: of the draw.
-        labels: labels of the samples that take part; None: all.
+    .. math:: \frac12 \bigl(P(\text{guess} \mid \text{forget}) + P(\text{no guess} \mid \text{unseen})\bigr)
 
-    Attributes:
-        losses: what is drawn, in nats, in order.
+    The attacker sees the confidence :math:`p_y` of the true class, and picks the threshold and the side on one half of
+    the samples; the other half is scored. In [0, 1]; 0.5 is chance, and a model that has forgotten lies within ``band``,
+    which holds 95 % of the figures under permuted membership. Unseen are the samples of the set ``test`` with labels that
+    occur in the forget set, so that the class gives nothing away.
     """
 
-    def __init__(self, seed: int, labels: npt.NDArray[np.int64] | None = None) -> None:
-        self._random, self._labels = np.random.default_rng(seed), labels
-        self.losses, self._keys = np.empty(0), np.empty(0)
+    def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
+        """``membership``: ``balanced_accuracy``, ``band``, ``members``, ``non_members``; or why it was ``skipped``."""
+        if "test" not in measured:
+            return {"membership": {"skipped": "no evaluation['test'] with unseen samples was given"}}
+        forget, test = measured["forget"], measured["test"]
+        same = np.isin(test.labels, forget.labels) if test.labels.ndim == 1 else np.ones(len(test.labels), bool)
+        members, others = (_draw(losses, seed) for losses in (forget.metrics["loss"], test.metrics["loss"][same]))
+        return {"membership": membership_inference(members, others, config, seed)}
 
-    def take(self, part: Predictions) -> None:
-        """The next samples. Each draws a number, and those with the smallest stay."""
-        losses = part.losses if self._labels is None else part.losses[np.isin(part.labels, self._labels)]
-        self.losses = np.append(self.losses, losses)
-        self._keys = np.append(self._keys, self._random.random(len(losses)))
-        if len(self.losses) > LIMIT:
-            kept = np.sort(np.argpartition(self._keys, LIMIT)[:LIMIT])
-            self.losses, self._keys = self.losses[kept], self._keys[kept]
+
+def _draw(losses: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
+    """At most ``LIMIT`` of the losses, drawn evenly and without replacement, in order."""
+    if len(losses) <= LIMIT:
+        return losses
+    keys = np.random.default_rng(seed).random(len(losses))
+    drawn: npt.NDArray[np.float64] = losses[np.sort(np.argpartition(keys, LIMIT)[:LIMIT])]
+    return drawn
 
 
 def membership_inference(
     members: npt.NDArray[np.float64], others: npt.NDArray[np.float64], config: AuditConfig, seed: int
 ) -> dict[str, Any]:
-    r"""Balanced accuracy of the best confidence threshold, chosen on one half of the samples and scored on the other.
-
-    The attacker sees the confidence :math:`p_{y}` of the true class and picks the threshold and the side. 0.5 is chance; the band
-    holds 95 % of the figures under permuted membership.
-
-    Args:
-        members: losses of the forget set under one model, nats.
-        others: losses under the same model of samples that it never saw, with labels that occur in the forget set, so that the class
-            gives nothing away.
-        config: fewest rows, number of permutations.
-        seed: of the halves and permutations.
-
-    Returns:
-        ``balanced_accuracy``, ``band`` [low, high], ``members``, ``non_members``; or ``skipped`` with the reason.
-    """
+    """The figures of ``Membership``, from the losses (nats) of either side under one model."""
     random = np.random.default_rng(seed)
     if min(len(members), len(others)) < config.membership_min_rows:
         return {
@@ -66,7 +58,10 @@ def membership_inference(
     fit = np.concatenate([members[order_m[:half_m]], others[order_o[:half_o]]])
     held = np.concatenate([members[order_m[half_m:]], others[order_o[half_o:]]])
     fit_truth, held_truth = np.arange(len(fit)) < half_m, np.arange(len(held)) < len(members) - half_m
-    permuted = [_attack(fit, random.permutation(fit_truth), held, random.permutation(held_truth)) for _ in range(config.permutations)]
+    permuted = [
+        _attack(fit, random.permutation(fit_truth), held, random.permutation(held_truth))
+        for _ in range(config.permutations)
+    ]
     return {
         "balanced_accuracy": _attack(fit, fit_truth, held, held_truth),
         "band": [float(value) for value in np.quantile(permuted, [0.025, 0.975])],

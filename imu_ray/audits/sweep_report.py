@@ -11,29 +11,31 @@ from imu_ray.audits.report import figure_of, render_page, svg_of
 Row = Mapping[str, Any]
 
 
-def render_sweep(sweep: Mapping[str, Any], rows: Sequence[Row], sets: Sequence[str], best: Collection[str]) -> str:
+def render_sweep(sweep: Row, rows: Sequence[Row], accuracies: Mapping[str, str], best: Collection[str]) -> str:
     """The page as text.
 
     Args:
         sweep: ``created``, ``axes``, ``choose_by``.
         rows: one per trial, as in ``results.parquet``.
-        sets: names of the evaluation sets.
+        accuracies: column of the accuracy on every sample set, by its name.
         best: names of the best trials.
     """
-    shown = [row for row in rows if row["forget_accuracy"] is not None and row["rows"] is not None]
-    accuracy = [("accuracy on the forget set in %", [("forget", "forget_accuracy", 100.0)])]
-    accuracy += [("accuracy in %", [(name, f"{name}_accuracy", 100.0) for name in sets])] if sets else []
-    others = [("membership inference, balanced accuracy", [("", "membership", 1.0)]), ("seconds", [("", "seconds", 1.0)])]
-    figures = [("Accuracy against the size of the forget set", _draw(shown, accuracy)), ("Membership and time", _draw(shown, others))]
+    shown = [row for row in rows if row[accuracies["forget"]] is not None and row["rows"] is not None]
+    lines = [(name, column, 100.0) for name, column in accuracies.items()]
+    accuracy = [("accuracy on the forget set in %", lines[:1])]
+    accuracy += [("accuracy in %", lines[1:])] if lines[1:] else []
+    others = [("membership inference, balanced accuracy", [("", "membership", 1.0)])]
+    others += [("seconds", [("", "seconds", 1.0)])]
+    panels = {"Accuracy against the size of the forget set": accuracy, "Membership and time": others}
     failed = [row for row in rows if row["status"] == "failed"]
     return render_page(
         "sweep.html.j2",
         sweep=sweep,
         rows=rows,
-        sets=sets,
+        accuracies=accuracies,
         best=best,
         failed=failed,
-        figures=figures if shown else [],
+        figures=[(title, _draw(shown, lines)) for title, lines in panels.items()] if shown else [],
         percent=_percent,
         number=_number,
     )
@@ -51,7 +53,8 @@ def _draw(rows: Sequence[Row], panels: Sequence[Panel]) -> Markup:
             points = [(row["rows"], scale * row[column]) for row in rows if row[column] is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.6, label=name)
-                medians = [(size, np.median([value for rows, value in points if rows == size])) for size, _ in sorted(set(points))]
+                at = {size: [value for rows, value in points if rows == size] for size, _ in sorted(points)}
+                medians = [(size, np.median(values)) for size, values in at.items()]
                 axis.plot(*zip(*medians, strict=True), color=axis.lines[-1].get_color())
         if not axis.lines:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, color="grey")

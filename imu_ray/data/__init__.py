@@ -3,59 +3,46 @@
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-from pyarrow import fs
-from torch.utils.data import Dataset
-
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.dataset import DatasetSource
-from imu_ray.data.folder import IMAGE_SUFFIXES, FolderSource
+from imu_ray.data.folder import FolderSource
+from imu_ray.data.location import Location
 from imu_ray.data.part import PartSource, draw_rows
 from imu_ray.data.source import Rows, Shard, Source
 from imu_ray.data.table import ParquetSource, TableSource
 from imu_ray.errors import ForgetSetError
 
-__all__ = ["PartSource", "Rows", "Shard", "Source", "draw_rows", "open_source"]
+__all__ = ["SOURCES", "PartSource", "Rows", "Shard", "Source", "draw_rows", "open_source"]
+
+# Every kind of source; the one that takes what was given reads it.
+SOURCES: tuple[type[Source], ...] = (TableSource, DatasetSource, ParquetSource, FolderSource)
 
 
-def open_source(source: Any, config: ForgetSetConfig, role: str = "forget set") -> Source:
+def open_source(given: Any, config: ForgetSetConfig, role: str = "forget set") -> Source:
     """A ``Source`` from a path or URI (Parquet file, folder of Parquet files, folder of images), table or Dataset.
 
     Raises:
         ForgetSetError: nothing is there, it is empty, a column is missing or the kind is not known.
     """
-    if isinstance(source, Source):
-        found = source
-    elif isinstance(source, pa.Table):
-        found = TableSource(source, config)
-    elif isinstance(source, str | Path):
-        found = _open_path(str(source), config, role)
-    elif isinstance(source, Dataset):
-        found = DatasetSource(source)
-    else:
-        raise ForgetSetError(f"the {role} is a {type(source).__name__}; expected a path, a pyarrow.Table or a torch Dataset")
-    if not found.num_rows:
-        raise ForgetSetError(f"the {role} {found.name} is empty; expected at least one sample")
-    return found
+    source = given if isinstance(given, Source) else _open(given, config, role)
+    if not source.num_rows:
+        raise ForgetSetError(f"the {role} {source.name} is empty; expected at least one sample")
+    return source
 
 
-def _open_path(path: str, config: ForgetSetConfig, role: str) -> Source:
-    try:
-        filesystem, inner = fs.FileSystem.from_uri(path if "://" in path else str(Path(path).absolute()))
-        info = filesystem.get_file_info(inner)
-        listing = filesystem.get_file_info(fs.FileSelector(inner, recursive=True)) if info.type == fs.FileType.Directory else [info]
-    except (OSError, pa.ArrowException) as error:
-        raise ForgetSetError(f"the {role} {path} cannot be opened: {error}") from None
-    if info.type == fs.FileType.NotFound:
-        raise ForgetSetError(f"the {role} {path} does not exist; expected a Parquet file, or a folder of Parquet files or images")
-    files = sorted(entry.path for entry in listing if entry.path.endswith(".parquet"))
-    images = [entry.path for entry in listing if entry.path.lower().endswith(IMAGE_SUFFIXES)]
-    if files and images:
+def _open(given: Any, config: ForgetSetConfig, role: str) -> Source:
+    place = Location.open(str(given), role) if isinstance(given, str | Path) else None
+    kinds = [kind for kind in SOURCES if kind.takes(place or given)]
+    if len(kinds) == 1:
+        return kinds[0](place or given, config)
+    if place is None:
         raise ForgetSetError(
-            f"the {role} {path} holds Parquet files and images ({images[0]}); expected one kind; put them in folders of their own"
+            f"the {role} is a {type(given).__name__}; expected a path, a pyarrow.Table or a torch Dataset"
         )
-    if info.type == fs.FileType.File or files:
-        return ParquetSource(filesystem, files or [inner], config, path)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        return FolderSource(Path(inner), config)
-    raise ForgetSetError(f"the {role} {path} holds no .parquet file; image folders are read from local or mounted paths only")
+    found = (
+        f"files of several kinds ({', '.join(kind.__name__ for kind in kinds)})" if kinds else "no file that is read"
+    )
+    raise ForgetSetError(
+        f"the {role} {given} holds {found}; expected Parquet files, or (on a local or mounted path) images in one folder per class; put "
+        "each kind in a folder of its own"
+    )

@@ -16,19 +16,34 @@ def columns_of(schema: pa.Schema, config: ForgetSetConfig, name: str) -> tuple[s
     """Names of the image, label and id columns; the id is None when rows are numbered."""
     id_column = config.id_column or ("id" if "id" in schema.names else None)
     for key, column in (("image", config.image_column), ("label", config.label_column), ("id", id_column)):
-        if column is not None and column not in schema.names:
+        if column is None:
+            continue
+        if (count := schema.names.count(column)) != 1:
             raise ForgetSetError(
-                f"{name} has no column {column!r}; it has {', '.join(schema.names)}; name the right one in forget_set.{key}_column"
+                f"{name} has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {', '.join(schema.names)}; name the right one in "
+                f"forget_set.{key}_column"
+            )
+        kind = schema.field(column).type
+        if key != "image" and (pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)):
+            raise ForgetSetError(
+                f"column {column!r} of {name} holds {kind}; expected one text or whole number in each row"
             )
     return config.image_column, config.label_column, id_column
 
 
-def rows_of(table: pa.Table, columns: tuple[str, str, str | None], config: ForgetSetConfig, start: int, name: str) -> Rows:
+def rows_of(
+    table: pa.Table, columns: tuple[str, str, str | None], config: ForgetSetConfig, start: int, name: str
+) -> Rows:
     """Rows of a table whose first row has number ``start``; ``ForgetSetError`` names a row with a label that cannot be read."""
     image_column, label_column, id_column = columns
-    ids = [str(value) for value in table[id_column].to_pylist()] if id_column else [str(start + i) for i in range(len(table))]
+    ids = (
+        [str(value) for value in table[id_column].to_pylist()]
+        if id_column
+        else [str(start + i) for i in range(len(table))]
+    )
     labels = [
-        label_of(value, config, f"row {sample_id} of {name}") for sample_id, value in zip(ids, table[label_column].to_pylist(), strict=True)
+        label_of(value, config, f"row {sample_id} of {name}")
+        for sample_id, value in zip(ids, table[label_column].to_pylist(), strict=True)
     ]
     return Rows(ids, np.array(labels, dtype=np.int64), [_input(cell) for cell in _cells(table[image_column])])
 
@@ -60,33 +75,41 @@ def label_of(value: Any, config: ForgetSetConfig, where: str) -> int:
                 f"{where} has a label that is not among forget_set.classes: {', '.join(config.classes)}; mend it, or the list"
             )
         return config.classes.index(value)
-    if isinstance(value, str) and value.isdecimal():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        shown = repr(value) if value is None or isinstance(value, float) else f"a {type(value).__name__}"
-        raise ForgetSetError(f"{where} has label {shown}; expected a whole number, or a name listed in forget_set.classes")
+    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        shown = repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
+        raise ForgetSetError(
+            f"{where} has label {shown}; expected a whole number of 64 bits, or a name listed in forget_set.classes"
+        )
     return value
 
 
-def check_keys(table: pa.Table, columns: tuple[str, str, str | None], config: ForgetSetConfig, num_classes: int, name: str) -> None:
+def check_keys(
+    table: pa.Table, columns: tuple[str, str, str | None], config: ForgetSetConfig, num_classes: int, name: str
+) -> None:
     """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named."""
     _, label_column, id_column = columns
     if id_column:
-        ids = table[id_column]
+        ids = _plain(table[id_column])
         if ids.null_count:
-            raise ForgetSetError(f"{ids.null_count} rows of {name} have no {id_column!r}; expected a unique id in every row")
-        if pc.count_distinct(ids).as_py() < len(ids):
+            raise ForgetSetError(
+                f"{ids.null_count} rows of {name} have no {id_column!r}; expected a unique id in every row"
+            )
+        if len(pc.unique(ids)) < len(ids):
             repeated, times = Counter(ids.to_pylist()).most_common(1)[0]
             raise ForgetSetError(
                 f"sample id {str(repeated)!r} stands {times} times in {name}; expected unique ids; remove the duplicates, or name "
                 "the id column in forget_set.id_column"
             )
-    labels = table[label_column]
-    if pa.types.is_dictionary(labels.type):
-        labels = labels.cast(labels.type.value_type)
+    labels = _plain(table[label_column])
     for value in pc.unique(labels).to_pylist():
         label = label_of(value, config, f"a row of {name}")
         if not 0 <= label < num_classes:
-            row = pc.index(labels, value).as_py()
+            row = next(row for row, found in enumerate(labels) if found.as_py() == value)
             sample_id = table[id_column][row].as_py() if id_column else row
             raise ForgetSetError(f"row {str(sample_id)!r} of {name} has label {label}; expected 0 to {num_classes - 1}")
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column

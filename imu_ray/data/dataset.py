@@ -7,36 +7,45 @@ from torch.utils.data import Dataset, IterableDataset
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.columns import label_of
-from imu_ray.data.source import Rows, Source
+from imu_ray.data.source import Rows, Source, reading
 from imu_ray.errors import ForgetSetError
-
-_NO_CLASSES = ForgetSetConfig()
 
 
 class DatasetSource(Source):
     """A map-style torch Dataset of ``(input, label)`` pairs; a sample's id is its index."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    def __init__(self, given: Dataset[Any], config: ForgetSetConfig) -> None:
+        self.dataset, self.config, self.name = given, config, type(given).__name__
+        if isinstance(given, IterableDataset) or not hasattr(given, "__len__"):
             raise ForgetSetError(
-                f"{type(dataset).__name__} has no length; expected a map-style Dataset (__len__ and __getitem__), so that a row "
-                "can be read again after a fault"
+                f"{self.name} has no length; expected a map-style Dataset (__len__ and __getitem__), so that a row can be read again "
+                "after a fault"
             )
-        self.dataset, self.num_rows, self.name = dataset, len(dataset), type(dataset).__name__
+        with reading(self.name):
+            self.num_rows = len(given)
+
+    @classmethod
+    def takes(cls, given: Any) -> bool:
+        """A Dataset."""
+        return isinstance(given, Dataset)
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
-        items = [self.dataset[row] for row in range(start, stop)]
-        for row, item in enumerate(items, start):
-            if not isinstance(item, tuple | list) or len(item) != 2:
-                raise ForgetSetError(f"row {row} of {self.name} is a {type(item).__name__}; expected an (input, label) pair")
-        labels = np.array(
-            [label_of(_scalar(label), _NO_CLASSES, f"row {row} of {self.name}") for row, (_, label) in enumerate(items, start)],
-            dtype=np.int64,
-        )
-        return Rows([str(row) for row in range(start, stop)], labels, [value for value, _ in items])
+        inputs, labels = zip(*map(self._item, range(start, stop)), strict=True)
+        return Rows([str(row) for row in range(start, stop)], np.array(labels, dtype=np.int64), list(inputs))
+
+    def _item(self, row: int) -> tuple[Any, int]:
+        where = f"row {row} of {self.name}"
+        with reading(where):
+            item = self.dataset[row]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise ForgetSetError(f"{where} is a {type(item).__name__}; expected an (input, label) pair")
+        return item[0], label_of(_scalar(item[1]), self.config, where)
 
 
 def _scalar(label: Any) -> Any:
     """A label as a plain number, from a tensor or NumPy scalar."""
-    return label.item() if hasattr(label, "item") else label
+    try:
+        return label.item() if hasattr(label, "item") else label
+    except (ValueError, RuntimeError):  # more than one number
+        return label

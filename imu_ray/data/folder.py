@@ -1,12 +1,14 @@
 """Samples as image files in one folder per class."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.columns import label_of
-from imu_ray.data.source import Rows, Source
+from imu_ray.data.location import Location
+from imu_ray.data.source import Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -15,38 +17,53 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".ti
 class FolderSource(Source):
     """Images in one folder per class: ``root/class/name.png``; a sample's id is its path below the root."""
 
-    def __init__(self, root: Path, config: ForgetSetConfig) -> None:
-        self.root, self.name = root, str(root)
-        for path in sorted(root.rglob("*")):
-            if path.is_dir() and path.is_symlink():
-                raise ForgetSetError(f"{path} is a link to a folder, which is not followed; expected folders of images; copy or mount it")
-            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            if path.is_file() and not hidden and path.suffix.lower() not in IMAGE_SUFFIXES:
+    def __init__(self, given: Location, config: ForgetSetConfig) -> None:
+        self.root, self.name = Path(given.path), given.name
+        self.paths = []
+        for path in (file[len(given.path) :].lstrip("/") for file in given.files):
+            if path.lower().endswith(IMAGE_SUFFIXES):
+                self.paths.append(path)
+            elif not any(part.startswith(".") for part in path.split("/")):
                 raise ForgetSetError(
-                    f"{path} is no image that is read ({', '.join(IMAGE_SUFFIXES)}); expected images only, so that no row is passed over; "
-                    "convert it or take it out"
+                    f"{self.root / path} is no image that is read ({', '.join(IMAGE_SUFFIXES)}); expected images only, so that no row is "
+                    "passed over; convert it or take it out"
                 )
-        self.paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         self.num_rows = len(self.paths)
         folders = sorted({path.split("/")[0] for path in self.paths if "/" in path})
         loose = [path for path in self.paths if "/" not in path]
         if loose:
-            raise ForgetSetError(f"{loose[0]} lies directly in {root}; expected images in one folder per class")
+            raise ForgetSetError(f"{loose[0]} lies directly in {self.root}; expected images in one folder per class")
         if config.classes is None and not all(folder.isdecimal() for folder in folders):
             raise ForgetSetError(
-                f"the folders of {root} are named {', '.join(folders[:5])}; a folder's place in the alphabet need not be the "
+                f"the folders of {self.root} are named {', '.join(folders[:5])}; a folder's place in the alphabet need not be the "
                 "model's class index; list the model's class names in order under forget_set.classes, or name the folders by index"
             )
-        self.labels = {folder: label_of(folder, config, f"folder {folder!r} of {root}") for folder in folders}
+        self.labels = {folder: label_of(folder, config, f"folder {folder!r} of {self.root}") for folder in folders}
+
+    @classmethod
+    def takes(cls, given: Any) -> bool:
+        """A local folder that holds images."""
+        return (
+            isinstance(given, Location)
+            and given.is_local
+            and given.is_folder
+            and bool(given.ending_in(*IMAGE_SUFFIXES))
+        )
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
         paths = self.paths[start:stop]
         labels = np.array([self.labels[path.split("/")[0]] for path in paths], dtype=np.int64)
-        return Rows(paths, labels, [(self.root / path).read_bytes() for path in paths])
+        return Rows(paths, labels, [self._bytes(path) for path in paths])
+
+    def _bytes(self, path: str) -> bytes:
+        with reading(str(self.root / path)):
+            return (self.root / path).read_bytes()
 
     def check(self, num_classes: int) -> None:
         """Refuse labels outside the model's classes."""
         for folder, label in self.labels.items():
             if not 0 <= label < num_classes:
-                raise ForgetSetError(f"folder {folder!r} of {self.root} means label {label}; expected 0 to {num_classes - 1}")
+                raise ForgetSetError(
+                    f"folder {folder!r} of {self.root} means label {label}; expected 0 to {num_classes - 1}"
+                )

@@ -4,7 +4,9 @@ A source is a small picklable description (a table or Dataset held in memory tra
 range of its rows, read inside the task that needs it; any task can therefore run again anywhere.
 """
 
+import contextlib
 import hashlib
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,38 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import torch
 from torch import Tensor
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.errors import ForgetSetError, ImuError
+
+
+class UnreadableError(ForgetSetError, OSError):
+    """Storage failed; as an OSError it lets Ray run the task again, because that may pass."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """An error of ours in place of what storage, a decoder or a caller's Dataset raises.
+
+    The text of a Dataset's error may hold what a sample holds, so only its kind and place are shown.
+    """
+    try:
+        yield
+    except (ImuError, MemoryError):
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        shown = isinstance(error, OSError | pa.ArrowException)
+        why = (
+            " ".join(str(error).split()) if shown else f"{type(error).__name__} in {line.filename}, line {line.lineno}"
+        )
+        kind = UnreadableError if isinstance(error, OSError) else ForgetSetError
+        raise kind(
+            f"{what} cannot be read: {why}; expected samples that are whole and readable; mend or remove what is not"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -35,7 +68,9 @@ class Rows:
     def concatenate(cls, parts: "Sequence[Rows]") -> "Rows":
         """One after the other."""
         ids = [sample_id for part in parts for sample_id in part.ids]
-        return cls(ids, np.concatenate([part.labels for part in parts]), [value for part in parts for value in part.inputs])
+        return cls(
+            ids, np.concatenate([part.labels for part in parts]), [value for part in parts for value in part.inputs]
+        )
 
     def digest(self) -> bytes:
         """SHA-256 of ids, labels and inputs: the same content gives the same digest whatever file it lies in."""
@@ -52,8 +87,13 @@ def _content(value: Any) -> bytes | memoryview:
         return value
     if value is None:
         return b"none"
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    return str(type(value)).encode() if array.dtype == object else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    try:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        array = np.ascontiguousarray(value).reshape(-1)
+        return str(type(value)).encode() if array.dtype == object else array.view(np.uint8).data
+    except Exception:  # a sparse tensor, a broken image
+        return str(type(value)).encode()
 
 
 @dataclass(frozen=True, slots=True)  # the driver holds all of them
@@ -72,10 +112,23 @@ class Shard:
 
 
 class Source(ABC):
-    """Samples to forget, or an evaluation set; ``num_rows`` and ``read`` are all that a new source needs."""
+    """Samples to forget, or an evaluation set.
+
+    A new source sets ``name`` and ``num_rows`` when it is made, says what it ``takes``, has ``read`` and stands in
+    ``imu_ray.data.SOURCES``.
+    """
 
     name: str
     num_rows: int
+
+    @abstractmethod
+    def __init__(self, given: Any, config: ForgetSetConfig) -> None:
+        """Open what the caller gave, as far as that needs no input to be read."""
+
+    @classmethod
+    def takes(cls, given: Any) -> bool:
+        """Whether this is how to read an object, or a ``Location`` where a path or URI was given."""
+        return False
 
     @property
     def rows_given(self) -> int:

@@ -1,54 +1,37 @@
-"""Measuring a head on Ray tasks, from kept features. Predictions pass through the driver, which counts them and holds none."""
+"""Measuring a head on Ray tasks, from kept features. The driver holds predictions as columns, for the audits only."""
 
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from imu_ray.audits.accuracy import Accuracy, Predictions, output_change, predict_shard
-from imu_ray.audits.membership import LossDraw, membership_inference
+from imu_ray.audits import AUDITS
+from imu_ray.audits.accuracy import output_change, set_figures
+from imu_ray.audits.base import Predictions, predict_shard
 from imu_ray.config import AuditConfig
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.scopes.head import Head
 
 
-def accuracy(name: str, features: FeatureSet, head: Head, draw: LossDraw | None = None) -> Accuracy:
-    """Accuracy of one sample set, whose losses ``draw`` is given too."""
-    counted = Accuracy(len(head.matrix_CD))
+def predict(features: Mapping[str, FeatureSet], head: Head) -> dict[str, Predictions]:
+    """Predictions on every sample set."""
+    function = functools.partial(predict_shard, head=head)
+    return {name: Predictions.join(made.map(f"audit of {name}", function)) for name, made in features.items()}
 
-    def take(part: Predictions) -> None:
-        counted.take(part)
-        if draw is not None:
-            draw.take(part)
 
-    features.stream(f"audit of {name}", functools.partial(predict_shard, head=head), take)
-    return counted
+def figures(features: Mapping[str, FeatureSet], head: Head) -> dict[str, Any]:
+    """Every metric of every sample set."""
+    return {name: set_figures(part) for name, part in predict(features, head).items()}
 
 
 def measure(features: Mapping[str, FeatureSet], head: Head, config: AuditConfig, seed: int) -> dict[str, Any]:
-    """Figures of every sample set, and membership inference when there is a set ``test``."""
-    members = LossDraw(seed)
-    counted = {"forget": accuracy("forget", features["forget"], head, members)}
-    others = LossDraw(seed, counted["forget"].labels)
-    for name in features:
-        if name != "forget":
-            counted[name] = accuracy(name, features[name], head, others if name == "test" else None)
-    if "test" in features:
-        membership = membership_inference(members.losses, others.losses, config, seed)
-    else:
-        membership = {"skipped": "no evaluation['test'] with unseen samples was given"}
-    return {**{name: part.figures() for name, part in counted.items()}, "membership": membership}
+    """What every audit tells of a head."""
+    measured = predict(features, head)
+    return {name: found for audit in AUDITS.values() for name, found in audit.run(measured, config, seed).items()}
 
 
 def mean_output_change(forget: FeatureSet, before: Head, after: Head) -> float:
     """Mean of ``output_change`` over the forget set; what a choice between runs can go by without retain data."""
-    total = 0.0
-
-    def take(changes: npt.NDArray[np.float64]) -> None:
-        nonlocal total
-        total = float(np.cumsum(np.append(total, changes))[-1])  # one after the other, whatever the shards
-
-    forget.stream("change of outputs", functools.partial(output_change, before=before, after=after), take)
-    return total / forget.rows
+    changes = forget.map("change of outputs", functools.partial(output_change, before=before, after=after))
+    return float(np.concatenate(changes).mean())

@@ -17,14 +17,14 @@ GAUGES = {
     "samples_per_second": "samples per second since the stage began",
     "feature_bytes": "bytes of features in the object store",
     "stage_seconds": "seconds that the stage took",
-    "forget_loss": "mean loss on the forget set at the last check, in nats",
-    "forget_accuracy": "accuracy on the forget set at the last check",
 }
 
 
 @functools.cache
 def _metric(name: str) -> Metric:
-    kind, doc = (Counter, COUNTERS[name]) if name in COUNTERS else (Gauge, GAUGES[name])
+    kind, doc = (
+        (Counter, COUNTERS[name]) if name in COUNTERS else (Gauge, GAUGES.get(name, f"{name} at the last check"))
+    )
     return kind(f"imu_ray_{name}", description=doc, tag_keys=("stage",))
 
 

@@ -1,8 +1,8 @@
 """Running the tasks of one stage: so many at a time, with retries, progress, figures and clear errors."""
 
-import ctypes
-import time
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,19 +15,44 @@ from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.progress import LINE_SECONDS, Progress
 
 METRIC_SECONDS = 1.0  # between records, each of which the process holds until it is exported
-TRIM_SECONDS = 0.1  # to give memory back and to touch it again takes a task on kept features 3 ms
 NAMES = 16  # different names of tasks in a stage, because Ray keeps figures for every name: 60 kB in the driver
 
-_trimmed = [0.0]
+
+@dataclass(frozen=True)
+class Stage:
+    """What all tasks of a stage share: its name, their threads, and what they work with."""
+
+    name: str
+    threads: int
+    work: Any
 
 
-def begin_task(stage: str, threads: int) -> None:
-    """Fix what the bits of a result depend on in this worker process, and count a second attempt."""
-    if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
-        metrics.count("shards_retried", 1, stage)
-        metrics.flush()
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 features are float32, on a GPU as on the CPU
+@functools.lru_cache(maxsize=4)
+def fetch_stage(ref: "ray.ObjectRef[Stage]") -> Stage:
+    """A stage, fetched once per worker process."""
+    return ray.get(ref)
+
+
+@dataclass(frozen=True)
+class StageRef:
+    """A stage in the object store. As an argument of its own the bare reference would be fetched for every task."""
+
+    ref: "ray.ObjectRef[Stage]"
+
+    def work(self) -> Any:
+        """What the tasks of the stage work with."""
+        return fetch_stage(self.ref).work
+
+    def begin(self) -> Any:
+        """Begin a task: fix what its bits depend on, count a second attempt, and give what it works with."""
+        stage = fetch_stage(self.ref)
+        # Ray has no public name for the number of the attempt.
+        if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
+            metrics.count("shards_retried", 1, stage.name)
+            metrics.flush()
+        torch.set_num_threads(stage.threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 features are float32, on a GPU as on the CPU
+        return stage.work
 
 
 class TaskRunner:
@@ -61,30 +86,35 @@ class TaskRunner:
         made = [function.options(**self.options(name, **more)) for name in names]
         return lambda index: made[index // step]
 
+    def share(self, stage: str, work: Any) -> StageRef:
+        """Put what all tasks of a stage share into the object store."""
+        return StageRef(ray.put(Stage(stage, self.threads, work)))
+
     def run(
         self,
         stage: str,
         submit: Callable[[int], "ray.ObjectRef[Any]"],
         count: int,
-        on_done: Callable[[int, Any], int],
+        samples_of: Callable[[int, Any], int],
         *,
         fetch: bool = True,
-    ) -> None:
-        """Submit tasks ``0 .. count - 1``, at most ``workers`` in flight.
+    ) -> Iterator[Any]:
+        """Submit tasks ``0 .. count - 1``, at most ``workers`` in flight, and yield their results in this order.
 
-        ``on_done`` takes each result in order of completion and returns its samples. With ``fetch=False`` results stay where
-        they were made and ``on_done`` gets None; a failure then shows in whoever fetches what depends on them.
+        ``samples_of`` tells the samples of a task from its place and result. With ``fetch=False`` results stay where
+        they were made and references are yielded; a failure then shows in whoever fetches what depends on them.
 
         Raises:
             ImuError: what a task raised on purpose, as it was raised.
             StageFailedError: anything else that stopped a task.
         """
         pending: dict[ray.ObjectRef[Any], int] = {}
-        submitted = 0
+        early: dict[int, Any] = {}
+        submitted = turn = 0
         with Progress(stage, count, "shards") as progress:
             try:
                 while pending or submitted < count:
-                    while submitted < count and len(pending) < self.resources.workers:
+                    while submitted < count and len(pending) < self.resources.tasks:
                         pending[submit(submitted)] = submitted
                         submitted += 1
                     ready, _ = ray.wait(list(pending), num_returns=1, fetch_local=fetch, timeout=LINE_SECONDS)
@@ -92,31 +122,22 @@ class TaskRunner:
                         progress.advance(0, note="waiting for the tasks in flight, or for room to start them")
                     for ref in ready:
                         index = pending.pop(ref)
-                        samples = on_done(index, ray.get(ref) if fetch else None)
+                        early[index] = ray.get(ref) if fetch else ref
+                        samples = samples_of(index, early[index])
                         progress.advance(samples=samples)
                         metrics.count("shards_done", 1, stage)
                         metrics.count("samples", samples, stage)
                         metrics.gauge("samples_per_second", progress.rate, stage)
                     metrics.flush(every=METRIC_SECONDS)
+                    while turn in early:
+                        yield early.pop(turn)
+                        turn += 1
             except (RayError, torch.OutOfMemoryError) as error:
                 raise explain_failure(stage, error) from None
             finally:
-                # After a failure the tasks in flight end by themselves, a shard each: to cancel one while it is being handed to its worker
-                # makes Ray abort this process ("Tried to complete task that was not pending", Ray 2.60).
+                # After a failure the tasks in flight end by themselves, a shard each: to cancel one while it is being
+                # handed to its worker makes Ray abort this process ("Tried to complete task that was not pending").
                 metrics.flush()
-                trim()
-
-
-def trim(every: float = 0.0) -> None:
-    """Give freed memory back, unless that was done less than ``every`` seconds ago.
-
-    Ray's threads leave some in every arena of glibc, so that the driver and the workers of many shards would seem to grow.
-    """
-    now = time.monotonic()
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back is not None and now - _trimmed[0] >= every:
-        _trimmed[0] = now
-        give_back(0)
 
 
 def explain_failure(stage: str, error: BaseException) -> ImuError:
@@ -125,5 +146,9 @@ def explain_failure(stage: str, error: BaseException) -> ImuError:
     if isinstance(cause, ImuError):
         return cause
     if isinstance(cause, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
-        return StageFailedError(f"{stage} ran out of memory: {cause}; use a smaller influence.block_rows or fewer workers per node")
-    return StageFailedError(f"{stage} failed: {type(cause).__name__}: {cause}; see the worker's log above for the trace")
+        return StageFailedError(
+            f"{stage} ran out of memory: {cause}; use a smaller influence.block_rows or fewer workers per node"
+        )
+    return StageFailedError(
+        f"{stage} failed: {type(cause).__name__}: {cause}; see the worker's log above for the trace"
+    )

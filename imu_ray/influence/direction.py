@@ -39,4 +39,8 @@ def fit_direction(
 
     fitted = CURVATURES[settings.curvature].fit(fit_on, Damping(settings.damping, settings.damping_mode == "relative"))
     direction = damped_direction(fitted, moments)
-    return direction, {**describe_direction(direction, moments, fitted.figures["damping"]), **fitted.figures, "clipped_at": clip}
+    return direction, {
+        **describe_direction(direction, moments, fitted.figures["damping"]),
+        **fitted.figures,
+        "clipped_at": clip,
+    }

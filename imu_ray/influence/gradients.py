@@ -23,10 +23,10 @@ class LayerIO:
 def layer_inputs(features_BD: Tensor, has_bias: bool) -> Tensor:
     """Features in float64, with the 1 that stands for the bias appended; the only place that does so."""
     inputs = features_BD.to(HEAD_DTYPE)
-    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1) if has_bias else inputs
+    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1) if has_bias else inputs
 
 
-def output_gradient(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     r"""Gradient of the cross-entropy with respect to the logits, exact for confident samples.
 
     .. math:: r_c = p_c \;(c \ne y), \qquad r_y = -\sum_{c \ne y} p_c
@@ -34,16 +34,16 @@ def output_gradient(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     The textbook :math:`p_y - 1` loses every digit when :math:`p_y` rounds to 1.
 
     Args:
-        logits_BC: ``[B, C]``.
-        labels_B: class indices ``[B]``, int64.
+        logits: ``[B, C]`` or ``[B, T, C]``.
+        labels: class indices ``[B]`` or ``[B, T]``, int64.
 
     Returns:
-        ``[B, C]``, float64.
+        In the shape of the logits, float64.
     """
-    gradient = torch.softmax(logits_BC.to(HEAD_DTYPE), dim=1)
-    own = labels_B.unsqueeze(1)
-    gradient = gradient.scatter(1, own, 0.0)
-    return gradient.scatter(1, own, -gradient.sum(dim=1, keepdim=True))
+    gradient = torch.softmax(logits.to(HEAD_DTYPE), dim=-1)
+    own = labels.unsqueeze(-1)
+    gradient = gradient.scatter(-1, own, 0.0)
+    return gradient.scatter(-1, own, -gradient.sum(dim=-1, keepdim=True))
 
 
 def probabilities(output_grads_BTC: Tensor) -> Tensor:

@@ -27,3 +27,11 @@ def influence_scores(layer_io: LayerIO, direction_CD: Tensor) -> Tensor:
 def sample_losses(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     r"""Cross-entropy :math:`\ell_i = -\log p_{i,y_i}` of each sample, ``[B]``, float64."""
     return torch.nn.functional.cross_entropy(logits_BC.double(), labels_B, reduction="none")
+
+
+def margins(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    r"""Margin :math:`z_y - \ln \sum_{c \ne y} e^{z_c}` of each sample, the log-odds of its class, ``[B]``, float64."""
+    own = labels_B.unsqueeze(1)
+    logits = logits_BC.double()
+    others = logits.scatter(1, own, -torch.inf)
+    return (logits.gather(1, own) - others.logsumexp(1, keepdim=True)).squeeze(1)

@@ -2,50 +2,66 @@
 
 import hashlib
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from imu_ray.errors import CheckpointError
+from imu_ray.errors import CheckpointError, ImuError
+from imu_ray.models.copies import check_state, unusable
 from imu_ray.run.storage import open_storage
 
 
 def read_state_dict(location: str | Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint file, by path or URI, read without running code from it."""
-    with open_storage(location).fetch("") as path:
-        if path is None:
-            raise CheckpointError(f"checkpoint {location} does not exist; expected a .safetensors file or a torch state dict")
-        try:
-            if path.suffix == ".safetensors":
-                return dict(load_file(path))
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise CheckpointError(
-                f"checkpoint {location} holds pickled code, which is never run, or is no checkpoint; expected tensors only; save "
-                "model.state_dict() with safetensors.torch.save_file or torch.save"
-            ) from None
-        except Exception as error:  # a broken file can raise anything
-            raise CheckpointError(f"checkpoint {location} cannot be read: {error}") from None
+    try:
+        with open_storage(location).fetch("") as path:
+            if path is None:
+                raise CheckpointError(
+                    f"checkpoint {location} does not exist; expected a .safetensors file or a torch state dict"
+                )
+            is_safe = path.suffix == ".safetensors"
+            loaded = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"checkpoint {location} holds pickled code, which is never run, or is no checkpoint; expected tensors only; save "
+            "model.state_dict() with safetensors.torch.save_file or torch.save"
+        ) from None
+    except ImuError:
+        raise
+    except Exception as error:  # a broken file can raise anything
+        raise CheckpointError(
+            f"checkpoint {location} cannot be read: {error}; expected a whole file; save it again"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"checkpoint {location} holds no state dict; expected a mapping from parameter names to tensors")
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and not unusable(value) for key, value in loaded.items()
+    ):
+        raise CheckpointError(
+            f"checkpoint {location} holds no state dict; expected a mapping from parameter names to dense tensors"
+        )
     return loaded
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint that fits exactly; ``CheckpointError`` lists missing, unexpected and misshapen tensors."""
-    state, own = read_state_dict(path), model.state_dict()
+    """Load a checkpoint that fits exactly; ``CheckpointError`` lists missing, unexpected and misshapen tensors.
+
+    Names fit with or without the parts that data-parallel and compiled models put into them.
+    """
+    check_state(model)
+    own = model.state_dict()
+    state = _renamed(read_state_dict(path), own)
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
         "misshapen": [
-            f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+            f"{name} {_form(state[name])} instead of {_form(own[name])}"
             for name in sorted(own.keys() & state.keys())
-            if state[name].shape != own[name].shape
+            if _form(state[name]) != _form(own[name])
         ],
     }
     if any(problems.values()):
@@ -54,8 +70,30 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
             for kind, names in problems.items()
             if names
         )
-        raise CheckpointError(f"checkpoint {path} does not fit {type(model).__name__}: {listed}; expected the same architecture")
-    model.load_state_dict(state)
+        raise CheckpointError(
+            f"checkpoint {path} does not fit {type(model).__name__}: {listed}; expected the same architecture"
+        )
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # hooks of the model
+        raise CheckpointError(
+            f"checkpoint {path} does not load into {type(model).__name__}: {error}; expected its own state dict"
+        ) from None
+
+
+def _renamed(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """The state under the model's own names, where these are told apart without the parts that wrappers add."""
+
+    def plain(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+    names = {plain(name): name for name in own}
+    renamed = {names.get(plain(name), name): value for name, value in state.items()}
+    return renamed if len(renamed) == len(state) else state
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}{' complex' * tensor.is_complex()}"
 
 
 def model_hash(model: nn.Module) -> str:

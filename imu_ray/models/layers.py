@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from imu_ray.errors import UnsupportedModelError
-from imu_ray.settings import nearest
+from imu_ray.errors import ForgetSetError, ImuError, UnsupportedModelError, nearest
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -39,6 +38,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+@contextmanager
+def forward_errors(model: nn.Module, inputs: Tensor, kind: type[ImuError]) -> Iterator[None]:
+    """An error of ``kind`` in place of what a model's own code raises; to run out of memory stays what it is."""
+    try:
+        yield
+    except (ImuError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(
+            f"{type(model).__name__} cannot take {len(inputs)} samples of shape {list(inputs.shape[1:])}: {type(error).__name__}: {error}; "
+            "expected inputs as the model was trained on; see forget_set.image_mode and forget_set.image_size"
+        ) from error
+
+
 def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None) -> str:
     """Name of the linear layer whose output is the model's output, whatever it is called.
 
@@ -56,7 +69,9 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
             f"{type(model).__name__} has no nn.Linear layer; expected a model that ends in a linear classifier head"
         )
     if name is not None and name not in layers:
-        raise UnsupportedModelError(f"model.head is {name!r}, which is no nn.Linear of the model; {nearest(name, layers)}")
+        raise UnsupportedModelError(
+            f"model.head is {name!r}, which is no nn.Linear of the model; {nearest(name, layers)}"
+        )
     seen: dict[str, list[Tensor]] = {key: [] for key in layers}
     hooks = [
         # A copy, because what follows may change the output in place.
@@ -64,7 +79,7 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
         for key, layer in layers.items()
     ]
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), forward_errors(model, example_inputs, ForgetSetError):
             logits = model(example_inputs)
     finally:
         for hook in hooks:
@@ -72,9 +87,14 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
     listed = ", ".join(f"{key} ({layer.in_features} -> {layer.out_features})" for key, layer in layers.items())
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnsupportedModelError(f"{type(model).__name__} returned {shape}; expected logits [samples, classes]; linear layers: {listed}")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returned {shape}; expected logits [samples, classes]; linear layers: {listed}"
+        )
     # A layer that is called more than once in a forward pass has no one input to cache.
-    matches = [key for key, outputs in seen.items() if len(outputs) == 1 and torch.equal(outputs[0], logits)]
+    wanted = logits.nan_to_num()  # of broken weights, which are refused with the sample's id when features are made
+    matches = [
+        key for key, outputs in seen.items() if len(outputs) == 1 and torch.equal(outputs[0].nan_to_num(), wanted)
+    ]
     if name is not None:
         matches = [key for key in matches if key == name]
     if len(matches) != 1:
@@ -82,14 +102,21 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
             f"{'no' if not matches else len(matches)} linear layer gives the output of {type(model).__name__} itself; expected one "
             f"head whose output is the logits, with nothing after it; linear layers: {listed}; name one in model.head if it is such a head"
         )
-    _refuse_shared(model, matches[0], layers[matches[0]])
+    head = layers[matches[0]]
+    if head.in_features < 1 or head.out_features < 2:
+        raise UnsupportedModelError(
+            f"the head {matches[0]!r} has {head.in_features} inputs and {head.out_features} outputs; expected features, and 2 classes or more"
+        )
+    _refuse_shared(model, matches[0], head)
     return matches[0]
 
 
 def _refuse_shared(model: nn.Module, name: str, head: nn.Linear) -> None:
     own = {id(parameter) for parameter in head.parameters(recurse=False)}
     others = [
-        key for key, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own and key.rpartition(".")[0] != name
+        key
+        for key, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in own and key.rpartition(".")[0] != name
     ]
     if others or not isinstance(head.weight, nn.Parameter):
         raise UnsupportedModelError(

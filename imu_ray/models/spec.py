@@ -1,15 +1,19 @@
 """How to build a model."""
 
 import importlib
-from collections.abc import Mapping
+import json
+import operator
+import os
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from imu_ray.errors import ConfigError
+from imu_ray.errors import ConfigError, ImuError, nearest
 from imu_ray.models.checkpoint import load_checkpoint
-from imu_ray.settings import nearest
 
 
 @dataclass(frozen=True)
@@ -17,17 +21,27 @@ class ModelSpec:
     """How to build a model: a factory, its keyword arguments and a checkpoint.
 
     Attributes:
-        factory: ``"package.module:callable"``, or the name of a torchvision classifier (``"resnet18"``). Importing runs
-            code, so a spec is trusted input.
+        factory: ``"package.module:callable"``, the name of a torchvision classifier (``"resnet18"``), or a callable. A
+            module is also looked for in the working directory. Importing runs code, so a spec is trusted input.
         kwargs: keyword arguments of the factory.
         checkpoint: a ``.safetensors`` file, or a state dict that ``torch.load(weights_only=True)`` reads.
         head: name of the classifier head, when it cannot be told.
     """
 
-    factory: str
+    factory: str | Callable[..., nn.Module]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
+    checkpoint: str | Path | None = None
     head: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("factory", isinstance(self.factory, str) or callable(self.factory), "text or a callable"),
+            ("kwargs", isinstance(self.kwargs, Mapping), "a mapping"),
+            ("checkpoint", isinstance(self.checkpoint, str | Path | None), "a path or URI"),
+            ("head", isinstance(self.head, str | None), "the name of a layer"),
+        ):
+            if not fits:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected {expected}")
 
     def build(self) -> nn.Module:
         """The model with its checkpoint loaded, in eval mode, on the CPU.
@@ -36,32 +50,60 @@ class ModelSpec:
             ConfigError: the factory cannot be imported or called.
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
+        factory = self._factory() if isinstance(self.factory, str) else self.factory
         try:
-            model = self._factory()(**self.kwargs)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"model.factory {self.factory!r} refused kwargs {dict(self.kwargs)}: {error}") from None
+            model = factory(**self.kwargs)
+        except ImuError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"model.factory {self._name!r} refused kwargs {dict(self.kwargs)}: {type(error).__name__}: {error}; expected those that it "
+                "takes; see model.kwargs"
+            ) from error
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model.factory {self.factory!r} returned {type(model).__name__}; expected a torch.nn.Module")
+            raise ConfigError(
+                f"model.factory {self._name!r} returned {type(model).__name__}; expected a torch.nn.Module"
+            )
         if self.checkpoint is not None:
             load_checkpoint(model, self.checkpoint)
-        return model.eval()
+        model.eval()
+        return model
+
+    def describe(self) -> dict[str, Any]:
+        """The spec as plain values, for the record."""
+        kwargs = json.dumps(dict(self.kwargs), default=lambda value: type(value).__name__, skipkeys=True)
+        return {
+            "factory": self._name,
+            "kwargs": json.loads(kwargs, parse_constant=str),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "head": self.head,
+        }
+
+    @property
+    def _name(self) -> str:
+        """The factory as text; of a callable, where it was defined."""
+        if isinstance(self.factory, str):
+            return self.factory
+        defined = self.factory if hasattr(self.factory, "__qualname__") else type(self.factory)
+        return f"{defined.__module__}:{defined.__qualname__}"
 
     def _factory(self) -> Any:
-        module, colon, name = self.factory.partition(":")
+        module, colon, name = str(self.factory).partition(":")
         if not colon:
             import torchvision  # here, because it takes longer to import than torch, in every worker process
 
             names = torchvision.models.list_models(module=torchvision.models)
-            if self.factory not in names:
+            if module not in names:
                 raise ConfigError(
-                    f"model.factory is {self.factory!r}; expected 'package.module:callable' or a torchvision classifier: "
-                    f"{nearest(self.factory, names)}"
+                    f"model.factory is {module!r}; expected 'package.module:callable' or a torchvision classifier: {nearest(module, names)}"
                 )
-            return lambda **kwargs: torchvision.models.get_model(self.factory, **{"weights": None, **kwargs})
+            return lambda **kwargs: torchvision.models.get_model(module, **{"weights": None, **kwargs})
+        if os.getcwd() not in sys.path:  # an installed command does not look there
+            sys.path.append(os.getcwd())
         try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+            return operator.attrgetter(name)(importlib.import_module(module))
+        except Exception as error:  # importing runs the caller's code
             raise ConfigError(
-                f"model.factory {self.factory!r} cannot be imported ({error}); expected 'package.module:callable' on the import "
-                "path of the driver and the workers"
-            ) from None
+                f"model.factory {self.factory!r} cannot be imported ({type(error).__name__}: {error}); expected 'package.module:callable' "
+                "on the import path or in the working directory"
+            ) from error

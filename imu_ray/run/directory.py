@@ -1,10 +1,12 @@
 """A run directory: which artifacts it holds, and when a run may go on in it."""
 
+import contextlib
 import itertools
 import json
 import math
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +22,15 @@ from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
 from imu_ray.errors import CheckpointError, StageFailedError
-from imu_ray.run.storage import PART, open_storage
+from imu_ray.run.storage import open_storage
 
 MANIFEST = "manifest.json"
 INTENSITIES = "intensities.parquet"
+MODEL = "model.safetensors"
 STATE = "state/ascent.safetensors"
+
+
+Limits = Mapping[str, int | None]  # ``max_epochs`` and ``max_steps``; None: any number
 
 
 @dataclass(frozen=True)
@@ -48,35 +54,59 @@ class RunDirectory:
         # A path, made absolute, or the URI as it was given.
         self.location = location if "://" in str(location) else Path(location).absolute()
         self.storage = open_storage(location)
+        self._lost: threading.Event | None = None
 
-    def check(self, stage: str, identity: str) -> dict[str, Any] | None:
-        """The manifest of an unfinished run of the same stage and settings to go on from, or None for a new run.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunDirectory, (self.location,)  # another process holds no lock
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out; ``CheckpointError`` when one is at work here. After a lost lock nothing is written."""
+        with self.storage.locked() as lost:
+            self._lost = lost
+            yield
+
+    def check(self, stage: str, identity: str, limits: Limits | None = None) -> dict[str, Any] | None:
+        """The manifest of a run of the same stage and settings, or None when there is none.
+
+        Its ``status`` is ``complete`` when nothing is left to do, and ``extended`` when it ran out of steps and may
+        take more now. Any other: it was stopped, and this call continues it.
+
+        Args:
+            stage: the stage, as recorded under ``stage``.
+            identity: digest of all settings but the limits, as recorded under ``config_identity``.
+            limits: how many steps it may take, as recorded under ``limits``; they may have grown since.
 
         Raises:
-            CheckpointError: the directory cannot be made, or holds another or a finished run, or other files.
+            CheckpointError: the directory cannot be made, or holds another run or other files.
         """
         self.storage.check_writable()
-        # Parts of files are all that a process killed before its first artifact leaves.
-        if all(entry.startswith(PART) for entry in self.storage.entries()):
+        if not self.storage.entries():
             return None
         manifest = self.read_manifest()
         if (manifest.get("stage"), manifest.get("config_identity")) != (stage, identity):
             raise CheckpointError(
-                f"run_dir {self.location} holds a run of {manifest.get('stage')} with other settings; expected {stage} with the same "
-                "settings to go on from, or a new directory"
+                f"run_dir {self.location} holds a run of {manifest.get('stage')} with other settings; expected {stage} with "
+                "the same settings, or a new directory"
             )
-        if manifest.get("status") == "complete":
-            raise CheckpointError(f"run_dir {self.location} holds a finished run; expected a new directory, so that nothing is overwritten")
-        return manifest
+        begun, limits = manifest.get("limits", {}), dict(limits or {})
+        for name, limit in limits.items():
+            if (limit or math.inf) < (begun.get(name) or math.inf):
+                raise CheckpointError(
+                    f"ascent.stop.{name} is {limit}, and the run in run_dir {self.location} began with "
+                    f"{begun.get(name) or 'no limit'}; expected as many or more, or a new directory"
+                )
+        ran_out = (manifest.get("ascent") or {}).get("status") in ("not_reached", "epochs_done")
+        return {**manifest, "status": "extended"} if ran_out and limits and limits != begun else manifest
 
     def check_inputs(self, manifest: dict[str, Any], inputs: dict[str, str]) -> None:
-        """Refuse to go on with another model, other samples or other weights than those that the run began with."""
+        """Refuse another model, other samples or other weights than those that the run began with."""
         for name, digest in inputs.items():
             begun = manifest.get("inputs", {}).get(name)
             if begun != digest:
                 raise CheckpointError(
-                    f"run_dir {self.location} holds a run on another {name} (digest {str(begun)[:12]}, now {digest[:12]}); expected the same, "
-                    "or a new directory"
+                    f"run_dir {self.location} holds a run on another {name} (digest {str(begun)[:12]}, now {digest[:12]}); "
+                    "expected the same, or a new directory"
                 )
 
     def read_manifest(self) -> dict[str, Any]:
@@ -87,12 +117,17 @@ class RunDirectory:
             manifest = None
         if not isinstance(manifest, dict):
             raise CheckpointError(
-                f"{self.location} holds files but no {MANIFEST} of a run; expected an empty or new directory, or a run to go on from"
+                f"{self.location} holds files but no {MANIFEST} of a run; expected an empty or new directory, or one of a run"
             )
         return manifest
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
         """Write one artifact: ``fill`` gets a temporary path, which is renamed to ``name`` when complete."""
+        if self._lost is not None and self._lost.is_set():
+            raise StageFailedError(
+                f"{self.location} may be in use by another run, because this one could not renew its lock for a while; "
+                f"expected a store that answers; {name} was not written; the same call continues from the last state"
+            )
         try:
             self.storage.write(name, fill)
         except (OSError, SafetensorError) as error:
@@ -183,6 +218,6 @@ class RunDirectory:
                 ) from None
         return UpdateState(int(metadata["step"]), tensors, json.loads(metadata["trajectory"]))
 
-    def clear_state(self) -> None:
-        """Remove the state of a finished run."""
-        self.storage.remove("state")
+    def clear_state(self, *, but_last: bool = False) -> None:
+        """Remove the state of a finished run; ``but_last`` keeps what it may take more steps from."""
+        self.storage.remove("state/train" if but_last else "state")

@@ -1,93 +1,149 @@
-"""The record of what was done: settings, data fingerprints, model hashes, versions, hardware, seconds, status."""
+"""The record of a run: settings, fingerprints, model hashes, versions, hardware, seconds, status. ``manifest.json`` holds it."""
 
 import datetime
-import hashlib
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict
 
 from imu_ray.config import UnlearnConfig
-from imu_ray.data import Source
-from imu_ray.models.checkpoint import model_hash
-from imu_ray.scopes.features import ShardReport
 
 PACKAGES = ("imu-ray", "torch", "torchvision", "ray", "pyarrow", "numpy", "safetensors")
 
 
-def fingerprint(reports: Sequence[ShardReport]) -> str:
-    """SHA-256 over the contents of all blocks, in order."""
-    return hashlib.sha256(b"".join(report.digests for report in reports)).hexdigest()
+class Part(BaseModel):
+    """A part of the record; what it holds is checked when it is made."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
 
-def describe_samples(source: Source, reports: Sequence[ShardReport]) -> dict[str, Any]:
-    """Name, rows, fingerprint and rows left out of one sample set; no sample content."""
-    return {
-        "name": source.name,
-        "rows_given": source.rows_given,
-        "rows_read": source.num_rows,
-        "rows_used": sum(report.rows for report in reports),
-        "fingerprint": fingerprint(reports),
-        "bad_rows": [vars(bad) for report in reports for bad in report.bad_rows],
-        "forward_calls": sum(1 for report in reports for size in report.block_sizes if size),
-        "forward_seconds": sum(report.forward_seconds for report in reports),
-        "feature_bytes": sum(report.feature_bytes for report in reports),
-    }
+class ModelRecord(Part):
+    """The model, by hash before and after; where it came from when a spec was given."""
+
+    kind: str
+    layers: list[str]
+    hash_before: str
+    hash_after: str | None = None
+    factory: str | None = None
+    kwargs: dict[str, Any] | None = None
+    checkpoint: str | None = None
+    head: str | None = None
 
 
-def digest_of(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+class SamplesRecord(Part):
+    """A sample set: how many rows were given, read and used, and a fingerprint of their content; never the content itself."""
+
+    name: str
+    rows_given: int
+    rows_read: int
+    rows_used: int
+    fingerprint: str
+    bad_rows: list[dict[str, str]]
+    forward_calls: int
+    forward_seconds: float
+    feature_bytes: int
+    label_counts: dict[int, int] | None = None
 
 
-class Manifest:
-    """Gathers the record while a run goes on; ``values`` is what ``manifest.json`` holds."""
+class TargetRecord(Part):
+    """When the update was to stop."""
 
-    def __init__(self, stage: str, config: UnlearnConfig, model: nn.Module, head: str) -> None:
-        self.values: dict[str, Any] = {
-            "status": "running",
-            "stage": stage,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "config": config.to_dict(),
-            "config_identity": config.identity(),
-            "seed": config.seed,
-            "model": {"class": type(model).__name__, "head": head, "hash_before": model_hash(model)},
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-            "hardware": {
+    metric: str
+    threshold: float
+    reason: str
+    tolerance: float
+    rising: bool
+
+
+class AscentRecord(Part):
+    """What the update did, and how it ended."""
+
+    update: str
+    recipe: str
+    recipe_reason: str
+    status: str
+    reason: str
+    steps: int
+    kept_samples: int
+    targets: list[TargetRecord]
+    parameter_drift: float
+    output_change: float
+    warnings: list[str]
+
+
+class RunRecord(Part):
+    """Everything that is known of a run, filled in while it goes on."""
+
+    status: str = "running"
+    stage: str
+    created: str
+    resumed: list[str] = []
+    error: str | None = None
+    config: dict[str, Any]
+    config_identity: str
+    limits: dict[str, int | None]
+    seed: int
+    model: ModelRecord
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    seconds: dict[str, float] = {}
+    inputs: dict[str, str] = {}
+    forget_set: SamplesRecord | None = None
+    evaluation: dict[str, SamplesRecord] = {}
+    influence: dict[str, Any] | None = None
+    ascent: AscentRecord | None = None
+
+    @classmethod
+    def begin(cls, stage: str, config: UnlearnConfig, model: ModelRecord, dtype: torch.dtype) -> "RunRecord":
+        """The record of a run that begins now, in this environment."""
+        return cls(
+            stage=stage,
+            created=now(),
+            config=config.to_dict(),
+            config_identity=config.identity(),
+            limits=config.ascent.stop.limits,
+            seed=config.seed,
+            model=model,
+            versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            hardware={
                 "platform": platform.platform(),
                 "processor": processor(),
                 "cpus": os.cpu_count(),
                 "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
                 "device": "cuda" if config.resources.gpus_per_worker else "cpu",
                 "threads_per_worker": config.resources.cpus_per_worker,
-                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+                "dtype": str(dtype).removeprefix("torch."),
             },
-            "seconds": {},
-        }
+        )
+
+    def resume(self, begun: Mapping[str, Any]) -> None:
+        """Take over when the run began, and note that it was resumed now."""
+        self.resumed = [*begun.get("resumed", []), self.created]
+        self.created = begun["created"]
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def timed(self, stage: str) -> Iterator[None]:
         """Time one stage; a second visit adds to the first."""
         started = time.monotonic()
         try:
             yield
         finally:
-            seconds = self.values["seconds"]
-            seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 3)
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - started, 3)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as ``manifest.json`` holds them."""
+        return self.model_dump(mode="json")
 
 
-def label_counts(labels: npt.NDArray[np.int64]) -> dict[int, int]:
-    """Samples per class, by label."""
-    found, counts = np.unique(labels, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str:

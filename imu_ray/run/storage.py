@@ -7,8 +7,9 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +17,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 from imu_ray.errors import CheckpointError
+from imu_ray.run.lock import LOCK, NO_LOCKS, Claim, locked_folder
 
 PART = ".part-"
+PASSING = (PART, LOCK)  # names of what stands here only while something runs, or because it was killed
 
 
 class Storage(Protocol):
@@ -29,8 +32,11 @@ class Storage(Protocol):
     def check_writable(self) -> None:
         """Refuse, with ``CheckpointError``, a place that cannot be made."""
 
+    def locked(self) -> contextlib.AbstractContextManager[threading.Event]:
+        """Hold the place; the event is set when it is lost. ``CheckpointError`` when another run holds it."""
+
     def entries(self) -> list[str]:
-        """Names directly below the place; empty when there is none."""
+        """Names directly below the place, without those of ``PASSING``; empty when there is none."""
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
         """``fill`` gets a temporary path; what it wrote appears under ``name`` when complete."""
@@ -71,16 +77,37 @@ class LocalStorage:
 
     def check_writable(self) -> None:
         """Refuse a place that cannot be made."""
+        try:
+            self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:  # too long a name, a null byte, a folder of someone else
+            name, reason = str(self.path)[:80], error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(f"run_dir {name!r} cannot be made: {reason}; expected a path that can be") from None
         ancestor = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+            reason = "not writable" if ancestor.is_dir() else "a file"
             raise CheckpointError(
-                f"run_dir {self.path} cannot be made: {ancestor} is {'not writable' if ancestor.is_dir() else 'a file'}; expected a "
-                "path under a writable directory"
+                f"run_dir {self.path} cannot be made: {ancestor} is {reason}; expected a path under a writable directory"
             )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[threading.Event]:
+        """Hold the directory by a file lock; by a claim where the mount has no locks."""
+        self.check_writable()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked_folder(self.path))
+                lost = threading.Event()
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                lost = stack.enter_context(Claim(self.filesystem, self.root).held())
+            yield lost
 
     def entries(self) -> list[str]:
         """Names directly below."""
-        return [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
+        return _lasting(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
         """Write next to the target, sync and rename."""
@@ -88,7 +115,8 @@ class LocalStorage:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.chmod(0o700)  # also when it was made beforehand
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = target.parent / f"{PART}{uuid.uuid4().hex}"  # named before it is made, so that an interrupt at any moment finds it
+        # Named before it is made, so that an interrupt at any moment finds it.
+        temporary = target.parent / f"{PART}{uuid.uuid4().hex}"
         try:
             temporary.touch(mode=0o600, exist_ok=False)
             fill(temporary)
@@ -125,12 +153,21 @@ class RemoteStorage:
                 pass
             self.filesystem.delete_file(probe)
         except OSError as error:
-            raise CheckpointError(f"run_dir {self.root} cannot be written: {error}; check the URI and the nodes' credentials") from None
+            raise CheckpointError(
+                f"run_dir {self.root} cannot be written: {error}; expected a URI and credentials with which every node can; check them"
+            ) from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[threading.Event]:
+        """Hold the prefix by a claim."""
+        self.check_writable()
+        with Claim(self.filesystem, self.root).held() as lost:
+            yield lost
 
     def entries(self) -> list[str]:
         """Names directly below."""
         listing = self.filesystem.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
-        return [entry.base_name for entry in listing]
+        return _lasting(entry.base_name for entry in listing)
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
         """Make the file here, upload it under a temporary name and move it."""
@@ -164,6 +201,10 @@ class RemoteStorage:
         """Remove a folder."""
         with contextlib.suppress(OSError):
             self.filesystem.delete_dir(f"{self.root}/{name}")
+
+
+def _lasting(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith(PASSING)]
 
 
 def _sync(path: Path) -> None:

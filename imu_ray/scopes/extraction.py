@@ -5,9 +5,10 @@ Shapes: B samples of a block, C classes, F features (the head's input without th
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from imu_ray.config import InfluenceConfig
 from imu_ray.data import Rows, Shard, Source
-from imu_ray.errors import NonFiniteError, UnsupportedModelError
-from imu_ray.models.layers import evaluation_mode
+from imu_ray.errors import NonFiniteError, StageFailedError, UnsupportedModelError
+from imu_ray.models.layers import evaluation_mode, forward_errors
 from imu_ray.scopes.features import FeatureShard, ShardReport, first_of
 from imu_ray.scopes.head import Head
-from imu_ray.tasks.base import BadRow, Batch, Task
+from imu_ray.tasks.base import BadRow, Batch, Outputs, Task
 
 READER = ThreadPoolExecutor(1, "read")  # one thread in each process: a caller's Dataset need not be safe in several
 
@@ -36,7 +37,12 @@ class Block:
 
 
 def extract_features(
-    source: Source, shard: Shard, task: Task, model: nn.Module, device: torch.device, settings: InfluenceConfig | None = None
+    source: Source,
+    shard: Shard,
+    task: Task,
+    model: nn.Module,
+    device: torch.device,
+    settings: InfluenceConfig | None = None,
 ) -> tuple[FeatureShard, ShardReport]:
     """Read a shard and run the model over it, one forward call per block, in eval mode.
 
@@ -51,13 +57,23 @@ def extract_features(
     Raises:
         ForgetSetError: a row cannot be used.
         NonFiniteError: a feature is NaN, infinite or out of range; the message names the sample.
+        UnsupportedModelError: the head is not linear, or features change with the call or with the rows beside them.
+        StageFailedError: the model raised something.
     """
     settings = settings or InfluenceConfig()
-    features, labels, ids, digests, places = [], [], [], b"", []
+    features: list[npt.NDArray[Any]] = []
+    labels, ids, digests, places = [], [], b"", []
     bad: list[BadRow] = []
     seconds = 0.0
-    head = Head.of(model, task.head)
-    matrix = head.matrix_CD.to(device)
+    head = Head.of(model, task).to(device)
+
+    def forward(batch: Batch) -> Outputs:
+        with (
+            torch.autocast(device.type, getattr(torch, settings.autocast, None), enabled=settings.autocast != "none"),
+            forward_errors(model, batch.inputs, StageFailedError),
+        ):
+            return task.forward(model, batch)
+
     with evaluation_mode(model):
         for block in _decode_ahead(source, shard, task, device):
             batch = block.batch
@@ -67,12 +83,14 @@ def extract_features(
             places.append(block.places_B)
             if batch.ids:
                 started = time.perf_counter()
-                with torch.autocast(device.type, getattr(torch, settings.autocast, None), enabled=settings.autocast != "none"):
-                    outputs = task.forward(model, _to(batch, device, settings.channels_last))
+                batch = _to(batch, device, settings.channels_last)
+                outputs = forward(batch)
                 kept = _finite(outputs.features_BD, outputs.logits_BC, batch.ids)
-                _check_linear(head.logits(kept, matrix), outputs.logits_BC, model, settings.autocast != "none")
+                _check_linear(head.logits(kept), outputs.logits_BC, model, settings.autocast != "none")
                 features.append(_kept(kept.cpu(), settings.feature_dtype, batch.ids))
                 seconds += time.perf_counter() - started
+                if shard.index == 0 and len(features) == 1:
+                    _check_repeatable(forward, batch, outputs, settings)
             digests += block.digest.result()
     width = task.target_layers(model)[task.head].in_features
     stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
@@ -106,7 +124,9 @@ def _decode_ahead(source: Source, shard: Shard, task: Task, device: torch.device
 
         for start, stop in shard.blocks():
             read = READER.submit(next, blocks)
-            pending.append((pool.submit(decode, read, start, stop), pool.submit(lambda read: read.result().digest(), read)))
+            pending.append(
+                (pool.submit(decode, read, start, stop), pool.submit(lambda read: read.result().digest(), read))
+            )
             if len(pending) > threads:
                 yield first()
         while pending:
@@ -148,6 +168,47 @@ def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module, au
             f"the output of {type(model).__name__} differs by {float(difference):.3g} from weight x features + bias of its head; expected a "
             "plain linear head with nothing after it; score and ascent would be those of another model"
         )
+
+
+def _check_repeatable(
+    forward: Callable[[Batch], Outputs], batch: Batch, outputs: Outputs, settings: InfluenceConfig
+) -> None:
+    """Refuse a model that draws random numbers in eval mode, or whose features of a row depend on the other rows.
+
+    A part of the block is run twice. The same kernels on the same rows give the same bits, but for atomic additions on a
+    GPU: 100 units in the last place are let pass. Kernels for another number of rows add in another order, which changes
+    the last bits of every layer, and an untrained net of 150 layers enlarges that a thousandfold: 100,000 units, or a
+    fifth of the largest feature in half precision. What is taken from the rest of a batch changes more.
+    """
+    part = min(32, -(-len(batch.ids) // 2))
+    # A compiled model gets as many rows as before, for which it is compiled already.
+    rows = torch.arange(len(batch.ids) if settings.compile else part, device=batch.inputs.device) % part
+    taken = replace(batch, inputs=batch.inputs[rows], labels_B=batch.labels_B[rows])
+    first, second = forward(taken).features_BD.double(), forward(taken).features_BD.double()
+    largest = outputs.features_BD.abs().max()
+    eps = torch.finfo(
+        outputs.features_BD.dtype if settings.autocast == "none" else getattr(torch, settings.autocast)
+    ).eps
+    for where, expected, tolerance, cause in (
+        (
+            "the same batch is run again",
+            second,
+            min(1e2 * eps, 0.02),
+            "dropout, noise or sampling that eval() does not switch off",
+        ),
+        (
+            "other rows stand beside them",
+            outputs.features_BD[rows],
+            min(1e5 * eps, 0.2),
+            "BatchNorm that uses the statistics of its batch",
+        ),
+    ):
+        difference = (first - expected).abs().max()
+        if not difference <= tolerance * largest:
+            raise UnsupportedModelError(
+                f"features of the same rows differ by {float(difference / largest):.2g} of the largest when {where}; expected a model that is "
+                f"deterministic in eval mode and takes each row by itself; look for {cause}"
+            )
 
 
 def _kept(features_BF: Tensor, dtype: str, ids: list[str]) -> npt.NDArray[np.floating] | npt.NDArray[np.uint16]:

@@ -1,9 +1,10 @@
-"""What a forward pass leaves behind; moments, scores and the ascent work on it.
+"""What a forward pass leaves behind; statistics, scores and updates work on it.
 
-Shapes: n samples of a shard, F features (the head's input without the bias input).
+Shapes: n samples of a shard, F features (the layer's input without the bias input). Where a task has T positions a sample,
+features are ``[n, T, F]`` and labels ``[n, T]``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,11 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from imu_ray.errors import NonFiniteError
-from imu_ray.influence.curvature.base import S, merge_tree
-from imu_ray.influence.gradients import LayerIO, classifier_io, gradient_norms
-from imu_ray.influence.scores import influence_scores, sample_losses
-from imu_ray.scopes.head import Head
+from imu_ray.scopes.base import Positions
 from imu_ray.tasks.base import BadRow
 
 
@@ -70,53 +67,19 @@ class ShardReport:
     feature_bytes: int
 
 
-def take_rows(shard: FeatureShard, report: ShardReport, kept_n: npt.NDArray[np.bool_]) -> tuple[FeatureShard, ShardReport]:
+def take_rows(
+    shard: FeatureShard, report: ShardReport, kept_n: npt.NDArray[np.bool_]
+) -> tuple[FeatureShard, ShardReport]:
     """Some rows of a shard; its blocks keep their borders and lose the other rows."""
     sizes = tuple(int(kept_n[rows].sum()) for rows in shard.block_rows())
     part = FeatureShard(
-        shard.features_nF[kept_n], shard.labels_n[kept_n], shard.ids.filter(pa.array(kept_n)), sizes, shard.places_n[kept_n]
+        shard.features_nF[kept_n],
+        shard.labels_n[kept_n],
+        shard.ids.filter(pa.array(kept_n)),
+        sizes,
+        shard.places_n[kept_n],
     )
     return part, replace(report, rows=len(part.ids), block_sizes=sizes, feature_bytes=part.features_nF.nbytes)
-
-
-def block_io(features_BF: Tensor, labels_B: Tensor, head: Head) -> LayerIO:
-    """What the head sees and how the loss pulls on its outputs, for one block."""
-    return classifier_io(head.inputs(features_BF), head.logits(features_BF), labels_B)
-
-
-def shard_statistics(shard: FeatureShard, head: Head, statistics: Callable[[LayerIO], S]) -> S:
-    """``statistics`` of each block, merged in a binary tree."""
-    return merge_tree(statistics(block_io(features, labels, head)) for features, labels in shard.blocks())
-
-
-SCORE_SCHEMA = pa.schema(
-    [("sample_id", pa.string()), ("label", pa.int64()), *((name, pa.float64()) for name in ("loss", "influence", "gradient_norm"))]
-)
-
-
-def score_shard(shard: FeatureShard, head: Head, direction_CD: Tensor) -> pa.Table:
-    """Loss, influence and gradient norm of every sample of a shard (``SCORE_SCHEMA``).
-
-    Raises:
-        NonFiniteError: one of them is NaN or infinite; the message names the samples.
-    """
-    losses, scores, norms = [torch.empty(0)], [torch.empty(0)], [torch.empty(0)]
-    for features, labels in shard.blocks():
-        logits = head.logits(features)
-        layer_io = classifier_io(head.inputs(features), logits, labels)
-        losses.append(sample_losses(logits, labels))
-        scores.append(influence_scores(layer_io, direction_CD))
-        norms.append(gradient_norms(layer_io))
-    columns = [torch.cat(parts).double().numpy() for parts in (losses, scores, norms)]
-    table = pa.table([shard.ids, shard.labels_n, *columns], schema=SCORE_SCHEMA)
-    wrong = ~np.isfinite(columns).all(axis=0)
-    if wrong.any():
-        raise NonFiniteError(
-            f"loss, influence or gradient norm of {int(wrong.sum())} samples is NaN or infinite "
-            f"(ids {first_of(table.filter(pa.array(wrong))['sample_id'].to_pylist())}); expected finite numbers; check the scale of "
-            "weights and inputs, and influence.damping"
-        )
-    return table
 
 
 def first_of(ids: Sequence[str | None]) -> str:
@@ -124,6 +87,50 @@ def first_of(ids: Sequence[str | None]) -> str:
     return f"{', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''}"
 
 
-def norms_of(shard: FeatureShard, head: Head) -> npt.NDArray[np.float64]:
-    """Gradient norm of every sample of a shard."""
-    return np.concatenate([np.empty(0), *(gradient_norms(block_io(*block, head)).numpy() for block in shard.blocks())])
+class FeatureStore:
+    """Cached features of one sample set, addressed by position: a row's place in the order of the shards."""
+
+    def __init__(self, shards: Sequence[FeatureShard]) -> None:
+        self.shards = list(shards)
+        self.starts = np.cumsum([0] + [len(shard.labels_n) for shard in self.shards])
+        self._buffer = np.empty((0, 0))  # fresh memory for every microbatch would cost more than the sums
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def blocks(self) -> list[tuple[FeatureShard, slice]]:
+        """Every block as a shard and its rows."""
+        return [(shard, rows) for shard in self.shards for rows in shard.block_rows()]
+
+    def classes(self) -> Positions:
+        """Labels that occur."""
+        return np.unique(np.concatenate([shard.labels_n for shard in self.shards]))
+
+    @property
+    def block_starts(self) -> Positions:
+        """First position of each block."""
+        sizes = [size for shard in self.shards for size in shard.block_sizes]
+        return np.cumsum([0] + sizes[:-1])
+
+    def shard_of(self, positions: Positions) -> FeatureShard:
+        """The features of ascending positions as a shard of one block."""
+        features, labels = self.gather(positions)
+        return FeatureShard(features.numpy().copy(), labels.numpy(), pa.nulls(len(labels), pa.string()), (len(labels),))
+
+    def gather(self, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Features ``[B, F]`` or ``[B, T, F]`` (float64) and labels ``[B]`` or ``[B, T]`` of ascending positions.
+
+        The features lie in a buffer of the store and hold until the next call.
+        """
+        first = self.shards[0]
+        if len(positions) > len(self._buffer):
+            self._buffer = np.empty((len(positions), *first.features_nF.shape[1:]))
+        features = self._buffer[: len(positions)]
+        labels = np.empty((len(positions), *first.labels_n.shape[1:]), dtype=np.int64)
+        cuts = np.searchsorted(positions, self.starts)
+        for index in np.flatnonzero(np.diff(cuts)):
+            rows = slice(cuts[index], cuts[index + 1])
+            local = positions[rows] - self.starts[index]
+            features[rows] = self.shards[index].features(local)
+            labels[rows] = self.shards[index].labels_n[local]
+        return torch.from_numpy(features), torch.from_numpy(labels)

@@ -1,6 +1,6 @@
 """What a task supplies: how rows become a batch, and what the model's head and loss are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,8 +36,26 @@ class Outputs:
     features_BD: Tensor
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A figure of each sample.
+
+    Attributes:
+        rises: whether it rises as samples are forgotten; otherwise it falls.
+        counted: whether it is 0 or 1 of each sample, so that its mean moves in steps.
+        chance: its mean under a uniform guess, where that is known.
+    """
+
+    rises: bool
+    counted: bool = False
+    chance: float | None = None
+
+
 class Task(Protocol):
-    """A kind of sample, head and loss. Picklable: it travels to every worker."""
+    """A kind of sample, model output and loss. Picklable: it travels to every worker.
+
+    Outputs are what the target layer gives, ``[B, C]``, or ``[B, T, C]`` for T positions of each sample; labels are ``[B]`` or ``[B, T]``.
+    """
 
     @property
     def head(self) -> str:
@@ -47,6 +65,11 @@ class Task(Protocol):
     @property
     def num_classes(self) -> int:
         """Outputs of the head."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The figures that ``sample_metrics`` gives; ``loss`` is one of them."""
         ...
 
     def target_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
@@ -59,4 +82,12 @@ class Task(Protocol):
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """One forward pass in the mode the model is in."""
+        ...
+
+    def sample_metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Every metric of each sample, ``[B]`` float64, by name."""
+        ...
+
+    def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Gradient of each sample's loss with respect to the outputs, in their shape; float64."""
         ...

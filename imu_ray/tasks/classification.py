@@ -1,19 +1,24 @@
 """Image (or array) classification with a linear head and cross-entropy."""
 
 import io
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Rows, Source
 from imu_ray.errors import ConfigError, ForgetSetError, ImuError, NonFiniteError, UnsupportedModelError
+from imu_ray.influence.gradients import output_gradient
+from imu_ray.influence.scores import margins, sample_losses
+from imu_ray.models.copies import unusable
 from imu_ray.models.layers import find_head, linear_layers
-from imu_ray.tasks.base import BadRow, Batch, Outputs
+from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,27 @@ class ClassificationTask:
     shape: tuple[int, ...] | None = None
 
     @classmethod
-    def for_model(cls, model: nn.Module, samples: Source, config: ForgetSetConfig, head: str | None = None) -> "ClassificationTask":
+    def for_model(
+        cls, model: nn.Module, samples: Source, config: ForgetSetConfig, head: str | None = None
+    ) -> "ClassificationTask":
         """Find the model's head with the first usable row of ``samples``."""
+        size, limit = config.image_size or 0, Image.MAX_IMAGE_PIXELS
+        if limit is not None and size**2 > limit:
+            raise ConfigError(
+                f"forget_set.image_size is {size}; expected at most {math.isqrt(limit)}, Pillow's limit for an image"
+            )
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-        task = cls(replace(config, on_bad_row="skip"), dtype=parameter.dtype)
-        batch = next((b for start in range(samples.num_rows) if len((b := task.collate(samples.read(start, start + 1))).ids)), None)
-        if batch is None:
-            raise ForgetSetError(f"no row of {samples.name} can be used; expected at least one that decodes to finite numbers")
-        try:
-            name = find_head(model, batch.inputs.to(parameter.device), head)
-        except (RuntimeError, ValueError, TypeError) as error:
+        task = cls(config.with_overrides({"on_bad_row": "skip"}), dtype=parameter.dtype)
+        for row in range(samples.num_rows):
+            batch = task.collate(samples.read(row, row + 1))
+            if batch.ids:
+                break
+        else:
             raise ForgetSetError(
-                f"{type(model).__name__} cannot take a sample of shape {list(batch.inputs.shape[1:])}: {error}; expected inputs as "
-                "the model was trained on; see forget_set.image_mode and forget_set.image_size"
-            ) from None
+                f"no row of {samples.name} can be used (the last: {batch.bad_rows[0].reason}); expected at least one that decodes to finite "
+                "numbers; see forget_set.image_column"
+            )
+        name = find_head(model, batch.inputs.to(parameter.device), head)
         outputs = linear_layers(model)[name].out_features
         if config.classes is not None and (len(config.classes) != outputs or len(set(config.classes)) != outputs):
             raise ConfigError(
@@ -56,6 +68,31 @@ class ClassificationTask:
                 "outputs; expected every class once, in the order of the outputs"
             )
         return cls(config, name, outputs, parameter.dtype, tuple(batch.inputs.shape[1:]))
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """Loss, the same bounded by that of a uniform guess, accuracy and margin (``margins``)."""
+        guess = 1 / max(self.num_classes, 1)
+        return {
+            "loss": Metric(rises=True, chance=-math.log(guess)),
+            "bounded_loss": Metric(rises=True, chance=-math.log(guess)),
+            "accuracy": Metric(rises=False, counted=True, chance=guess),
+            "margin": Metric(rises=False),
+        }
+
+    def sample_metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        r"""Cross-entropy :math:`\ell` and :math:`\min(\ell, \ln C)` in nats, 1 for a right prediction, and the margin; ``[B]`` each."""
+        losses = sample_losses(outputs, labels)
+        return {
+            "loss": losses,
+            "bounded_loss": losses.clamp_max(math.log(self.num_classes)),
+            "accuracy": (outputs.argmax(1) == labels).double(),
+            "margin": margins(outputs, labels),
+        }
+
+    def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """``p - onehot(y)``, exact for confident samples."""
+        return output_gradient(outputs, labels)
 
     def target_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The head."""
@@ -69,7 +106,9 @@ class ClassificationTask:
             NonFiniteError: a row holds NaN or infinity.
         """
         inputs, kept, bad = [], [], []
-        for place, (sample_id, label, value) in enumerate(zip(rows.ids, rows.labels.tolist(), rows.inputs, strict=True)):
+        for place, (sample_id, label, value) in enumerate(
+            zip(rows.ids, rows.labels.tolist(), rows.inputs, strict=True)
+        ):
             if self.num_classes and not 0 <= label < self.num_classes:
                 raise ForgetSetError(f"row {sample_id!r} has label {label}; expected 0 to {self.num_classes - 1}")
             try:
@@ -85,7 +124,10 @@ class ClassificationTask:
                 self._leave_out(rows.ids[kept[at]], "the input holds NaN or infinity", NonFiniteError)
                 for at in (~finite).nonzero()[:, 0].tolist()
             ]
-            stacked, kept = stacked[finite], [place for place, usable in zip(kept, finite.tolist(), strict=True) if usable]
+            stacked, kept = (
+                stacked[finite],
+                [place for place, usable in zip(kept, finite.tolist(), strict=True) if usable],
+            )
         return Batch(stacked, torch.from_numpy(rows.labels[kept]), [rows.ids[place] for place in kept], bad)
 
     def _leave_out(self, sample_id: str, reason: str, kind: type[ImuError]) -> BadRow:
@@ -100,26 +142,49 @@ class ClassificationTask:
     def _input(self, value: Any) -> Tensor:
         if value is None:
             raise _UnusableRowError("the input is missing")
-        if isinstance(value, bytes):
-            value = _decode(value)
-        if isinstance(value, Image.Image):
-            if value.mode.startswith("I") or value.mode == "F":
-                raise _UnusableRowError(f"the image has mode {value.mode}, more than 8 bits a channel, which would be cut off")
-            image = value.convert(self.config.image_mode)
-            if self.config.image_size:
-                image = image.resize((self.config.image_size,) * 2, Image.Resampling.BILINEAR)
-            pixels = torch.from_numpy(np.array(image))
-            value = (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.unsqueeze(0)).to(self.dtype) / 255
+        if isinstance(value, bytes | Image.Image):
+            value = self._pixels(value)
         try:
-            numbers = torch.as_tensor(value).to(self.dtype)
+            if not isinstance(value, Tensor):
+                array = np.asarray(value)
+                # A copy as torch takes it: not mirrored, read-only or of the other byte order.
+                value = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
         except (TypeError, ValueError, RuntimeError):
-            raise _UnusableRowError(f"the input is a {type(value).__name__}, not an image or an array of numbers") from None
-        numbers = self._standardise(numbers)
+            raise _UnusableRowError(
+                f"the input is a {type(value).__name__}, not an image or an array of numbers"
+            ) from None
+        reason = unusable(value) or ("complex" if value.is_complex() else None if value.numel() else "empty")
+        if reason:
+            raise _UnusableRowError(f"the input is {reason}")
+        numbers = self._standardise(value.detach().to(self.dtype))
         if self.shape is not None and tuple(numbers.shape) != self.shape:
             raise _UnusableRowError(
                 f"its shape is {list(numbers.shape)}, that of the first sample {list(self.shape)} (see forget_set.image_size)"
             )
         return numbers
+
+    def _pixels(self, image: bytes | Image.Image) -> Tensor:
+        """A decoded image ``[channels, height, width]`` in [0, 1]; one large enough to exhaust memory is refused."""
+        try:
+            if isinstance(image, bytes):
+                image = Image.open(io.BytesIO(image))
+            # Pillow only warns up to twice this many, and filters of warnings are shared by the threads that decode.
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            if image.mode.startswith("I") or image.mode == "F":
+                raise _UnusableRowError(
+                    f"the image has mode {image.mode}, more than 8 bits a channel, which would be cut off"
+                )
+            image = image.convert(self.config.image_mode)
+        except (_UnusableRowError, MemoryError):
+            raise
+        except Exception as error:  # a decoder raises anything
+            raise _UnusableRowError(f"the image does not decode ({type(error).__name__})") from None
+        if self.config.image_size:
+            image = image.resize((self.config.image_size,) * 2, Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image))
+        return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.unsqueeze(0)).to(self.dtype) / 255
 
     def _standardise(self, numbers: Tensor) -> Tensor:
         for name, sign in (("mean", -1), ("std", 1)):
@@ -137,38 +202,26 @@ class ClassificationTask:
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """One forward pass; the head's input is caught on the way."""
         caught: list[Tensor] = []
-        hook = linear_layers(model)[self.head].register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
+        layer, rows = linear_layers(model)[self.head], len(batch.labels_B)
+        hook = layer.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
         try:
             logits = model(batch.inputs)
         finally:
             hook.remove()
         if len(caught) != 1:
-            raise UnsupportedModelError(f"the head {self.head!r} was called {len(caught)} times in a forward pass; expected once")
+            raise UnsupportedModelError(
+                f"the head {self.head!r} was called {len(caught)} times in a forward pass; expected once"
+            )
+        shapes = [tuple(getattr(found, "shape", ())) for found in (caught[0], logits)]
+        if shapes != [(rows, layer.in_features), (rows, layer.out_features)]:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} gave head inputs {shapes[0]} and outputs {shapes[1]} for {rows} samples; expected a row for each"
+            )
         return Outputs(logits, batch.labels_B, caught[0])
 
 
 class _UnusableRowError(Exception):
     """Why one row cannot be used."""
-
-
-def _decode(encoded: bytes) -> Image.Image:
-    """An image from its bytes; one large enough to exhaust memory is refused."""
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        # Pillow only warns up to twice this many, and filters of warnings are shared by the threads that decode.
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError
-        image.load()
-        return image
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise _UnusableRowError(f"the image does not decode ({type(error).__name__})") from None
 
 
 TASKS = {"classification": ClassificationTask}

@@ -1,50 +1,17 @@
-"""One global step of the ascent: gradient over the global batch, penalties, preconditioner, optimiser.
+"""One global step: penalties, preconditioner and optimiser on named parameters.
 
-Shapes: B samples, C classes, D head inputs with the bias input. Everything is float64; the head is rounded to the model's
-type once, at the end.
+Everything is float64; parameters are rounded to the model's type once, at the end.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from imu_ray.config import AscentConfig
 from imu_ray.influence.curvature.base import FittedCurvature
-from imu_ray.scopes.head import Head
-from imu_ray.updates.batches import FeatureStore, Positions
-from imu_ray.updates.objectives import LogitGradient
-from imu_ray.updates.workers import Workers
-
-
-def batch_gradient(
-    microbatches: list[Positions],
-    features: FeatureStore,
-    weights: "np.ndarray[Any, np.dtype[np.float64]]",
-    objective: LogitGradient,
-    matrix_CD: Tensor,
-    original: Head,
-    workers: Workers,
-) -> Tensor:
-    r"""Gradient of the weighted objective over one global batch, ``[C, D]``; the same on every worker.
-
-    .. math:: \frac{1}{\sum_B w_i} \sum_B w_i\, r_i h_i^\top
-
-    The divisor is that of the global batch, read off the weight table, so that the number of workers changes nothing.
-    A worker without a microbatch adds zeros.
-    """
-    gradient = torch.zeros_like(matrix_CD)
-    if not microbatches:  # no sample of the batch was kept when it was scored again
-        return gradient
-    start_CD = original.matrix_CD.to(workers.device)
-    for positions in workers.mine(microbatches):
-        inputs, labels = (part.to(workers.device) for part in features.gather(positions))
-        pull = objective(original.logits(inputs, matrix_CD), labels, original.logits(inputs, start_CD))
-        pull *= torch.from_numpy(weights[positions]).to(workers.device).unsqueeze(1)
-        gradient += original.gradient(pull, inputs)
-    return workers.sum(gradient) / float(weights[np.concatenate(microbatches)].sum())
+from imu_ray.scopes.base import Parameters
 
 
 def learning_rate(config: AscentConfig, step: int, total_steps: int) -> float:
@@ -57,44 +24,65 @@ def learning_rate(config: AscentConfig, step: int, total_steps: int) -> float:
     return config.learning_rate
 
 
-class HeadOptimiser:
-    """The head's matrix and its optimiser; a step is a function of (state, gradient, learning rate) alone."""
+class Optimiser:
+    """Parameters and their optimiser; a step is a function of (state, gradient, learning rate) alone."""
 
-    def __init__(self, original: Head, config: AscentConfig, preconditioner: FittedCurvature | None, device: torch.device) -> None:
-        self.config, self.preconditioner = config, preconditioner
-        self.original = original.matrix_CD.to(device)
-        self.matrix = self.original.clone()
+    def __init__(
+        self, parameters: Parameters, config: AscentConfig, preconditioners: Mapping[str, FittedCurvature]
+    ) -> None:
+        self.config, self.preconditioners = config, preconditioners
+        self.original, self.parameters = parameters, {name: tensor.clone() for name, tensor in parameters.items()}
+        tensors = list(self.parameters.values())
         self.optimiser: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            self.optimiser = torch.optim.SGD([self.matrix], lr=config.learning_rate, momentum=config.momentum)
+            self.optimiser = torch.optim.SGD(tensors, lr=config.learning_rate, momentum=config.momentum)
         else:
             betas = (config.momentum, 0.999)
-            self.optimiser = torch.optim.AdamW([self.matrix], lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
+            self.optimiser = torch.optim.AdamW(
+                tensors, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay
+            )
 
-    def step(self, gradient_CD: Tensor, rate: float) -> None:
+    def step(self, gradient: Mapping[str, Tensor], rate: float) -> None:
         r"""Take a step along :math:`P(\nabla + \text{penalties})`.
 
         Penalties are added once, after the workers' sums: weight decay (SGD), the L1 subgradient
         :math:`\alpha\,\mathrm{sign}(W)` and the anchor :math:`\mu (W - W_0)`.
         """
         config = self.config
-        total = gradient_CD + config.l1 * self.matrix.sign() + config.anchor * (self.matrix - self.original)
-        if config.optimizer == "sgd":
-            total = total + config.weight_decay * self.matrix
-        self.matrix.grad = self.preconditioner.apply_inverse(total) if self.preconditioner is not None else total
+        for name, tensor in self.parameters.items():
+            total = gradient[name] + config.l1 * tensor.sign() + config.anchor * (tensor - self.original[name])
+            if config.optimizer == "sgd":
+                total = total + config.weight_decay * tensor
+            tensor.grad = self.preconditioners[name].apply_inverse(total) if name in self.preconditioners else total
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.step()
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies of the matrix and of the optimiser's tensors, by name."""
-        inner = self.optimiser.state[self.matrix]
-        tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
-        return {key: value.detach().cpu().clone() for key, value in {"matrix": self.matrix, **tensors}.items()}
+    def set(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take over the values of other parameters."""
+        for name, tensor in self.parameters.items():
+            tensor.copy_(parameters[name])
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the parameters and of the optimiser's tensors, by ``parameters.<layer>`` and ``<key>.<layer>``."""
+        found = {f"parameters.{name}": tensor for name, tensor in self.parameters.items()}
+        for name, tensor in self.parameters.items():
+            inner = self.optimiser.state[tensor]
+            found |= {f"{key}.{name}": value for key, value in inner.items() if isinstance(value, Tensor)}
+        return {key: value.detach().cpu().clone() for key, value in found.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go back to what ``state`` returned."""
-        device = self.matrix.device
-        self.matrix.copy_(state["matrix"])
-        # AdamW counts its steps in a tensor that stays on the CPU.
-        inner = {key: value.to("cpu" if key == "step" else device, copy=True) for key, value in state.items() if key != "matrix"}
-        self.optimiser.state[self.matrix] = inner
+        self.set(part_of(state, "parameters"))
+        for name, tensor in self.parameters.items():
+            # AdamW counts its steps in a tensor that stays on the CPU.
+            inner = {key.removesuffix(f".{name}"): value for key, value in state.items() if key.endswith(f".{name}")}
+            self.optimiser.state[tensor] = {
+                key: value.to("cpu" if key == "step" else tensor.device, copy=True)
+                for key, value in inner.items()
+                if key in ("step", "momentum_buffer", "exp_avg", "exp_avg_sq")
+            }
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> Parameters:
+    """What stands in a state under ``<prefix>.<layer>``, by layer."""
+    return {key.removeprefix(f"{prefix}."): value for key, value in state.items() if key.startswith(f"{prefix}.")}

@@ -1,16 +1,16 @@
-"""When the ascent ends: targets worked out from the data, and what must not happen on the way."""
+"""When an update ends: targets worked out from the data, and what must not happen on the way."""
 
-import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from imu_ray.config import GuardConfig, StopConfig
-from imu_ray.errors import ConfigError
+from imu_ray.errors import ConfigError, nearest
+from imu_ray.scopes.measure import MEMBERSHIP
+from imu_ray.tasks.base import Metric
 
-logger = logging.getLogger("imu_ray")
 WHOLE_CLASS_ACCURACY = 0.01  # the paper's notion of a forgotten class
-CHANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,103 +40,113 @@ class StopTarget:
         return f"{self.metric} is {record[self.metric]:.4f}; target {self.threshold:.4f} ({self.reason})"
 
 
-def looks_like_whole_classes(label_counts: Mapping[int, int], num_classes: int, kept_labels: Collection[int] = ()) -> bool:
-    """Whether a forget set is whole classes rather than a random draw.
+def verdict(targets: Sequence[StopTarget], record: Mapping[str, float]) -> tuple[str, str]:
+    """Status and reason after a check, or two empty strings when the update must continue."""
+    for target in targets:
+        if target.reached(record):
+            if record["step"] == 0:
+                return (
+                    "already_met",
+                    f"the original model meets the target and is left as it is: {target.describe(record)}",
+                )
+            if target.overshoot(record) > target.tolerance:
+                return (
+                    "not_reached",
+                    f"the target was jumped over by more than ascent.stop.tolerance: {target.describe(record)}",
+                )
+            return "reached", target.describe(record)
+    return "", ""
 
-    False when samples of these classes are kept, as far as the evaluation sets show (``kept_labels``).
-    True when a random draw of as many rows from equally frequent classes would leave out as many classes as this one does
-    with a probability below 1e-3 (union bound). Equally frequent classes are an assumption; the manifest records the verdict.
-    """
-    rows, present = sum(label_counts.values()), len(label_counts)
-    if present == num_classes or not label_counts.keys().isdisjoint(kept_labels):
-        return False
-    log_bound = math.log(math.comb(num_classes, present)) + rows * math.log(present / num_classes)
-    return log_bound < math.log(CHANCE)
+
+def guard_violation(record: Mapping[str, float], config: GuardConfig, metrics: Mapping[str, Metric]) -> str | None:
+    """Why a check must not stand, or None."""
+    loss, drift = record["forget.loss"], record["parameter_drift"]
+    if not math.isfinite(loss + drift):
+        return "the loss or the parameters are not finite"
+    if loss > config.max_forget_loss:
+        return f"forget.loss {loss:.1f} is above ascent.guard.max_forget_loss {config.max_forget_loss:g}"
+    if config.max_parameter_drift is not None and drift > config.max_parameter_drift:
+        return f"parameter drift {drift:.4f} is above ascent.guard.max_parameter_drift {config.max_parameter_drift:g}"
+    for name, limit in config.limits.items():
+        above = metrics[name.rpartition(".")[2]].rises
+        if (record[name] > limit) if above else (record[name] < limit):
+            return f"{name} {record[name]:.4f} is {'above' if above else 'below'} ascent.guard.limits {limit:g}"
+    return None
+
+
+def metric_of(name: str, metrics: Mapping[str, Metric], sets: Sequence[str], setting: str) -> Metric:
+    """The metric behind ``<set>.<metric>``; ``ConfigError`` when there is no such set or metric."""
+    set_name, _, metric = name.rpartition(".")
+    if set_name in sets and metric in metrics:
+        return metrics[metric]
+    valid = [f"{each}.{metric}" for each in sets for metric in metrics]
+    raise ConfigError(f"{setting} names {name!r}; {nearest(name, [*valid, MEMBERSHIP])}")
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What ``evaluation["test"]`` shows, as figures of the original model by metric, in all and ``per_class``."""
+
+    figures: Mapping[str, Any]
+    label_counts: Mapping[int, int]
+
+    @property
+    def shares_labels(self) -> bool:
+        """Whether it has samples of a label of the forget set."""
+        return not self.figures["per_class"].keys().isdisjoint(map(str, self.label_counts))
+
+    def expected(self, metric: str) -> float:
+        """Mean of a metric over unseen samples with the labels of the forget set; of all where a label does not occur."""
+        per_class, rows = self.figures["per_class"], sum(self.label_counts.values())
+        means = ((per_class.get(str(label), self.figures)[metric], count) for label, count in self.label_counts.items())
+        return float(sum(mean * count for mean, count in means) / rows)
 
 
 def stop_targets(
-    config: StopConfig,
-    label_counts: Mapping[int, int],
-    num_classes: int,
-    unseen_accuracy: float | None,
-    unseen_labels: Collection[int] = (),
-    kept_labels: Collection[int] = (),
+    config: StopConfig, metrics: Mapping[str, Metric], rows: int, unseen: Unseen | None
 ) -> list[StopTarget]:
-    """The targets of a run; the first that is met ends it.
+    """The targets that are named in ``ascent.stop.targets``; the first that is met ends the update.
 
     Args:
-        config: the stop rules.
-        label_counts: rows of the forget set per class.
-        num_classes: classes of the model.
-        unseen_accuracy: accuracy of the original model on ``evaluation["test"]``, if given.
-        unseen_labels: labels that occur there.
-        kept_labels: labels that occur in evaluation sets other than ``"test"``.
+        config: the stop rules; ``targets`` is a mapping.
+        metrics: metrics of the task.
+        rows: samples of the forget set.
+        unseen: what unseen samples show; None when there are none.
 
     Raises:
-        ConfigError: a rule needs ``evaluation["test"]``, which was not given.
+        ConfigError: a metric is not known, or a rule needs ``evaluation["test"]``, which was not given.
     """
     targets = []
-    # An accuracy moves in steps of one sample, so no run can be asked to end nearer than that.
-    nearest = max(config.tolerance, 1 / sum(label_counts.values()))
-    if config.forget_accuracy == "auto":
-        whole = looks_like_whole_classes(label_counts, num_classes, kept_labels)
-        targets += _automatic_target(label_counts, whole, unseen_accuracy, nearest)
-    elif config.forget_accuracy is not None:
-        targets.append(StopTarget("forget_accuracy", config.forget_accuracy, "ascent.stop.forget_accuracy", nearest))
-    if config.forget_loss is not None:
-        automatic = config.forget_loss == "auto"
-        threshold = math.log(num_classes) if config.forget_loss == "auto" else config.forget_loss
-        reason = "auto: loss of a uniform guess" if automatic else "ascent.stop.forget_loss"
-        targets.append(StopTarget("forget_loss", threshold, reason, config.tolerance, rising=True))
-    if config.membership:
-        if unseen_accuracy is None or label_counts.keys().isdisjoint(unseen_labels):
-            raise ConfigError(
-                "ascent.stop.membership is true without unseen samples of the forgotten classes; expected evaluation['test'] with some; give it"
+    for name, value in config.targets.items():
+        if value is None:
+            continue
+        if name == MEMBERSHIP:
+            targets.append(_membership_target(value, unseen, config.tolerance))
+            continue
+        metric = metric_of(name, metrics, ["forget"], "ascent.stop.targets")
+        threshold, reason = value, f"ascent.stop.targets.{name}"
+        if value == "auto":
+            if unseen is None:
+                raise ConfigError(
+                    f"ascent.stop.targets.{name} is 'auto' without unseen samples; expected evaluation['test'], whose samples show "
+                    "what such samples are like when they were never learnt; give it, or a number"
+                )
+            threshold, reason = (
+                unseen.expected(name.rpartition(".")[2]),
+                "auto: the mean over unseen samples of the same labels",
             )
-        targets.append(StopTarget("membership_auc", 0.5, "ascent.stop.membership", config.tolerance))
+        # The mean of a counted metric moves in steps of one sample, so no run can be asked to end nearer than that.
+        tolerance = max(config.tolerance, 1 / rows) if metric.counted else config.tolerance
+        targets.append(StopTarget(name, float(threshold), reason, tolerance, metric.rises))
     return targets
 
 
-def _automatic_target(label_counts: Mapping[int, int], whole: bool, unseen_accuracy: float | None, tolerance: float) -> list[StopTarget]:
-    if whole:
-        logger.warning(
-            "ascent.stop.forget_accuracy is auto: the %d forget samples look like all of class %s, which will be forgotten whole; if "
-            "other samples of it are kept, set ascent.stop.forget_accuracy to a number",
-            sum(label_counts.values()),
-            ", ".join(str(label) for label in label_counts),
+def _membership_target(value: float | str, unseen: Unseen | None, tolerance: float) -> StopTarget:
+    if unseen is None or not unseen.shares_labels:
+        raise ConfigError(
+            f"ascent.stop.targets.{MEMBERSHIP} is set without unseen samples of the forgotten labels; expected evaluation['test'] "
+            "with some; give it"
         )
-        return [StopTarget("forget_accuracy", WHOLE_CLASS_ACCURACY, "auto: the forget set is whole classes", tolerance)]
-    if unseen_accuracy is not None:
-        reason = "auto: accuracy of the original model on evaluation['test']"
-        return [StopTarget("forget_accuracy", unseen_accuracy, reason, tolerance)]
-    logger.warning(
-        "ascent.stop.forget_accuracy is auto, but the forget set is not whole classes and there is no evaluation['test'], so all "
-        "epochs are run; give an evaluation set or a number, because ascent without a stop rule ruins the model"
+    return StopTarget(
+        MEMBERSHIP, 0.5 if value == "auto" else float(value), f"ascent.stop.targets.{MEMBERSHIP}", tolerance
     )
-    return []
-
-
-def recipe_warning(recipe: str, label_counts: Mapping[int, int], num_classes: int) -> str | None:
-    """What to tell a user whose forget set contradicts the recipe, or None."""
-    whole = looks_like_whole_classes(label_counts, num_classes) or (len(label_counts) == 1 and recipe == "samples")
-    found = f"a forget set with samples of {len(label_counts)} of {num_classes} classes, which looks like"
-    if recipe == "samples" and whole:
-        return f"recipe 'samples' on {found} whole classes; recipe 'classes' is made for those"
-    if recipe == "classes" and not whole:
-        return f"recipe 'classes' on {found} a random draw; recipe 'samples' is made for those"
-    return None
-
-
-def guard_violation(record: Mapping[str, float], config: GuardConfig) -> str | None:
-    """Why a check must not stand, or None."""
-    loss, drift = record["forget_loss"], record["parameter_drift"]
-    if not math.isfinite(loss + drift):
-        return "the loss or the head is not finite"
-    if loss > config.max_forget_loss:
-        return f"forget loss {loss:.1f} is above ascent.guard.max_forget_loss {config.max_forget_loss:g}"
-    if config.max_parameter_drift is not None and drift > config.max_parameter_drift:
-        return f"parameter drift {drift:.4f} is above ascent.guard.max_parameter_drift {config.max_parameter_drift:g}"
-    guarded = f"{config.evaluation_set}_accuracy"
-    if config.min_accuracy is not None and record[guarded] < config.min_accuracy:
-        return f"{guarded} {record[guarded]:.4f} is below ascent.guard.min_accuracy {config.min_accuracy:g}"
-    return None

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from imu_ray.audits import membership
-from imu_ray.audits.accuracy import Predictions
-from imu_ray.audits.membership import LossDraw, membership_inference
+from imu_ray.audits.base import Predictions
+from imu_ray.audits.membership import Membership, membership_inference
 from imu_ray.config import AuditConfig
 
 RANDOM = np.random.default_rng(0)
@@ -29,32 +29,29 @@ def test_a_known_overlap_gives_its_balanced_accuracy():
     assert found["balanced_accuracy"] == pytest.approx(0.75, abs=0.03)
 
 
-def predictions(losses, labels):
-    return Predictions(labels, losses, losses < 1)
+def draw(monkeypatch, measured, seed=0):
+    """Losses of either side that the figures are made from."""
+    monkeypatch.setattr(membership, "membership_inference", lambda members, others, config, seed: (members, others))
+    measured = {name: Predictions(labels, {"loss": losses}, 8) for name, (labels, losses) in measured.items()}
+    return Membership().run(measured, AuditConfig(), seed)["membership"]
 
 
-def test_unseen_samples_of_other_classes_are_not_drawn():
-    labels = np.repeat([0, 7, 3], [50, 70, 20])
-    draw = LossDraw(0, np.array([0, 3]))
-    draw.take(predictions(labels.astype(float), labels))
-    assert draw.losses.tolist() == [0.0] * 50 + [3.0] * 20
+def test_unseen_samples_of_other_classes_are_not_drawn(monkeypatch):
+    forget, unseen = (np.array([0, 3]), np.array([0.5, 1.5])), np.repeat([0, 7, 3], [50, 70, 20])
+    members, others = draw(monkeypatch, {"forget": forget, "test": (unseen, unseen.astype(float))})
+    assert members.tolist() == [0.5, 1.5]
+    assert others.tolist() == [0.0] * 50 + [3.0] * 20
 
 
-def test_of_many_samples_a_part_is_drawn_evenly_however_they_come(monkeypatch):
+def test_of_many_samples_a_part_is_drawn_evenly(monkeypatch):
     monkeypatch.setattr(membership, "LIMIT", 100)
-    losses = np.arange(1000.0)
+    many = np.zeros(1000, int), np.arange(1000.0)
     counts = np.zeros(10)
     for seed in range(200):
-        drawn = []
-        for sizes in ([1000], [90, 9, 2, 399, 0, 500]):
-            draw = LossDraw(seed)
-            for rows in np.split(np.arange(1000), np.cumsum(sizes)[:-1]):
-                draw.take(predictions(losses[rows], np.zeros(len(rows), int)))
-            drawn.append(draw.losses)
-        assert np.array_equal(*drawn)
-        assert len(np.unique(drawn[0])) == 100
-        assert (np.diff(drawn[0]) > 0).all(), "in order"
-        counts += np.histogram(drawn[0], 10, (0, 1000))[0]
+        drawn, _ = draw(monkeypatch, {"forget": many, "test": many}, seed)
+        assert len(drawn) == 100
+        assert (np.diff(drawn) > 0).all(), "in order"
+        counts += np.histogram(drawn, 10, (0, 1000))[0]
     # 2,000 draws in each tenth, give or take: the deviation of each is below sqrt(2000 x 0.9) = 42.
     assert np.abs(counts - 2000).max() < 5 * 42
 

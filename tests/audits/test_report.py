@@ -1,8 +1,17 @@
+import re
+
 import numpy as np
+import pytest
 
 from imu_ray.audits.report import render_report
+from imu_ray.audits.sweep_report import render_sweep
 
-FIGURES = {"samples": 3, "accuracy": 0.5, "loss": 1.25, "per_class": {"7": {"samples": 3, "accuracy": 0.5, "loss": 1.25}}}
+FIGURES = {
+    "samples": 3,
+    "accuracy": 0.5,
+    "loss": 1.25,
+    "per_class": {"7": {"samples": 3, "accuracy": 0.5, "loss": 1.25}},
+}
 MANIFEST = {
     "created": "2026-01-01", "model": {"class": "Net", "head": "fc", "hash_before": "a1"}, "seed": 0, "config_identity": "c0ffee",
     "config": {"recipe": "paper"}, "forget_set": {"rows_used": 3, "fingerprint": "f00d", "bad_rows": []}, "seconds": {"scores": 1.0},
@@ -23,8 +32,7 @@ def test_figures_stand_in_the_page_and_markup_in_them_is_escaped():
 
 
 def test_a_run_without_metrics_still_has_a_page():
-    influence, weights = [np.array([-1.0]), np.array([0.5, -3.0])], [np.array([1.0]), np.array([0.0, 1.0])]
-    page = render_report(MANIFEST, {}, (lambda: influence, lambda: weights), None)
+    page = render_report(MANIFEST, {}, (np.array([-1.0, 0.5, -3.0]), np.array([1.0, 0.0, 1.0])), None)
     assert page.count("<svg") == 1
     assert "the 2 kept of 3 samples" in page
     assert "f00d" in page
@@ -42,6 +50,72 @@ def test_the_page_says_how_far_the_damping_dominates():
     assert "98.7 %" in page
     assert "50.0 %" in page
     assert "The damping dominates" not in page
-    page = render_report({**MANIFEST, "config": config, "influence": {**INFLUENCE, "plain_gradient_share": 0.999}}, {}, None, None)
+    page = render_report(
+        {**MANIFEST, "config": config, "influence": {**INFLUENCE, "plain_gradient_share": 0.999}}, {}, None, None
+    )
     assert "The damping dominates" in page
     assert "kfac" not in render_report({**MANIFEST, "config": config}, {}, None, None)
+
+
+ASCENT = {"steps": 25, "kept_samples": 3, "reason": "the accuracy is 0.5"}
+
+
+@pytest.mark.parametrize(
+    ("ascent", "shown", "colour"),
+    [
+        ({"status": "reached"}, "The target was reached.", "reached"),
+        ({"status": "already_met", "steps": 0}, "Nothing was done: the model meets the target already.", "already_met"),
+        ({"status": "not_reached"}, "The target was not reached.", "not_reached"),
+        ({"status": "stopped_by_guard"}, "A guard stopped the run before the target", "stopped_by_guard"),
+        ({"status": "reached", "warnings": ["near chance: <b>?"]}, "near chance: &lt;b&gt;?", "doubtful"),
+        (
+            {"status": "reached", "recipe": "samples", "recipe_reason": "all classes"},
+            "<code>samples</code>: all classes.",
+            "reached",
+        ),
+    ],
+)
+def test_the_headline_says_how_the_run_ended_and_is_green_only_when_it_is_done(ascent, shown, colour):
+    page = render_report({**MANIFEST, "ascent": {**ASCENT, **ascent}}, {}, None, None)
+    assert shown in page
+    assert f'<span class="status {colour}">{ascent["status"].replace("_", " ")}</span>' in page
+    assert ("Only the head was changed" in page) == (ascent.get("steps") != 0)
+
+
+def test_what_was_resumed_is_said():
+    assert "2026-01-01, resumed 2026-01-03" in render_report(
+        {**MANIFEST, "resumed": ["2026-01-02", "2026-01-03"]}, {}, None, None
+    )
+
+
+ACCURACIES = {"forget": "forget.accuracy", "test": "test.accuracy"}
+ROW = {
+    "trial": "a", "seed": 1, "rows": 30, "status": "reached", "reason": "", "steps": 5, "forget.accuracy": 0.5, "test.accuracy": 0.75,
+    "membership": None, "output_change": 0.1, "parameter_drift": 0.2, "seconds": 3.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("best", "shown"), [(["a"], "chosen by output change"), ([], "none was chosen")])
+def test_a_sweep_says_by_what_it_chose_only_where_it_chose(best, shown):
+    rows = [
+        ROW,
+        {**ROW, "trial": "b", "status": "failed", "rows": None, "forget.accuracy": None, "test.accuracy": None},
+    ]
+    page = render_sweep(
+        {"created": "2026-01-01", "axes": {"seed": "[1]"}, "choose_by": "output_change"}, rows, ACCURACIES, best
+    )
+    assert shown in page
+    assert ("chosen by" in page) == bool(best)
+    assert "75.00" in page
+    assert "None" not in page
+
+
+def test_every_cell_that_is_stacked_on_a_phone_has_its_name_and_the_status_comes_first():
+    sweep = render_sweep({"created": "", "axes": {"seed": ""}, "choose_by": "auto"}, [ROW], ACCURACIES, [])
+    report = render_report(MANIFEST, {"before": side(0.9), "after": side(0.1)}, None, None)
+    for page in (sweep, report):
+        stacked = "".join(re.findall(r'<table class="stacked">.*?</table>', page, re.DOTALL))
+        assert stacked
+        assert not re.findall(r"<td>", stacked)
+    assert re.search(r'<td class="first">\s*reached</td>', sweep)
+    assert 'data-name="Accuracy after"' in report

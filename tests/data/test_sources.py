@@ -1,4 +1,6 @@
 import hashlib
+import os
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,8 @@ from samples import Pairs, image_table, pairs, tensors, write_images
 from torch.utils.data import IterableDataset
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data import PartSource, Rows, draw_rows, open_source
+from imu_ray.data import SOURCES, PartSource, Rows, Source, draw_rows, open_source
+from imu_ray.data.source import UnreadableError
 from imu_ray.errors import ForgetSetError
 
 CONFIG = ForgetSetConfig()
@@ -134,7 +137,7 @@ def test_a_linked_folder_and_a_mixed_folder_are_refused(tmp_path):
         open_source(root, CONFIG)
     (root / "5").unlink()
     write_images(root / "more.parquet", 3)
-    with pytest.raises(ForgetSetError, match="holds Parquet files and images"):
+    with pytest.raises(ForgetSetError, match=r"holds files of several kinds \(ParquetSource, FolderSource\)"):
         open_source(root, CONFIG)
 
 
@@ -145,18 +148,21 @@ def test_files_with_other_columns_are_refused_by_name(tmp_path):
         open_source(tmp_path, CONFIG)
 
 
-def test_a_missing_input_has_the_same_fingerprint_everywhere():
-    rows = Rows(["a"], np.array([0]), [None])
-    assert rows.digest() == hashlib.sha256(b"1:a0:4:none").digest()
-
-
-def test_a_dataset_label_that_is_not_whole_is_refused():
-    class Halves(Pairs):
-        def __getitem__(self, row):
-            return self.inputs[row], 2.5
-
-    with pytest.raises(ForgetSetError, match="row 0 of Halves has label 2.5"):
-        open_source(Halves(*tensors(3)), CONFIG).read(0, 1)
+def test_the_fingerprint_of_what_is_missing_or_no_array_of_numbers_is_defined():
+    assert Rows(["a"], np.array([0]), [None]).digest() == hashlib.sha256(b"1:a0:4:none").digest()
+    values = [
+        torch.ones(2).bfloat16(),
+        torch.eye(2).to_sparse(),
+        {"a": 1},
+        [[1], [1, 2]],
+        torch.empty(0),
+        np.float32(1),
+    ]
+    assert len({Rows(["a"], np.array([0]), [value]).digest() for value in values}) == len(values)
+    assert (
+        Rows(["a"], np.array([0]), [torch.ones(2)]).digest()
+        == Rows(["a"], np.array([0]), [np.ones(2, np.float32)]).digest()
+    )
 
 
 def test_the_text_of_a_label_is_not_shown():
@@ -183,14 +189,58 @@ class Stream(IterableDataset):
         return iter(())
 
 
+class Odd(Pairs):
+    """A Dataset whose rows, or whose length, are what ``make`` gives."""
+
+    def __init__(self, make):
+        super().__init__(*tensors(4))
+        self.make = make
+
+    def __len__(self):
+        return self.make() if self.make is len else super().__len__()
+
+    def __getitem__(self, row):
+        return self.make(row)
+
+
+def twice(name):
+    table = image_table(5)
+    return table.append_column(name, table[name])
+
+
+def pipe(path):
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    return path
+
+
 BAD = {
     "a missing path": (lambda tmp: tmp / "nowhere.parquet", "nowhere.parquet does not exist"),
-    "an empty folder": (lambda tmp: tmp, "is empty"),
+    "an empty folder": (lambda tmp: tmp, "holds no file that is read"),
     "an empty table": (lambda tmp: image_table(5).slice(0, 0), "is empty"),
     "an empty Dataset": (lambda tmp: pairs(0), "is empty"),
     "a Dataset without length": (lambda tmp: Stream(), "Stream has no length"),
     "something else": (lambda tmp: [1, 2], "is a list; expected a path"),
-    "a missing column": (lambda tmp: image_table(5).drop_columns("label"), "no column 'label'; it has id, image.*forget_set.label_column"),
+    "a Dataset whose length fails": (
+        lambda tmp: Odd(len),
+        r"Odd cannot be read: TypeError in .*test_sources.py, line \d+",
+    ),
+    "two columns of one name": (lambda tmp: twice("image"), "has 2 columns 'image'; it has id, image, label, image"),
+    "a path with a NUL": (lambda tmp: "a\0b", r"'a\\x00b' is not UTF-8, or holds a NUL"),
+    "an over-long path": (lambda tmp: "a" * 5000, "a cannot be read: .*File name too long"),
+    "a pipe": (lambda tmp: pipe(tmp / "x.parquet"), "x.parquet is a pipe, socket or device"),
+    "a pipe named as an image": (
+        lambda tmp: pipe(tmp / "4" / "x.png").parents[1],
+        "x.png is a pipe, socket, device or broken link",
+    ),
+    "a name that is not UTF-8": (
+        lambda tmp: pipe(tmp / "4" / "\udcff.png").parents[1],
+        r"/4/\\udcff.png' is not UTF-8",
+    ),
+    "a missing column": (
+        lambda tmp: image_table(5).drop_columns("label"),
+        "no column 'label'; it has id, image.*forget_set.label_column",
+    ),
 }
 
 
@@ -203,16 +253,110 @@ def test_what_cannot_be_opened_is_refused(case, tmp_path):
 
 def test_a_file_that_is_not_parquet_is_refused_by_name(tmp_path):
     (tmp_path / "x.parquet").write_text("no")
-    with pytest.raises(ForgetSetError, match="x.parquet cannot be read as Parquet"):
+    with pytest.raises(ForgetSetError, match="x.parquet cannot be read: Parquet file size is 2 bytes"):
         open_source(tmp_path, CONFIG)
+
+
+def test_a_page_that_is_broken_is_refused_by_file_and_may_be_read_again(tmp_path):
+    write_images(tmp_path / "x.parquet", 11)
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[4:400] = bytes(396)
+    source = open_source(tmp_path, CONFIG)
+    (tmp_path / "x.parquet").write_bytes(content)
+    for read in (lambda: source.read(0, 3), lambda: source.check(5)):
+        # Ray runs a task again that ended in an OSError.
+        with pytest.raises(UnreadableError, match="x.parquet cannot be read: ") as caught:
+            read()
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert isinstance(again, OSError)
+        assert str(again) == str(caught.value)
+
+
+def test_an_image_that_vanishes_is_refused_by_name(tmp_path):
+    source = open_source(image_folder(tmp_path, ["4"]), CONFIG)
+    (tmp_path / "4" / "1.png").unlink()
+    with pytest.raises(UnreadableError, match="4/1.png cannot be read: .*No such file"):
+        source.read(0, 2)
+
+
+ROWS = {
+    "raises": (lambda row: {}["Jane Doe"], r"row 2 of Odd cannot be read: KeyError in .*test_sources.py, line \d+"),
+    "ends early": (lambda row: [][row], "row 2 of Odd cannot be read: IndexError"),
+    "gives three items": (lambda row: (1, 2, 3), "row 2 of Odd is a tuple; expected an .input, label. pair"),
+    "gives a label that is no number": (
+        lambda row: (1, torch.eye(3)[0]),
+        "row 2 of Odd has label a Tensor; expected a whole number",
+    ),
+    "gives a label that is not whole": (lambda row: (1, 2.5), "row 2 of Odd has label 2.5"),
+    "gives a label beyond 64 bits": (
+        lambda row: (1, 2**63),
+        f"row 2 of Odd has label {2**63}; expected a whole number of 64 bits",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_that_a_dataset_does_not_give_is_refused_by_number_without_its_content(case):
+    make, message = ROWS[case]
+    with pytest.raises(ForgetSetError, match=message) as caught:
+        open_source(Odd(make), CONFIG).read(2, 4)
+    assert "Jane" not in str(caught.value)
+
+
+def test_labels_of_a_dataset_may_be_names():
+    source = open_source(Odd(lambda row: (1.0, "ab"[row % 2])), ForgetSetConfig(classes=("a", "b")))
+    assert source.read(0, 4).labels.tolist() == [0, 1, 0, 1]
+
+
+def test_a_registered_kind_of_source_is_opened(monkeypatch):
+    class Numbers(Source):
+        def __init__(self, given, config):
+            self.name, self.num_rows = "numbers", given
+
+        @classmethod
+        def takes(cls, given):
+            return isinstance(given, int)
+
+        def read(self, start, stop):
+            return Rows(list(map(str, range(start, stop))), np.zeros(stop - start, np.int64), [None] * (stop - start))
+
+    monkeypatch.setattr("imu_ray.data.SOURCES", (*SOURCES, Numbers))
+    assert open_source(7, CONFIG).read(2, 4).ids == ["2", "3"]
+    assert open_source(image_table(3), CONFIG).name == "the table"
 
 
 def column(name, values):
     table = image_table(5)
-    return table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+    return table.set_column(
+        table.schema.get_field_index(name), name, values if isinstance(values, pa.Array) else pa.array(values)
+    )
 
 
 BAD_KEYS = {
+    "ids that are lists": (
+        column("id", [[row] for row in range(5)]),
+        "column 'id' of .* holds list<.*; expected one text or whole number",
+    ),
+    "ids that are structs": (
+        column("id", [{"a": row} for row in range(5)]),
+        "column 'id' of .* holds struct<a: int64>",
+    ),
+    "duplicate ids in a dictionary": (
+        column("id", pa.array(list("abacd")).dictionary_encode()),
+        "sample id 'a' stands 2 times",
+    ),
+    "labels that are structs": (
+        column("label", [{"a": row} for row in range(5)]),
+        "column 'label' of .* holds struct<a: int64>",
+    ),
+    "labels beyond 64 bits": (
+        column("label", pa.array([2**63 + row for row in range(5)], pa.uint64())),
+        f"has label {2**63}",
+    ),
+    "labels of thousands of digits": (
+        column("label", ["9" * 5000] * 5),
+        "has label a str; expected a whole number of 64 bits",
+    ),
     "duplicate ids": (column("id", ["a", "b", "a", "c", "d"]), "sample id 'a' stands 2 times"),
     "a missing id": (column("id", ["a", None, "b", "c", "d"]), "1 rows .* have no 'id'"),
     "a label that is too large": (column("label", [0, 1, 5, 2, 3]), "row 's002' .* has label 5; expected 0 to 4"),
@@ -228,15 +372,11 @@ def test_bad_ids_and_labels_are_refused_before_any_image_is_read(case, where, tm
     table, message = BAD_KEYS[case]
     if where == "file":
         pq.write_table(table, tmp_path / "set.parquet")
-    source = open_source(table if where == "table" else tmp_path / "set.parquet", CONFIG)
     with pytest.raises(ForgetSetError, match=message):
-        source.check(5)
+        open_source(table if where == "table" else tmp_path / "set.parquet", CONFIG).check(5)
 
 
-def test_a_dataset_row_that_is_no_pair_is_refused():
-    class Triples(Pairs):
-        def __getitem__(self, row):
-            return (*super().__getitem__(row), 1)
-
-    with pytest.raises(ForgetSetError, match="row 2 of Triples is a tuple; expected an .input, label. pair"):
-        open_source(Triples(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long)), CONFIG).read(2, 4)
+def test_ids_that_are_not_utf8_are_refused():
+    broken = pa.Array.from_buffers(pa.string(), 5, pa.array([b"\xff%d" % row for row in range(5)]).buffers())
+    with pytest.raises(ForgetSetError, match="the table cannot be read: UnicodeDecodeError in"):
+        open_source(column("id", broken), CONFIG).read(0, 1)

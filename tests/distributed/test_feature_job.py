@@ -17,13 +17,13 @@ from samples import Pairs, pairs, tensors
 from imu_ray.config import UnlearnConfig
 from imu_ray.data import open_source
 from imu_ray.distributed import feature_job
+from imu_ray.distributed.tasks import fetch_stage
 from imu_ray.errors import ConfigError, ForgetSetError, StageFailedError
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Damping, Moments, damped_direction
 from imu_ray.influence.curvature.hessian import Hessian
 from imu_ray.inputs import Inputs
-from imu_ray.scopes.features import score_shard
-from imu_ray.scopes.head import Head
+from imu_ray.scopes.head import Head, score_shard
 from imu_ray.tasks.classification import ClassificationTask
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -31,14 +31,16 @@ ROWS = 201
 
 
 def config(workers=2, run=1):
-    return UnlearnConfig().with_overrides({"resources.workers": workers, "influence.block_rows": 8, "influence.blocks_per_shard": run})
+    return UnlearnConfig().with_overrides(
+        {"resources.workers": workers, "influence.block_rows": 8, "influence.blocks_per_shard": run}
+    )
 
 
 def features(dataset, settings, model=None):
     model = model or named("fc")
     source = open_source(dataset, settings.forget_set)
     task = ClassificationTask.for_model(model, source, settings.forget_set)
-    return feature_job.extract(source, task, feature_job.share(model), settings, "features"), Head.of(model, task.head)
+    return feature_job.extract(source, task, feature_job.share(model), settings, "features"), Head.of(model, task)
 
 
 def scores(dataset, settings):
@@ -48,7 +50,29 @@ def scores(dataset, settings):
 def table_of(made, head, settings):
     """The whole table, with intensities of 1, and what stands behind it."""
     found = feature_job.score(made, head, settings)
-    return pa.concat_tables(found.batches(lambda: map(np.ones_like, found.column("influence")()))), found.figures
+    return pa.concat_tables(feature_job.intensity_table(made, head, found, np.ones(made.rows))), found.figures
+
+
+def test_the_table_comes_in_row_groups_with_outliers_and_the_intensities_given(monkeypatch):
+    monkeypatch.setattr(feature_job, "ROW_GROUP", 50)
+    monkeypatch.setattr(feature_job, "JOINED", 3)
+    settings, weights = config(2, 2), np.arange(float(ROWS))
+    made, head = features(pairs(ROWS), settings)
+    found = feature_job.score(made, head, settings)
+    groups = list(feature_job.intensity_table(made, head, found, weights))
+    assert [len(group) for group in groups] == [64, 64, 64, 9]
+    table, inputs = pa.concat_tables(groups), pairs(ROWS)
+    assert table.column_names == ["sample_id", "label", "loss", "influence", "gradient_norm", "outlier", "intensity"]
+    assert table["sample_id"].to_pylist() == [str(row) for row in range(ROWS)]
+    assert table["label"].to_pylist() == inputs.labels.tolist()
+    norms = table["gradient_norm"].to_numpy()
+    for name, column in {
+        "loss": found.losses, "influence": found.influence, "intensity": weights, "outlier": norms / np.quantile(norms, 0.95),
+    }.items():  # fmt: skip
+        assert np.array_equal(table[name].to_numpy(), column), name
+    assert found.label_counts == dict(
+        zip(*(part.tolist() for part in np.unique(inputs.labels, return_counts=True)), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +95,8 @@ def test_every_curvature_gives_the_same_bits_for_any_workers_and_shards(curvatur
         monkeypatch.setitem(CURVATURES, "implicit", Hessian(dense_size=0))
     runs = [(1, 1), (4, 4), (2, 64)]
     (first, figures), *others = (
-        scores(pairs(60), config(*run).with_overrides({"influence.curvature": curvature, "influence.robust": "clip"})) for run in runs
+        scores(pairs(60), config(*run).with_overrides({"influence.curvature": curvature, "influence.robust": "clip"}))
+        for run in runs
     )
     assert all(table.equals(first) and told == figures for table, told in others)
     assert ("iterations" in figures) == (curvature == "implicit")
@@ -109,13 +134,15 @@ def test_what_was_made_in_the_callers_process_is_not_taken_for_the_next_calls():
     """A new session may give its objects the same references; what is cached under them must not outlive the fetch."""
     made, _ = features(pairs(20), config(1, 1).with_overrides({"influence.features": "recompute"}))
     feature_job.fetch(made.refs)
-    assert feature_job._shared.cache_info().currsize == feature_job._model.cache_info().currsize == 0
+    assert fetch_stage.cache_info().currsize == feature_job._model.cache_info().currsize == 0
 
 
 def test_all_sample_sets_share_one_model_in_the_object_store():
     settings = config().with_overrides({"influence.features": "recompute"})
-    inputs = Inputs.open(named("fc"), pairs(20), "classification", {"test": pairs(10, seed=1)}, settings).extract(settings)
-    models = {ray.get(inputs.features[name].refs[0].refs[0])[2] for name in ("forget", "test")}
+    inputs = Inputs.open(named("fc"), pairs(20), "classification", {"test": pairs(10, seed=1)}, settings).extract(
+        settings
+    )
+    models = {inputs.features[name].refs[0].extraction.work().model for name in ("forget", "test")}
     assert len(models) == 1
 
 
@@ -155,7 +182,7 @@ def test_scores_are_bit_identical_when_shards_end_in_reverse(tmp_path):
     task = ClassificationTask.for_model(model, source, settings.forget_set)
     dataset.waiting = True  # four shards, four workers: the first can end only after the last has begun
     made = feature_job.extract(source, task, feature_job.share(model), settings, "features")
-    assert table_of(made, Head.of(model, task.head), settings)[0].equals(expected)
+    assert table_of(made, Head.of(model, task), settings)[0].equals(expected)
 
 
 def test_a_worker_killed_in_the_forward_pass_changes_nothing(tmp_path, expected):
@@ -168,7 +195,7 @@ def test_a_worker_killed_in_the_statistics_or_the_scores_changes_nothing(tmp_pat
     made, head = features(pairs(ROWS), config(2, 4))
     moments = made.reduce("moments", head, KillBefore(Moments.of, tmp_path, "moments"))
     direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, Damping(0.01)), moments)
-    function = KillBefore(functools.partial(score_shard, head=head, direction_CD=direction), tmp_path, "scores")
+    function = KillBefore(functools.partial(score_shard, head=head, direction=direction), tmp_path, "scores")
     tables = made.map("scores", function)
     assert [row for table in tables for row in table["influence"].to_pylist()] == expected[0]["influence"].to_pylist()
     assert sorted(os.listdir(tmp_path)) == ["moments", "scores"]
@@ -190,13 +217,6 @@ def counter_total(made):
     return _rows.remote(*made.refs)
 
 
-class Broken(Pairs):
-    def __getitem__(self, row):
-        if row == 3:
-            raise RuntimeError("the disk is on fire")
-        return super().__getitem__(row)
-
-
 def test_an_error_of_our_own_comes_back_as_it_was_raised():
     inputs, labels = tensors(20)
     labels[9] = 17
@@ -205,8 +225,13 @@ def test_an_error_of_our_own_comes_back_as_it_was_raised():
 
 
 def test_any_other_error_names_the_stage_and_the_cause():
-    with pytest.raises(StageFailedError, match="features failed: RuntimeError: the disk is on fire"):
-        features(Broken(*tensors(20)), config())
+    made, _ = features(pairs(20), config())
+
+    def fail(shard):
+        raise RuntimeError("the disk is on fire")
+
+    with pytest.raises(StageFailedError, match="figures failed: RuntimeError: the disk is on fire"):
+        made.map("figures", fail)
 
 
 def test_a_worker_that_dies_each_time_is_a_clear_failure(tmp_path):
@@ -245,7 +270,11 @@ def test_a_part_of_a_part_is_the_part_of_all():
     settings = config().with_overrides({"forget_set.size": 20})
     alone = Inputs.open(named("fc"), pairs(ROWS), "classification", None, settings).extract(settings).select(settings)
     assert alone.features["forget"].rows == sum(report.rows for report in alone.features["forget"].reports) == 20
-    assert ids_of(alone.features["forget"]) == ids_of(selected(20)[0]) == ids_of(selected(20, **{"forget_set.size": 0.5})[0])
+    assert (
+        ids_of(alone.features["forget"])
+        == ids_of(selected(20)[0])
+        == ids_of(selected(20, **{"forget_set.size": 0.5})[0])
+    )
 
 
 def test_rows_left_out_do_not_move_the_others():

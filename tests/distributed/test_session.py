@@ -1,10 +1,23 @@
-import pytest
-import yaml
+import gc
+import types
 
-from imu_ray import ConfigError
+import pytest
+import ray
+import yaml
+from architectures import named
+from samples import Pairs, tensors
+
+from imu_ray import ConfigError, ForgetSetError, UnlearnConfig, score
 from imu_ray.config import ResourcesConfig
 from imu_ray.distributed import session
-from imu_ray.distributed.session import NEEDED, environment_problems, ray_session, require_resources, workers_on
+from imu_ray.distributed.session import (
+    NEEDED,
+    environment_problems,
+    ray_session,
+    require_resources,
+    resolve_workers,
+    workers_on,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +44,9 @@ def test_nodes_like_the_driver_are_no_problem_whatever_the_build():
 
 
 def test_a_missing_package_and_another_release_are_named_with_their_node():
-    problems = environment_problems([("10.0.0.2", {**OWN, "torchvision": None, "torch": "2.8.0", "tqdm": "9.0"}), ("10.0.0.1", OWN)], OWN)
+    problems = environment_problems(
+        [("10.0.0.2", {**OWN, "torchvision": None, "torch": "2.8.0", "tqdm": "9.0"}), ("10.0.0.1", OWN)], OWN
+    )
     assert problems == ["node 10.0.0.2: no torchvision, torch 2.8.0 (driver 2.9.0+cpu)"]
 
 
@@ -55,19 +70,70 @@ def test_a_ray_client_connection_is_refused(monkeypatch):
 def small_cluster(monkeypatch, tmp_path):
     """One node of two CPUs, and no autoscaler."""
     monkeypatch.setattr(session.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2}}])
-    monkeypatch.setattr(session, "_internal_kv_get", lambda *_, **__: b"0")
+    monkeypatch.setattr(session, "is_autoscaler_v2", lambda **_: False)
     monkeypatch.setattr(session, "BOOTSTRAP", tmp_path / "bootstrap.yaml")
     return tmp_path / "bootstrap.yaml"
 
 
 def test_more_workers_than_fit_are_refused(small_cluster):
     require_resources(ResourcesConfig(workers=2))
-    with pytest.raises(ConfigError, match="resources.workers is 3 .* expected at most 2, which is what fits on the 1 nodes"):
+    with pytest.raises(
+        ConfigError, match="resources.workers is 3 .* expected at most 2, which is what fits on the 1 nodes"
+    ):
         require_resources(ResourcesConfig(workers=3))
 
 
+def test_automatic_workers_are_all_that_fit_and_at_least_one_must(small_cluster):
+    auto = types.SimpleNamespace(**{**vars(ResourcesConfig()), "workers": "auto"})
+    assert resolve_workers(ResourcesConfig(workers=7)) == 7
+    assert resolve_workers(auto) == 2
+    require_resources(auto)
+    auto.cpus_per_worker = 3
+    with pytest.raises(ConfigError, match="resources.workers is auto with 3 CPU .* expected at most 0"):
+        require_resources(auto)
+
+
+def test_a_gpu_that_no_node_has_is_refused_for_what_it_is(small_cluster, monkeypatch):
+    with pytest.raises(
+        ConfigError, match="none of the 1 nodes of the cluster has one; .* set resources.gpus_per_worker=0"
+    ):
+        require_resources(ResourcesConfig(gpus_per_worker=1))
+    monkeypatch.setattr(session, "is_autoscaler_v2", lambda **_: True)
+    require_resources(ResourcesConfig(gpus_per_worker=1))
+
+
+def test_a_gpu_that_this_machine_has_not_is_refused_before_ray_is_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(session.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(session, "CURRENT", tmp_path / "ray_current_cluster")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="torch finds none on this machine; .* set resources.gpus_per_worker=0"), ray_session(
+        ResourcesConfig(gpus_per_worker=0.5)
+    ):  # fmt: skip
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    session.require_gpus(ResourcesConfig(gpus_per_worker=0.5))  # which that cluster may have
+
+
+def test_an_intended_error_is_told_once(ray_cluster, monkeypatch):
+    told = []
+    monkeypatch.setattr(ray._private.worker, "_unhandled_error_handler", told.append)
+    monkeypatch.setenv("RAY_IGNORE_UNHANDLED_ERRORS", "")
+    monkeypatch.delenv("RAY_IGNORE_UNHANDLED_ERRORS")
+    inputs, labels = tensors(40)
+    labels[[3, 20, 38]] = 99
+    config = UnlearnConfig().with_overrides(
+        {"influence.block_rows": 10, "influence.blocks_per_shard": 1, "resources.workers": 3}
+    )
+    with pytest.raises(ForgetSetError, match="has label 99"):
+        score(named("fc"), Pairs(inputs, labels), config=config)
+    gc.collect()
+    assert told == []
+
+
 def test_an_autoscaling_cluster_waits_with_a_message(small_cluster, monkeypatch, caplog):
-    monkeypatch.setattr(session, "_internal_kv_get", lambda *_, **__: b"1")
+    monkeypatch.setattr(session, "is_autoscaler_v2", lambda **_: True)
     require_resources(ResourcesConfig(workers=3))
     assert "waiting for the autoscaler to add nodes: workers=3 room_now=2" in caplog.text
     with pytest.raises(ConfigError, match="resources.workers is 3"):
@@ -75,7 +141,10 @@ def test_an_autoscaling_cluster_waits_with_a_message(small_cluster, monkeypatch,
 
 
 def test_what_the_autoscaler_may_start_is_the_limit(small_cluster):
-    kinds = {"head": {"resources": {"CPU": 0}, "max_workers": 0}, "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3}}
+    kinds = {
+        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3},
+    }
     small_cluster.write_text(yaml.safe_dump({"available_node_types": kinds, "max_workers": 3}))
     require_resources(ResourcesConfig(workers=24))
     with pytest.raises(ConfigError, match="expected at most 24, which is what fits on all nodes it may start"):

@@ -2,6 +2,7 @@ import functools
 
 import leave_one_out
 import numpy as np
+import oracle
 import pytest
 import torch
 
@@ -10,7 +11,9 @@ from imu_ray.errors import NonFiniteError, StageFailedError
 from imu_ray.influence.curvature import CURVATURES, hessian
 from imu_ray.influence.curvature.base import Damping, Moments, damped_direction, describe_direction, merge_tree
 from imu_ray.influence.curvature.diagonal import DampedDiagonal
+from imu_ray.influence.curvature.ggn import block_ggn_sum, full_ggn_sum, second_moment_sum
 from imu_ray.influence.curvature.hessian import Hessian
+from imu_ray.influence.curvature.kronecker import FactorSums
 from imu_ray.influence.gradients import classifier_io, gradient_norms
 from imu_ray.influence.intensity import imu_intensities
 from imu_ray.influence.scores import influence_scores
@@ -45,7 +48,9 @@ def test_diagonal_fisher_divides_by_the_mean_square_plus_the_damping():
     total = moments(5, 1)
     fitted = CURVATURES["diagonal_fisher"].fit(lambda statistics: total, Damping(0.25))
     gradient = torch.ones(3, 4, dtype=torch.float64)
-    np.testing.assert_allclose(fitted.apply_inverse(gradient), 1 / (total.squared_sum_CD.numpy() / 5 + 0.25), rtol=1e-15)
+    np.testing.assert_allclose(
+        fitted.apply_inverse(gradient), 1 / (total.squared_sum_CD.numpy() / 5 + 0.25), rtol=1e-15
+    )
 
 
 def test_identity_leaves_the_mean_gradient_and_fits_nothing():
@@ -64,34 +69,49 @@ def test_relative_damping_is_a_share_of_the_mean_of_the_diagonal():
     assert fitted.figures["damping"] == pytest.approx(0.1 * fisher.mean(), rel=1e-15)
 
 
-N, C, D = 40, 4, 5
-RANDOM = np.random.default_rng(0)
-H, Z, LABELS = RANDOM.normal(size=(N, D)), 2 * RANDOM.normal(size=(N, C)), RANDOM.integers(0, C, N)
-P = np.exp(Z) / np.exp(Z).sum(1, keepdims=True)
-GRADIENT = RANDOM.normal(size=(C, D))
+C, D = 4, 5
+INPUTS, _, OUTPUT_GRADS, reduce = oracle.random_layer(40, 1, C, D)
+GRADIENT = np.random.default_rng(1).normal(size=(C, D))
 
 
-def reduce(statistics):
-    """Over blocks of seven rows."""
-    cut = lambda array, i: torch.from_numpy(array[i : i + 7])
-    return merge_tree([statistics(classifier_io(cut(H, i), cut(Z, i), cut(LABELS, i))) for i in range(0, N, 7)])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_statistics_are_means_over_samples_of_sums_over_positions(positions):
+    inputs, p, output_grads, reduce = oracle.random_layer(40, positions, C, D)
+    moments, factors = reduce(Moments.of), reduce(FactorSums.of)
+    gradients, dense = oracle.layer_gradients(inputs, output_grads), oracle.layer_hessian(inputs, p)
+    of_outputs, of_inputs = oracle.kronecker_factors(inputs, p)
+    product = functools.partial(hessian.product_sum, vector_CD=torch.from_numpy(GRADIENT))
+    for found, expected in (
+        (moments.mean_gradient_CD, gradients.mean(0)),
+        (moments.fisher_CD, (gradients**2).mean(0)),
+        (reduce(second_moment_sum).mean, oracle.second_moment(inputs)),
+        (reduce(block_ggn_sum).mean, [dense[c * D : (c + 1) * D, c * D : (c + 1) * D] for c in range(C)]),
+        (reduce(full_ggn_sum).mean, dense),
+        (reduce(hessian.diagonal_sum).mean, np.diag(dense).reshape(C, D)),
+        (reduce(product).mean, (dense @ GRADIENT.reshape(-1)).reshape(C, D)),
+        (factors.outputs_CC / factors.count, of_outputs),
+        (factors.inputs_DD / factors.positions, of_inputs),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
 
 
-def dense(name, damping, relative):
-    """The matrix over the flattened head, from the definition."""
-    if name == "kfac":
-        factors = sum(np.diag(p) - np.outer(p, p) for p in P) / N, sum(np.outer(h, h) for h in H) / N
-        matrix = np.kron(*factors)
-    else:
-        matrix = sum(np.kron(np.diag(p) - np.outer(p, p), np.outer(h, h)) for p, h in zip(P, H, strict=True)) / N
-    return matrix + (damping * np.diag(matrix).mean() if relative else damping) * np.eye(C * D)
+def test_kronecker_factors_of_inputs_that_are_all_alike_are_the_hessian():
+    inputs, p, _, _ = oracle.random_layer(4, 3, C, D)
+    factors = oracle.kronecker_factors(np.broadcast_to(inputs[0, 0], inputs.shape), p)
+    np.testing.assert_allclose(
+        np.kron(*factors), oracle.layer_hessian(np.broadcast_to(inputs[0, 0], inputs.shape), p), atol=1e-13
+    )
 
 
+@pytest.mark.parametrize("positions", [1, 3])
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("name", ["kfac", "hessian"])
-def test_a_curvature_is_the_dense_inverse(name, relative):
+def test_a_curvature_is_the_dense_inverse(name, relative, positions):
+    inputs, p, _, reduce = oracle.random_layer(40, positions, C, D)
+    matrix = np.kron(*oracle.kronecker_factors(inputs, p)) if name == "kfac" else oracle.layer_hessian(inputs, p)
+    damping = 0.01 * np.diag(matrix).mean() if relative else 0.01
     applied = CURVATURES[name].fit(reduce, Damping(0.01, relative)).apply_inverse(torch.from_numpy(GRADIENT)).numpy()
-    expected = np.linalg.solve(dense(name, 0.01, relative), GRADIENT.reshape(-1)).reshape(C, D)
+    expected = np.linalg.solve(matrix + damping * np.eye(C * D), GRADIENT.reshape(-1)).reshape(C, D)
     assert np.abs(applied - expected).max() <= 1e-9 * np.abs(expected).max()
 
 
@@ -108,8 +128,17 @@ def test_conjugate_gradients_agree_with_cholesky_and_say_what_they_took(damping)
 
 def test_conjugate_gradients_that_do_not_converge_are_an_error(monkeypatch):
     monkeypatch.setattr(hessian, "MAX_ITERATIONS", 2)
-    with pytest.raises(StageFailedError, match="did not converge: residual .* after 2 iterations.*raise influence.damping"):
+    with pytest.raises(
+        StageFailedError, match="did not converge: residual .* after 2 iterations.*raise influence.damping"
+    ):
         Hessian(dense_size=0).fit(reduce, Damping(1e-6)).apply_inverse(torch.from_numpy(GRADIENT))
+
+
+def test_conjugate_gradients_on_what_is_not_finite_end_at_once():
+    with pytest.raises(StageFailedError, match="residual nan of the gradient after 1 iterations"):
+        Hessian(dense_size=0).fit(reduce, Damping(0.01)).apply_inverse(
+            torch.full((C, D), torch.nan, dtype=torch.float64)
+        )
 
 
 def test_a_gradient_of_zero_needs_no_iteration():
@@ -119,15 +148,13 @@ def test_a_gradient_of_zero_needs_no_iteration():
 
 
 def test_clipping_bounds_the_norm_with_which_a_sample_goes_in():
-    gradients = np.stack([np.outer(p - np.eye(C)[y], h) for p, y, h in zip(P, LABELS, H, strict=True)])
+    gradients = oracle.layer_gradients(INPUTS, OUTPUT_GRADS)
     norms = np.linalg.norm(gradients, axis=(1, 2))
     limit = np.median(norms)
     clipped = gradients * np.minimum(1, limit / norms)[:, None, None]
     total = reduce(functools.partial(Moments.of, clip=limit))
     np.testing.assert_allclose(total.mean_gradient_CD, clipped.mean(0), rtol=1e-10, atol=1e-14)
     np.testing.assert_allclose(total.fisher_CD, (clipped**2).mean(0), rtol=1e-10)
-    io = classifier_io(torch.from_numpy(H), torch.from_numpy(Z), torch.from_numpy(LABELS))
-    np.testing.assert_allclose(gradient_norms(io), norms, rtol=1e-10)
 
 
 def test_large_damping_leaves_a_plain_gradient_product_and_small_damping_does_not():
@@ -137,7 +164,9 @@ def test_large_damping_leaves_a_plain_gradient_product_and_small_damping_does_no
         figures = describe_direction(damped_direction(fitted, total), total, damping)
         assert low <= figures["plain_gradient_share"] <= high
         assert figures["fisher_below_damping"] == (1.0 if damping > 1 else 0.0)
-    assert figures["fisher_quantiles"]["0.5"] == pytest.approx(np.quantile(total.fisher_CD.numpy(), 0.5, method="nearest"))
+    assert figures["fisher_quantiles"]["0.5"] == pytest.approx(
+        np.quantile(total.fisher_CD.numpy(), 0.5, method="nearest")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +180,10 @@ def test_the_hessian_predicts_what_a_refit_without_the_row_does(refitted):
 
 
 def test_curvatures_are_ordered_by_what_they_leave_out(refitted):
-    figures = [leave_one_out.agreement(refitted, name, leave_one_out.ROWS) for name in ("identity", "diagonal_fisher", "kfac", "hessian")]
+    figures = [
+        leave_one_out.agreement(refitted, name, leave_one_out.ROWS)
+        for name in ("identity", "diagonal_fisher", "kfac", "hessian")
+    ]
     assert figures == sorted(figures)
     assert figures[2] >= 0.8
 
@@ -169,7 +201,7 @@ def weights_of_the_first(inputs, logits, labels, robust, kept=190):
     total = Moments.of(io, clip=clip)
     fitted = CURVATURES["diagonal_fisher"].fit(lambda _: total, Damping(0.01))
     scores = influence_scores(io, damped_direction(fitted, total)).numpy()[:kept]
-    (weights,) = imu_intensities(lambda: [scores], lambda: [], IntensityConfig(), 0)()
+    weights = imu_intensities(scores, np.empty(0), IntensityConfig(), 0)
     return weights / weights.mean()
 
 

@@ -1,26 +1,34 @@
+import numpy as np
 import oracle
 import pytest
 import torch
 from architectures import named
 from samples import tensors
 
-from imu_ray.influence.gradients import LayerIO, gradient_sum, layer_inputs, output_gradient, squared_gradient_sum
-
-
-def sequence_io(positions):
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return LayerIO(draw(7, positions, 4), draw(7, positions, 3))
+from imu_ray.influence.gradients import (
+    LayerIO,
+    gradient_norms,
+    gradient_sum,
+    layer_inputs,
+    output_gradient,
+    squared_gradient_sum,
+)
+from imu_ray.influence.scores import influence_scores
 
 
 @pytest.mark.parametrize("positions", [1, 5])
-def test_sums_equal_the_sums_over_explicit_per_sample_gradients(positions):
-    io = sequence_io(positions)
-    each = torch.stack(
-        [sum(torch.outer(r, h) for r, h in zip(rs, hs, strict=True)) for hs, rs in zip(io.inputs_BTD, io.output_grads_BTC, strict=True)]
+def test_sums_norms_and_scores_are_those_of_explicit_per_sample_gradients(positions):
+    inputs, _, output_grads, _ = oracle.random_layer(7, positions, 3, 4)
+    io, each = (
+        LayerIO(torch.from_numpy(inputs), torch.from_numpy(output_grads)),
+        oracle.layer_gradients(inputs, output_grads),
     )
-    torch.testing.assert_close(gradient_sum(io), each.sum(0), rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(squared_gradient_sum(io), (each**2).sum(0), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(gradient_sum(io), each.sum(0), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(squared_gradient_sum(io), (each**2).sum(0), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(gradient_norms(io), np.linalg.norm(each, axis=(1, 2)), rtol=1e-13)
+    np.testing.assert_allclose(
+        influence_scores(io, torch.from_numpy(each[0])), -(each * each[0]).sum((1, 2)), rtol=1e-12, atol=1e-13
+    )
 
 
 def test_output_gradient_equals_autograd_of_the_cross_entropy():

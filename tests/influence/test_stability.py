@@ -1,21 +1,27 @@
 """Scores of confident, extreme and degenerate samples: defined, or refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from imu_ray.config import InfluenceConfig
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Damping, Moments, damped_direction
-from imu_ray.influence.gradients import classifier_io
+from imu_ray.influence.direction import fit_direction
+from imu_ray.influence.gradients import LayerIO, classifier_io, gradient_norms
 from imu_ray.influence.scores import influence_scores
 
 D = 6
 
 
-def scores(inputs, matrix, labels, curvature="diagonal_fisher"):
+def scores(inputs, matrix, labels, curvature="diagonal_fisher", relative=False):
     """As the engine does it: inputs of any type, everything after them in float64."""
     io = classifier_io(inputs.double(), inputs.double() @ matrix.double().T, labels)
-    direction = damped_direction(CURVATURES[curvature].fit(lambda statistics: statistics(io), Damping(0.01)), Moments.of(io))
+    direction = damped_direction(
+        CURVATURES[curvature].fit(lambda statistics: statistics(io), Damping(0.01, relative)), Moments.of(io)
+    )
     return influence_scores(io, direction).numpy()
 
 
@@ -50,13 +56,35 @@ def test_one_sample_lowers_its_own_loss(curvature):
     assert found[0] < 0
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("curvature", sorted(CURVATURES))
-def test_features_of_zero_have_no_influence(curvature):
-    found = scores(torch.zeros(4, D), torch.eye(3, D), torch.tensor([0, 1, 2, 0]), curvature)
-    assert not found.any()
+@pytest.mark.parametrize(
+    ("inputs", "matrix", "labels"),
+    [
+        (torch.zeros(4, D), torch.eye(3, D), torch.tensor([0, 1, 2, 0])),
+        (torch.ones(4, D), torch.ones(1, D), torch.zeros(4, dtype=torch.int64)),
+        (torch.ones(4, D), 1e4 * torch.eye(3, 1).expand(3, D), torch.zeros(4, dtype=torch.int64)),
+    ],
+    ids=["features of zero", "one class alone", "fitted beyond the last digit"],
+)
+def test_samples_without_a_gradient_have_no_influence(inputs, matrix, labels, curvature, relative):
+    assert not scores(inputs, matrix, labels, curvature, relative).any()
+
+
+def test_gradients_of_zero_are_clipped_to_zero():
+    io = LayerIO(
+        torch.ones(2, 1, D, dtype=torch.float64), torch.tensor([[[0.0, 0.0]], [[3.0, -3.0]]], dtype=torch.float64)
+    )
+    assert not Moments.of(io, clip=0.0).gradient_sum_CD.any()
 
 
 @pytest.mark.parametrize("curvature", sorted(CURVATURES))
-def test_one_class_alone_has_no_influence(curvature):
-    found = scores(torch.ones(4, D), torch.ones(1, D), torch.zeros(4, dtype=torch.int64), curvature)
-    assert not found.any()
+def test_a_head_of_zeros_has_finite_scores_and_figures(curvature):
+    inputs = torch.randn(12, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    io = classifier_io(inputs, torch.zeros(12, 4), torch.arange(12) % 4)
+    settings = InfluenceConfig(curvature=curvature, robust="clip")
+    direction, figures = fit_direction(
+        settings, lambda statistics: statistics(io), None, lambda level: float(gradient_norms(io).median())
+    )
+    json.dumps(figures, allow_nan=False)
+    assert np.isfinite(influence_scores(io, direction).numpy()).all()

@@ -1,20 +1,24 @@
+import contextlib
 import json
 import os
 import stat
 import struct
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
-from imu_ray.errors import CheckpointError
+from imu_ray.errors import CheckpointError, StageFailedError
 from imu_ray.run.directory import RunDirectory, UpdateState
 
 
 def state(step=4, size=3):
-    return UpdateState(step, {"matrix": torch.arange(float(size)), "momentum_buffer": torch.ones(2)}, [{"step": 0, "forget_loss": 0.5}])
+    return UpdateState(
+        step, {"matrix": torch.arange(float(size)), "momentum_buffer": torch.ones(2)}, [{"step": 0, "forget_loss": 0.5}]
+    )
 
 
 def test_a_state_comes_back_as_it_was_saved(tmp_path):
@@ -77,9 +81,15 @@ print(run.load_state().step)
 """
 
 
-def test_a_full_disk_is_a_clear_error_the_last_state_stays_and_it_goes_on_after_room_is_made(tmp_path, python_environment):
+def test_a_full_disk_is_a_clear_error_the_last_state_stays_and_it_goes_on_after_room_is_made(
+    tmp_path, python_environment
+):
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")], env=python_environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")],
+        env=python_environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     message, after_failure, after_room = done.stdout.splitlines()
     assert "ascent.safetensors cannot be written" in message
@@ -94,18 +104,75 @@ def test_a_read_only_place_is_refused_before_anything_is_done(tmp_path, monkeypa
         RunDirectory(tmp_path / "run").check("unlearn", "identity")
 
 
-def test_an_unfinished_run_of_the_same_settings_is_taken_up(tmp_path):
+BEGUN = {"stage": "unlearn", "config_identity": "a", "limits": {"max_epochs": 10, "max_steps": None}}
+SAME, LONGER = BEGUN["limits"], {"max_epochs": 20, "max_steps": None}
+
+
+@pytest.mark.parametrize(
+    ("status", "ascent", "limits", "found"),
+    [
+        ("failed", None, SAME, "failed"),
+        ("interrupted", None, LONGER, "interrupted"),
+        ("complete", None, SAME, "complete"),
+        ("complete", "not_reached", SAME, "complete"),
+        ("complete", "not_reached", LONGER, "extended"),
+        ("complete", "epochs_done", LONGER, "extended"),
+        ("complete", "reached", LONGER, "complete"),
+        ("complete", "stopped_by_guard", LONGER, "complete"),
+    ],
+)
+def test_the_status_of_a_run_of_the_same_settings_says_what_is_left_to_do(status, ascent, limits, found, tmp_path):
     run = RunDirectory(tmp_path / "run")
-    assert run.check("unlearn", "a") is None
-    run.write_json("manifest.json", {"stage": "unlearn", "config_identity": "a", "status": "failed"})
-    assert run.check("unlearn", "a")["status"] == "failed"
-    for stage, identity in (("unlearn", "b"), ("audit", "a")):
-        with pytest.raises(CheckpointError, match="holds a run of unlearn with other settings"):
-            run.check(stage, identity)
+    assert run.check("unlearn", "a", limits) is None
+    run.write_json("manifest.json", {**BEGUN, "status": status, **({"ascent": {"status": ascent}} if ascent else {})})
+    assert run.check("unlearn", "a", limits) == {**run.read_manifest(), "status": found}
 
 
-def test_a_directory_with_nothing_but_parts_of_files_is_new(tmp_path):
-    (tmp_path / ".part-abc").write_text("x")
+@pytest.mark.parametrize(
+    ("stage", "identity", "limits", "message"),
+    [
+        ("unlearn", "b", SAME, "holds a run of unlearn with other settings"),
+        ("audit", "a", SAME, "holds a run of unlearn with other settings"),
+        (
+            "unlearn",
+            "a",
+            {"max_epochs": 5, "max_steps": None},
+            "max_epochs is 5, .* began with 10; expected as many or more",
+        ),
+        ("unlearn", "a", {"max_epochs": 10, "max_steps": 3}, "max_steps is 3, .* began with no limit"),
+    ],
+)
+def test_another_run_or_a_shorter_one_is_refused(stage, identity, limits, message, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.write_json("manifest.json", {**BEGUN, "status": "complete", "ascent": {"status": "not_reached"}})
+    with pytest.raises(CheckpointError, match=message):
+        run.check(stage, identity, limits)
+
+
+def test_a_run_that_may_take_more_steps_keeps_its_last_state(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.save_state(state())
+    run.write_text("state/train/x", "of Ray Train")
+    run.clear_state(but_last=True)
+    assert os.listdir(tmp_path / "state") == ["ascent.safetensors"]
+    run.clear_state()
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_written_to_a_place_that_was_lost(tmp_path, monkeypatch):
+    run, lost = RunDirectory(tmp_path), threading.Event()
+    monkeypatch.setattr(run.storage, "locked", lambda: contextlib.nullcontext(lost))
+    with run.locked():
+        run.write_text("a.txt", "before")
+        lost.set()
+        with pytest.raises(StageFailedError, match="may be in use by another run"):
+            run.write_text("a.txt", "after")
+    assert (tmp_path / "a.txt").read_text() == "before"
+
+
+@pytest.mark.parametrize("name", [".part-abc", ".lock", ".lock-123-abc"])
+def test_a_directory_with_nothing_but_what_a_killed_run_left_is_new(name, tmp_path):
+    (tmp_path / name).write_text("x")
     assert RunDirectory(tmp_path).check("unlearn", "a") is None
 
 

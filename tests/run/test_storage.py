@@ -96,3 +96,9 @@ def test_a_place_that_cannot_be_made_is_refused(tmp_path, s3_uri):
         open_storage(tmp_path / "file" / "run").check_writable()
     with pytest.raises(CheckpointError, match="cannot be written"):
         open_storage(s3_uri.replace("bucket", "no-such-bucket")).check_writable()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("x" * 300, "File name too long"), ("a\0b", "null byte")])
+def test_a_path_that_no_file_system_takes_is_refused(name, reason, tmp_path):
+    with pytest.raises(CheckpointError, match=f"cannot be made: .*{reason}"):
+        open_storage(tmp_path / name).check_writable()

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from architectures import named
+from faults import failing_model
 from samples import Pairs, tensors
 from torch import nn
 
 from imu_ray.config import ForgetSetConfig, InfluenceConfig
 from imu_ray.data import open_source
-from imu_ray.errors import ForgetSetError, NonFiniteError
+from imu_ray.errors import ForgetSetError, NonFiniteError, StageFailedError, UnsupportedModelError
 from imu_ray.models.layers import compile_around
 from imu_ray.scopes.extraction import extract_features
 from imu_ray.tasks.classification import ClassificationTask
@@ -38,6 +39,62 @@ def extracted(model, settings=None, rows=41, block_rows=8, scale=1.0):
     task = ClassificationTask.for_model(model, source, ForgetSetConfig())
     (shard,) = source.shards(block_rows, 8)
     return extract_features(source, shard, task, model, torch.device("cpu"), settings)[0]
+
+
+class Between(nn.Module):
+    """Changes the features in front of the head, in eval mode too."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.inner, self.change = named("fc"), change
+
+    def forward(self, x):
+        return self.inner.fc(self.change(self.inner.body(x)))
+
+
+UNSTEADY = {
+    "dropout": (lambda x: nn.functional.dropout(x, 0.1), "when the same batch is run again; .*dropout, noise"),
+    "small noise": (lambda x: x + 1e-4 * torch.randn(12), "when the same batch is run again"),
+    "batch statistics": (
+        nn.BatchNorm1d(12, track_running_stats=False).train(False),
+        "when other rows stand beside them; .*BatchNorm",
+    ),
+    "the size of the batch": (lambda x: x / len(x), "when other rows stand beside them"),
+}
+
+
+# Small noise is lost in the rounding of bfloat16.
+@pytest.mark.parametrize(
+    ("case", "autocast"),
+    [*((case, "none") for case in UNSTEADY), ("dropout", "bfloat16"), ("batch statistics", "bfloat16")],
+)
+def test_a_model_whose_features_change_with_the_call_or_the_batch_is_refused(case, autocast):
+    change, message = UNSTEADY[case]
+    inputs, labels = tensors(41)
+    source = open_source(Pairs(inputs, labels), ForgetSetConfig())
+    task = ClassificationTask(ForgetSetConfig(), "inner.fc", 5)
+    with pytest.raises(UnsupportedModelError, match=f"features of the same rows differ by .*{message}"):
+        extract_features(
+            source,
+            source.shards(8, 8)[0],
+            task,
+            Between(change),
+            torch.device("cpu"),
+            InfluenceConfig(autocast=autocast),
+        )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 70])
+def test_the_check_of_the_first_block_leaves_the_features_as_they_are(rows):
+    model = named("fc").double()
+    inputs, labels = tensors(rows, dtype=torch.float64)
+    source = open_source(Pairs(inputs, labels), ForgetSetConfig())
+    task = ClassificationTask(ForgetSetConfig(), "fc", 5, torch.float64)
+    (shard,) = source.shards(70, 1)
+    for settings in (InfluenceConfig(), InfluenceConfig(compile=True)):
+        made, _ = extract_features(source, shard, task, model, torch.device("cpu"), settings)
+        with torch.inference_mode():
+            np.testing.assert_array_equal(made.features_nF, model.body(inputs))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -102,7 +159,9 @@ def test_channels_last_reaches_the_model_and_changes_nothing_else():
     found = {}
     for channels_last in (False, True):
         model.seen.clear()
-        made, _ = extract_features(source, shard, task, model, torch.device("cpu"), InfluenceConfig(channels_last=channels_last))
+        made, _ = extract_features(
+            source, shard, task, model, torch.device("cpu"), InfluenceConfig(channels_last=channels_last)
+        )
         found[channels_last] = made.features_nF
         assert model.seen == {(channels_last, not channels_last)}
     np.testing.assert_allclose(found[True], found[False], rtol=1e-4, atol=1e-6)
@@ -150,7 +209,10 @@ def test_blocks_are_read_and_decoded_ahead_of_the_model_in_order():
     (shard,) = source.shards(8, 4)
     samples.read = ()
     made, _ = extract_features(source, shard, task, model, torch.device("cpu"))
-    assert [first for first, _ in task.decoded] == [first for first, *_ in task.forwarded] == ["0", "8", "16", "24"]
+    assert [first for first, _ in task.decoded] == ["0", "8", "16", "24"]
+    assert [first for first, *_ in task.forwarded] == ["0", "0", "0", "8", "16", "24"], (
+        "a part of the first block is run twice"
+    )
     forwarding = {thread for _, thread, _ in task.forwarded}
     assert {thread for _, thread in task.decoded}.isdisjoint(forwarding)
     assert [row for row, _ in samples.read] == list(range(32))
@@ -166,3 +228,11 @@ def test_an_error_in_a_block_that_was_decoded_ahead_comes_out_as_it_is():
     (shard,) = source.shards(8, 4)
     with pytest.raises(ForgetSetError, match="label 99"):
         extract_features(source, shard, task, model, torch.device("cpu"))
+
+
+def test_what_a_model_raises_on_a_block_is_a_failure_that_says_so():
+    model = failing_model(name="fc")
+    with pytest.raises(
+        StageFailedError, match=r"Named cannot take 8 samples of shape \[1, 6, 6\]: RuntimeError: out of luck"
+    ):
+        extracted(model)

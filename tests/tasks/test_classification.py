@@ -12,7 +12,7 @@ from samples import Pairs, image_table, png, tensors
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Rows, open_source
-from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError
+from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, UnsupportedModelError
 from imu_ray.tasks.classification import ClassificationTask
 
 
@@ -43,6 +43,19 @@ def test_tensors_arrays_and_images_are_taken():
     assert torch.equal(batch.inputs, torch.ones(3, 1, 2, 2))
 
 
+@pytest.mark.parametrize("kind", ["mirrored", "read-only", "of the other byte order", "bfloat16", "of a graph"])
+def test_arrays_are_taken_however_they_lie_in_memory(kind):
+    array = np.arange(4, dtype=np.float32).reshape(1, 2, 2)
+    given = {
+        "mirrored": array[:, ::-1, ::-1].copy()[:, ::-1, ::-1],
+        "read-only": np.broadcast_to(array, array.shape),
+        "of the other byte order": array.astype(">f4"),
+        "bfloat16": torch.from_numpy(array).bfloat16(),
+        "of a graph": torch.from_numpy(array).requires_grad_() * 1,
+    }[kind]
+    assert torch.equal(task().collate(rows(given)).inputs, torch.from_numpy(array)[None])
+
+
 def bomb():
     """A tiny PNG that claims to be 30,000 x 30,000 pixels."""
 
@@ -68,6 +81,15 @@ BAD = {
     "16 bits a channel": (deep_png(), ForgetSetError, "has mode I"),
     "lists of different lengths": (np.asarray(None), ForgetSetError, "not an image or an array of numbers"),
     "NaN": (torch.tensor([[[float("nan"), 0.0]]]), NonFiniteError, "NaN or infinity"),
+    "a broken PIL image": (
+        Image.open(io.BytesIO(png(np.zeros((50, 50), dtype=np.uint8))[:60])),
+        ForgetSetError,
+        "does not decode",
+    ),
+    "a sparse tensor": (torch.eye(2).to_sparse(), ForgetSetError, "the input is sparse, nested or quantized"),
+    "a meta tensor": (torch.ones(1, 1, 2, device="meta"), ForgetSetError, "the input is on the meta device"),
+    "complex numbers": (torch.ones(1, 1, 2) * 1j, ForgetSetError, "the input is complex"),
+    "an empty array": (np.ones((1, 0, 2)), ForgetSetError, "the input is empty"),
     "infinity": (np.array([[[np.inf, 0.0]]]), NonFiniteError, "NaN or infinity"),
 }
 GOOD = png(np.zeros((1, 2), dtype=np.uint8))
@@ -136,7 +158,7 @@ def test_the_head_is_found_though_the_first_rows_are_bad():
 
 def test_a_model_that_cannot_take_the_samples_is_refused_with_their_shape():
     source = open_source(image_table(3), ForgetSetConfig())
-    with pytest.raises(ForgetSetError, match=r"cannot take a sample of shape \[3, 6, 6\].*forget_set.image_mode"):
+    with pytest.raises(ForgetSetError, match=r"cannot take 1 samples of shape \[3, 6, 6\].*forget_set.image_mode"):
         ClassificationTask.for_model(named("fc"), source, ForgetSetConfig())
 
 
@@ -145,6 +167,39 @@ def test_an_image_above_pillows_limit_is_refused_in_every_thread(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(ForgetSetError, match="DecompressionBombError"):
         task(image_mode="L").collate(rows(png(np.zeros((5, 5, 3), dtype=np.uint8))))
+
+
+def test_a_size_above_pillows_limit_is_refused_before_an_image_is_read():
+    config = ForgetSetConfig(image_size=1_000_000)
+    with pytest.raises(ConfigError, match="forget_set.image_size is 1000000; expected at most 9459"):
+        ClassificationTask.for_model(named("fc"), open_source(image_table(3), config), config)
+
+
+def test_a_set_without_a_usable_row_is_refused_with_a_reason():
+    samples = open_source(pa.table({"image": [b"bad"] * 2, "label": [0, 1]}), ForgetSetConfig())
+    with pytest.raises(ForgetSetError, match=r"no row of the table can be used \(the last: the image does not decode"):
+        ClassificationTask.for_model(named("fc"), samples, ForgetSetConfig())
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), AssertionError(), StopIteration(), OSError("x"), torch.OutOfMemoryError("x")]
+)
+def test_what_a_model_raises_is_refused_with_the_shape_unless_memory_ran_out(error):
+    def fail(module, inputs):
+        raise error
+
+    model = named("fc")
+    model.register_forward_pre_hook(fail)
+    kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else ForgetSetError
+    with pytest.raises(kind, match=r"x|Named cannot take 1 samples of shape \[1, 6, 6\]: \w+"):
+        ClassificationTask.for_model(model, open_source(Pairs(*tensors(3)), ForgetSetConfig()), ForgetSetConfig())
+
+
+def test_a_model_that_loses_rows_is_refused():
+    model, (inputs, labels) = named("fc"), tensors(4)
+    model.register_forward_pre_hook(lambda module, inputs: inputs[0][:3])
+    with pytest.raises(UnsupportedModelError, match=r"gave head inputs \(3, 12\) and outputs \(3, 5\) for 4 samples"):
+        task().forward(model, task().collate(rows(*inputs, labels=labels.tolist())))
 
 
 def test_a_column_of_single_numbers_is_refused():

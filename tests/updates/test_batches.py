@@ -2,23 +2,22 @@ import numpy as np
 import pytest
 
 from imu_ray.config import AscentConfig
-from imu_ray.scopes.features import FeatureShard
-from imu_ray.updates.batches import FeatureStore, epoch_batches
+from imu_ray.scopes.features import FeatureShard, FeatureStore
+from imu_ray.updates.batches import epoch_batches
 
 STARTS = np.arange(0, 200, 10)
 KEPT = np.flatnonzero(np.arange(200) % 7 != 0)
 
 
 def flat(batches):
-    return np.concatenate([piece for batch in batches for piece in batch])
+    return np.concatenate(batches)
 
 
 @pytest.mark.parametrize("window", [1, 3, 64])
 def test_every_kept_row_comes_exactly_once_an_epoch(window):
-    batches = epoch_batches(KEPT, STARTS, AscentConfig(batch_size=32, microbatch_rows=5, window_blocks=window), 0, 0)
+    batches = epoch_batches(KEPT, STARTS, AscentConfig(batch_size=32, window_blocks=window), 0, 0)
     assert sorted(flat(batches)) == KEPT.tolist()
-    assert [sum(map(len, batch)) for batch in batches] == [32] * (len(KEPT) // 32) + [len(KEPT) % 32]
-    assert all(len(piece) == 5 for batch in batches for piece in batch[:-1])
+    assert [len(batch) for batch in batches] == [32] * (len(KEPT) // 32) + [len(KEPT) % 32]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -30,8 +29,8 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_rows_are_shuffled_within_a_window_of_blocks_only():
     every = np.arange(200)
-    config = AscentConfig(window_blocks=2, batch_size=10, microbatch_rows=4)
-    blocks = [set(np.concatenate(batch) // 10) for batch in epoch_batches(every, STARTS, config, 0, 0)]
+    config = AscentConfig(window_blocks=2, batch_size=10)
+    blocks = [set(batch // 10) for batch in epoch_batches(every, STARTS, config, 0, 0)]
     windows = [first | second for first, second in zip(blocks[::2], blocks[1::2], strict=True)]
     assert all(len(window) == 2 for window in windows), "20 rows in a row come from two blocks of 10"
     assert any(len(batch) == 2 for batch in blocks), "and are mixed"
@@ -58,5 +57,5 @@ def test_gather_returns_rows_of_any_shard():
 
 
 def test_positions_within_a_batch_ascend_so_that_a_workers_pieces_lie_together():
-    batches = epoch_batches(KEPT, STARTS, AscentConfig(batch_size=32, microbatch_rows=5), 3, 1)
-    assert all((np.diff(np.concatenate(batch)) > 0).all() for batch in batches)
+    batches = epoch_batches(KEPT, STARTS, AscentConfig(batch_size=32), 3, 1)
+    assert all((np.diff(batch) > 0).all() for batch in batches)

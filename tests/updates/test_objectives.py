@@ -29,7 +29,9 @@ FORMULAS = {
     "ascent": lambda z, y, z0: [(c == y) - p for c, p in enumerate(softmax(z))],
     "bounded_ascent": lambda z, y, z0: [((c == y) - p) * (loss(z, y) < math.log(C)) for c, p in enumerate(softmax(z))],
     "npo": lambda z, y, z0: [((c == y) - p) * npo_weight(z, y, z0) for c, p in enumerate(softmax(z))],
-    "renormalise": lambda z, y, z0: [p - (0 if c == y else softmax(z0)[c] / (1 - softmax(z0)[y])) for c, p in enumerate(softmax(z))],
+    "renormalise": lambda z, y, z0: [
+        p - (0 if c == y else softmax(z0)[c] / (1 - softmax(z0)[y])) for c, p in enumerate(softmax(z))
+    ],
     "row_mask": lambda z, y, z0: [(1 - p) if c == y else 0.0 for c, p in enumerate(softmax(z))],
     "uniform_target": lambda z, y, z0: [p - 1 / C for p in softmax(z)],
 }
@@ -42,7 +44,9 @@ def npo_weight(z, y, z0, beta=4.0):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_logit_gradient_is_the_written_out_formula(name):
-    expected = one([FORMULAS[name](z.tolist(), int(y), z0.tolist()) for z, y, z0 in zip(LOGITS, LABELS, ORIGINAL, strict=True)])
+    expected = one(
+        [FORMULAS[name](z.tolist(), int(y), z0.tolist()) for z, y, z0 in zip(LOGITS, LABELS, ORIGINAL, strict=True)]
+    )
     torch.testing.assert_close(OBJECTIVES[name](LOGITS, LABELS, ORIGINAL), expected, rtol=1e-11, atol=1e-13)
 
 
@@ -59,7 +63,9 @@ LOSSES = {
     "ascent": lambda z: -cross_entropy(z),
     "bounded_ascent": lambda z: -cross_entropy(z).clamp_max(math.log(C)),
     "npo": npo_loss,
-    "renormalise": lambda z: -(torch.softmax(ORIGINAL.scatter(1, LABELS.unsqueeze(1), -math.inf), 1) * torch.log_softmax(z, 1)).sum(1),
+    "renormalise": lambda z: (
+        -(torch.softmax(ORIGINAL.scatter(1, LABELS.unsqueeze(1), -math.inf), 1) * torch.log_softmax(z, 1)).sum(1)
+    ),
     "uniform_target": lambda z: -torch.log_softmax(z, 1).mean(1),
 }
 
@@ -108,4 +114,6 @@ def test_renormalise_is_finite_on_a_sample_that_is_all_but_certain():
 
 def test_bounded_ascent_leaves_alone_what_is_past_a_uniform_guess():
     logits = one([[0.0, 3.0, 0.0, 0.0]])
-    assert torch.equal(OBJECTIVES["bounded_ascent"](logits, torch.tensor([0]), logits), torch.zeros(1, C, dtype=torch.float64))
+    assert torch.equal(
+        OBJECTIVES["bounded_ascent"](logits, torch.tensor([0]), logits), torch.zeros(1, C, dtype=torch.float64)
+    )

@@ -1,87 +1,87 @@
-import logging
-import math
-
 import pytest
 
-from imu_ray.config import StopConfig
+from imu_ray.config import ForgetSetConfig, StopConfig
 from imu_ray.errors import ConfigError
-from imu_ray.updates.stopping import looks_like_whole_classes, recipe_warning, stop_targets
+from imu_ray.tasks.classification import ClassificationTask
+from imu_ray.updates.stopping import StopTarget, Unseen, stop_targets, verdict
+
+METRICS = ClassificationTask(ForgetSetConfig(), "fc", 10).metrics
+PER_CLASS = {"1": {"accuracy": 0.9, "loss": 0.2, "margin": 4.0}, "2": {"accuracy": 0.6, "loss": 0.8, "margin": 1.0}}
+FIGURES = {"samples": 100, "accuracy": 0.7, "loss": 0.5, "margin": 2.0, "per_class": PER_CLASS}
+
+
+def targets(wanted, counts=None, unseen=True, rows=50):
+    counts = {1: rows} if counts is None else counts
+    return stop_targets(StopConfig(targets=wanted), METRICS, rows, Unseen(FIGURES, counts) if unseen else None)
 
 
 @pytest.mark.parametrize(
-    ("counts", "classes", "whole"),
+    ("counts", "metric", "expected"),
     [
-        ({3: 40}, 10, True),
-        ({3: 1}, 10, False),
-        ({3: 2, 4: 1}, 10, False),
-        (dict.fromkeys(range(5), 100), 100, True),
-        (dict.fromkeys(range(10), 5), 10, False),
-        (dict.fromkeys(range(8), 3), 10, False),
-        ({0: 40}, 2, True),
+        ({1: 50}, "accuracy", 0.9),
+        ({1: 25, 2: 75}, "accuracy", 0.675),
+        ({1: 1, 2: 1}, "loss", 0.5),
+        ({2: 3}, "margin", 1.0),
+        ({1: 1, 7: 1}, "margin", 3.0),
     ],
 )
-def test_whole_classes_are_told_from_random_draws(counts, classes, whole):
-    assert looks_like_whole_classes(counts, classes) is whole
+def test_auto_is_the_mean_over_unseen_samples_of_the_same_labels(counts, metric, expected):
+    (target,) = targets({f"forget.{metric}": "auto"}, counts)
+    assert target.threshold == pytest.approx(expected)
 
 
-RANDOM = dict.fromkeys(range(10), 50)
+def test_auto_needs_unseen_samples():
+    with pytest.raises(
+        ConfigError, match=r"forget\.accuracy is 'auto' without unseen samples; expected evaluation\['test'\]"
+    ):
+        targets({"forget.accuracy": "auto"}, unseen=False)
 
 
-def test_auto_aims_at_one_per_cent_for_whole_classes_and_says_so(caplog):
-    with caplog.at_level(logging.WARNING):
-        (target,) = stop_targets(StopConfig(), {1: 50}, 10, 0.9)
-    assert "look like all of class 1" in caplog.text
-    assert (target.metric, target.threshold) == ("forget_accuracy", 0.01)
+def test_a_number_is_taken_as_it_is_and_null_switches_a_target_off():
+    (target,) = targets({"forget.accuracy": 0.4, "forget.loss": None}, unseen=False)
+    assert (target.metric, target.threshold, target.rising) == ("forget.accuracy", 0.4, False)
     assert target.tolerance == 1 / 50, "an accuracy moves in steps of one sample"
 
 
-def test_auto_aims_at_the_accuracy_on_unseen_samples_for_random_ones():
-    assert [target.threshold for target in stop_targets(StopConfig(), RANDOM, 10, 0.83)] == [0.83]
+def test_a_target_takes_the_direction_of_its_metric():
+    loss, margin = targets({"forget.loss": 2.3, "forget.margin": 0.5})
+    assert (loss.rising, margin.rising) == (True, False)
+    assert loss.tolerance == 0.005
+    assert loss.reached({"forget.loss": 2.4})
+    assert not loss.reached({"forget.loss": 2.2})
 
 
-def test_samples_of_a_class_of_which_others_are_kept_are_not_the_whole_class():
-    (target,) = stop_targets(StopConfig(), {1: 50}, 10, 0.9, kept_labels={0, 1, 2})
-    assert target.threshold == 0.9
+@pytest.mark.parametrize("name", ["forget.acuracy", "accuracy", "test.accuracy"])
+def test_a_metric_that_is_not_there_is_refused_with_the_near_ones(name):
+    with pytest.raises(ConfigError, match=rf"ascent.stop.targets names '{name}'; .*forget.accuracy"):
+        targets({name: 0.5})
 
 
-def test_auto_without_unseen_samples_is_off_and_says_so(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert stop_targets(StopConfig(), RANDOM, 10, None) == []
-    assert "no evaluation['test']" in caplog.text
-
-
-def test_a_number_is_taken_as_it_is_and_null_switches_the_rule_off():
-    assert stop_targets(StopConfig(forget_accuracy=0.4), {1: 50}, 10, 0.9)[0].threshold == 0.4
-    assert stop_targets(StopConfig(forget_accuracy=None), {1: 50}, 10, 0.9) == []
-
-
-def test_the_automatic_loss_target_is_the_loss_of_a_uniform_guess():
-    (target,) = stop_targets(StopConfig(forget_accuracy=None, forget_loss="auto"), RANDOM, 10, None)
-    assert target.threshold == pytest.approx(math.log(10))
-    assert target.reached({"forget_loss": 2.4})
-    assert not target.reached({"forget_loss": 2.2})
-
-
-def test_the_membership_rule_needs_unseen_samples():
-    config = StopConfig(forget_accuracy=None, membership=True)
-    assert stop_targets(config, RANDOM, 10, 0.8, {3, 4})[0].metric == "membership_auc"
-    with pytest.raises(ConfigError, match="without unseen samples of the forgotten classes"):
-        stop_targets(config, {1: 50}, 10, 0.8, {3, 4})
-    with pytest.raises(ConfigError, match="ascent.stop.membership is true without"):
-        stop_targets(config, RANDOM, 10, None)
+def test_the_membership_target_needs_unseen_samples_of_the_forgotten_labels():
+    (target,) = targets({"membership.auc": "auto"})
+    assert (target.metric, target.threshold) == ("membership.auc", 0.5)
+    with pytest.raises(ConfigError, match="without unseen samples of the forgotten labels"):
+        targets({"membership.auc": "auto"}, {5: 50})
+    with pytest.raises(ConfigError, match="without unseen samples of the forgotten labels"):
+        targets({"membership.auc": "auto"}, unseen=False)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "counts", "message"),
+    ("accuracy", "step", "status"),
     [
-        ("samples", {3: 40}, "which looks like whole classes"),
-        ("samples", {3: 1}, "which looks like whole classes"),
-        ("classes", dict.fromkeys(range(9), 4), "which looks like a random draw"),
-        ("classes", {3: 40}, None),
-        ("samples", RANDOM, None),
-        ("paper", {3: 40}, None),
+        (0.9, 3, ""),
+        (0.8, 3, "reached"),
+        (0.75, 3, "reached"),
+        (0.6, 3, "not_reached"),
+        (0.6, 0, "already_met"),
+        (0.9, 0, ""),
     ],
 )
-def test_a_recipe_that_the_labels_contradict_is_warned_about(recipe, counts, message):
-    warning = recipe_warning(recipe, counts, 10)
-    assert (message is None and warning is None) or message in warning
+def test_the_verdict_tells_a_target_that_was_met_before_the_first_step_from_one_that_was_reached(
+    accuracy, step, status
+):
+    found, reason = verdict(
+        [StopTarget("forget.accuracy", 0.8, "test", 0.1)], {"forget.accuracy": accuracy, "step": step}
+    )
+    assert found == status
+    assert bool(reason) == bool(status)

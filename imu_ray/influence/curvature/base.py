@@ -42,8 +42,9 @@ class Moments:
     def of(cls, layer_io: LayerIO, clip: float | None = None) -> "Moments":
         """Moments of one block; ``clip`` is the largest norm that a sample's gradient goes in with."""
         if clip is not None:
-            scale = (clip / gradient_norms(layer_io).clamp_min(clip)).view(-1, 1, 1)
-            layer_io = LayerIO(layer_io.inputs_BTD, layer_io.output_grads_BTC * scale)
+            norms = gradient_norms(layer_io)
+            scale = torch.where(norms > clip, clip / norms, 1.0)  # of two zeros, not their quotient
+            layer_io = LayerIO(layer_io.inputs_BTD, layer_io.output_grads_BTC * scale.view(-1, 1, 1))
         return cls(len(layer_io.inputs_BTD), gradient_sum(layer_io), squared_gradient_sum(layer_io))
 
     def merge(self, other: "Moments") -> "Moments":
@@ -85,14 +86,14 @@ def merge_tree(parts: Iterable[S]) -> S:
 
 @dataclass(frozen=True)
 class Damping:
-    """What is added to the curvature's diagonal: a number, or a share of the diagonal's mean."""
+    """What is added to the curvature's diagonal: a number, or a share of the diagonal's mean (of 1 where that is 0)."""
 
     value: float
     relative: bool = False
 
     def of(self, diagonal: Tensor) -> float:
         """The number to add to a curvature with this diagonal, or with these eigenvalues."""
-        return self.value * float(diagonal.mean()) if self.relative else self.value
+        return self.value * (float(diagonal.mean()) or 1.0) if self.relative else self.value
 
 
 class FittedCurvature(Protocol):
@@ -141,9 +142,9 @@ def damped_direction(fitted: FittedCurvature, moments: Moments) -> Tensor:
     direction = fitted.apply_inverse(moments.mean_gradient_CD)
     if not torch.isfinite(direction).all():
         raise NonFiniteError(
-            "the mean gradient of the forget set is NaN or infinite in "
+            "the damped mean gradient of the forget set is NaN or infinite in "
             f"{int((~torch.isfinite(direction)).sum())} of {direction.numel()} entries; expected finite features and logits; "
-            "check the model's weights and the scale of its inputs"
+            "check the model's weights, the scale of its inputs, and influence.damping"
         )
     return direction
 

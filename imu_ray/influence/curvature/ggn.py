@@ -1,8 +1,9 @@
 r"""Curvature of the softmax cross-entropy in a linear head that steers a step: feature second moment and Gauss-Newton.
 
-The generalised Gauss-Newton matrix of a linear head is its exact Hessian: :math:`\frac1n \sum_i (\mathrm{diag}(p_i) - p_i
-p_i^\top) \otimes h_i h_i^\top`. Each kind is scaled by its mean eigenvalue, damped by a share of that, inverted, and scaled by
-the mean eigenvalue of the inverse, so that a learning rate means about the same under each.
+The generalised Gauss-Newton matrix of a linear head is its exact Hessian, where a sample's loss is the sum over its
+positions: :math:`\frac1n \sum_{i,t} (\mathrm{diag}(p_{it}) - p_{it} p_{it}^\top) \otimes h_{it} h_{it}^\top`. Each kind
+is scaled by its mean eigenvalue, damped by a share of that, inverted, and scaled by the mean eigenvalue of the inverse,
+so that a learning rate means about the same under each.
 
 Shapes: C classes, D head inputs with the bias input.
 """
@@ -20,7 +21,7 @@ COPIES = 6  # of the matrix while it is fitted: one block's, the running sum, th
 
 @dataclass(frozen=True)
 class MatrixSum:
-    """Count and sum of per-sample matrices; float64."""
+    """Number of samples and sum of their matrices, each the sum over the sample's positions; float64."""
 
     count: int
     total: Tensor
@@ -36,21 +37,21 @@ class MatrixSum:
 
 
 def second_moment_sum(layer_io: LayerIO) -> MatrixSum:
-    r""":math:`\sum_i h_i h_i^\top`, ``[D, D]``."""
+    r""":math:`\sum_{i,t} h_{it} h_{it}^\top`, ``[D, D]``."""
     inputs = layer_io.inputs_BTD.flatten(0, 1)
-    return MatrixSum(len(inputs), inputs.T @ inputs)
+    return MatrixSum(len(layer_io.inputs_BTD), inputs.T @ inputs)
 
 
 def block_ggn_sum(layer_io: LayerIO) -> MatrixSum:
-    r""":math:`\sum_i p_{ic} (1 - p_{ic}) h_i h_i^\top` for each class, ``[C, D, D]``."""
+    r""":math:`\sum_{i,t} p_{itc} (1 - p_{itc}) h_{it} h_{it}^\top` for each class, ``[C, D, D]``."""
     inputs = layer_io.inputs_BTD.flatten(0, 1)
     p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
     blocks = [inputs.T @ (inputs * variance.unsqueeze(1)) for variance in (p * (1 - p)).unbind(1)]
-    return MatrixSum(len(inputs), torch.stack(blocks))
+    return MatrixSum(len(layer_io.inputs_BTD), torch.stack(blocks))
 
 
 def full_ggn_sum(layer_io: LayerIO) -> MatrixSum:
-    r""":math:`\sum_i (\mathrm{diag}(p_i) - p_i p_i^\top) \otimes h_i h_i^\top`, ``[C D, C D]``."""
+    r""":math:`\sum_{i,t} (\mathrm{diag}(p_{it}) - p_{it} p_{it}^\top) \otimes h_{it} h_{it}^\top`, ``[C D, C D]``."""
     inputs = layer_io.inputs_BTD.flatten(0, 1)
     p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
     classes, width = p.shape[1], inputs.shape[1]
@@ -59,7 +60,7 @@ def full_ggn_sum(layer_io: LayerIO) -> MatrixSum:
         for d in range(classes):
             weight = p[:, c] * ((1.0 if c == d else 0.0) - p[:, d])
             total[c, :, d, :] = inputs.T @ (inputs * weight.unsqueeze(1))
-    return MatrixSum(len(inputs), total.reshape(classes * width, classes * width))
+    return MatrixSum(len(layer_io.inputs_BTD), total.reshape(classes * width, classes * width))
 
 
 def scaled_inverse(blocks: Tensor, damping: float) -> Tensor:
@@ -101,7 +102,7 @@ class FullMatrix:
 
 
 class FeatureSecondMoment:
-    r""":math:`\frac1n \sum_i h_i h_i^\top` for every row alike."""
+    r""":math:`\frac1n \sum_{i,t} h_{it} h_{it}^\top` for every row alike."""
 
     def memory(self, classes: int, width: int) -> int:
         """Bytes of all copies."""

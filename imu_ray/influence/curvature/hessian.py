@@ -1,6 +1,7 @@
 r"""The exact Hessian of the softmax cross-entropy in a linear head, damped: never built where it is large.
 
-.. math:: H V = \frac1n \sum_i \bigl(p_i \circ u_i - p_i\,(p_i^\top u_i)\bigr) h_i^\top + \lambda V, \qquad u_i = V h_i
+.. math:: H V = \frac1n \sum_{i,t} \bigl(p_{it} \circ u_{it} - p_{it}\,(p_{it}^\top u_{it})\bigr) h_{it}^\top
+          + \lambda V, \qquad u_{it} = V h_{it}
 
 :math:`\lambda` is the weight of an L2 term :math:`\frac\lambda2 \|W\|^2` where the head was trained with one.
 
@@ -11,6 +12,8 @@ import functools
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,12 +26,14 @@ DENSE_SIZE = 2_000  # C D up to which the matrix is built and factored
 TOLERANCE = 1e-10  # norm of the residual, as a share of the gradient's
 MAX_ITERATIONS = 2_000
 
+Vector = npt.NDArray[np.float64]
+
 
 def diagonal_sum(layer_io: LayerIO) -> MatrixSum:
-    r"""Diagonal of the Hessian: :math:`\sum_i p_{ic}(1 - p_{ic}) h_{id}^2`, ``[C, D]``."""
+    r"""Diagonal of the Hessian: :math:`\sum_{i,t} p_{itc}(1 - p_{itc}) h_{itd}^2`, ``[C, D]``."""
     inputs = layer_io.inputs_BTD.flatten(0, 1)
     p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
-    return MatrixSum(len(inputs), (p * (1 - p)).T @ inputs**2)
+    return MatrixSum(len(layer_io.inputs_BTD), (p * (1 - p)).T @ inputs**2)
 
 
 def product_sum(layer_io: LayerIO, vector_CD: Tensor) -> MatrixSum:
@@ -37,7 +42,7 @@ def product_sum(layer_io: LayerIO, vector_CD: Tensor) -> MatrixSum:
     p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
     outputs = inputs @ vector_CD.T
     pull = p * (outputs - (p * outputs).sum(1, keepdim=True))
-    return MatrixSum(len(inputs), pull.T @ inputs)
+    return MatrixSum(len(layer_io.inputs_BTD), pull.T @ inputs)
 
 
 @dataclass(frozen=True)
@@ -80,27 +85,39 @@ class ImplicitHessian:
         Raises:
             StageFailedError: no convergence in ``MAX_ITERATIONS``.
         """
-        solution, residual = torch.zeros_like(gradient_CD), gradient_CD.clone()
-        goal = TOLERANCE * float(gradient_CD.norm())
-        conditioned = residual / self.preconditioner_CD
-        direction, energy = conditioned.clone(), float((residual * conditioned).sum())
-        iteration = 0
-        while float(residual.norm()) > goal:
-            if iteration == MAX_ITERATIONS or not math.isfinite(energy):
-                raise StageFailedError(
-                    f"conjugate gradients on the head's Hessian did not converge: residual {float(residual.norm()) / goal * TOLERANCE:.2g} of "
-                    f"the gradient after {iteration} iterations, expected {TOLERANCE:g}; raise influence.damping or use influence.curvature=kfac"
-                )
-            product = self.reduce(functools.partial(product_sum, vector_CD=direction)).mean + self.damping * direction
-            step = energy / float((direction * product).sum())
-            solution += step * direction
-            residual -= step * product
-            conditioned = residual / self.preconditioner_CD
-            before, energy = energy, float((residual * conditioned).sum())
-            direction = conditioned + energy / before * direction
-            iteration += 1
-        self.solved.update(iterations=iteration, residual=float(residual.norm()) / goal * TOLERANCE if goal else 0.0)
-        return solution
+        # Here, because no worker process solves, and each would import it.
+        from scipy.sparse.linalg import LinearOperator, cg
+
+        shape, gradient = gradient_CD.shape, gradient_CD.flatten().numpy()
+        diagonal, iterations = self.preconditioner_CD.flatten().numpy(), 0
+
+        def apply(vector: Vector) -> Vector:
+            vector_CD = torch.from_numpy(vector).view(shape)
+            product = self.reduce(functools.partial(product_sum, vector_CD=vector_CD)).mean + self.damping * vector_CD
+            return product.flatten().numpy()
+
+        def count(solution: Vector) -> None:
+            nonlocal iterations
+            iterations += 1
+            if not np.isfinite(solution).all():
+                raise _no_convergence(math.nan, iterations)
+
+        damped = LinearOperator(2 * gradient.shape, apply, dtype=float)
+        conditioner = LinearOperator(2 * gradient.shape, lambda vector: vector / diagonal, dtype=float)
+        solution, failed = cg(damped, gradient, rtol=TOLERANCE, maxiter=MAX_ITERATIONS, M=conditioner, callback=count)
+        norm = float(np.linalg.norm(gradient))
+        residual = float(np.linalg.norm(gradient - apply(solution))) / norm if norm else 0.0
+        if failed:
+            raise _no_convergence(residual, iterations)
+        self.solved.update(iterations=iterations, residual=residual)
+        return torch.from_numpy(solution).view(shape)
+
+
+def _no_convergence(residual: float, iterations: int) -> StageFailedError:
+    return StageFailedError(
+        f"conjugate gradients on the head's Hessian did not converge: residual {residual:.2g} of the gradient after "
+        f"{iterations} iterations, expected {TOLERANCE:g}; raise influence.damping or use influence.curvature=kfac"
+    )
 
 
 class Hessian:

@@ -1,0 +1,51 @@
+"""What an audit is, and what it is made from: predictions on every sample set."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from imu_ray.config import AuditConfig
+from imu_ray.scopes.features import FeatureShard
+from imu_ray.scopes.head import Head
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Labels ``[N]`` or ``[N, T]`` of some samples, every metric of each ``[N]`` by name, and number of classes."""
+
+    labels: npt.NDArray[np.int64]
+    metrics: Mapping[str, npt.NDArray[np.float64]]
+    classes: int
+
+    @classmethod
+    def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
+        """The predictions of all parts, in order."""
+        metrics = {name: np.concatenate([part.metrics[name] for part in parts]) for name in parts[0].metrics}
+        return cls(np.concatenate([part.labels for part in parts]), metrics, parts[0].classes)
+
+
+def predict_shard(shard: FeatureShard, head: Head) -> Predictions:
+    """Predictions for every sample of a shard."""
+    found: dict[str, list[npt.NDArray[np.float64]]] = {name: [np.empty(0)] for name in head.task.metrics}
+    for features, labels in shard.blocks():
+        for name, values in head.task.sample_metrics(head.logits(features), labels).items():
+            found[name].append(values.numpy())
+    metrics = {name: np.concatenate(parts) for name, parts in found.items()}
+    return Predictions(shard.labels_n, metrics, head.task.num_classes)
+
+
+class Audit(Protocol):
+    """Figures of a model. An audit's docstring gives formula, range, and where a model that has forgotten stands."""
+
+    def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
+        """What ``metrics.json`` is to hold, by name.
+
+        Args:
+            measured: predictions on every sample set, by its name; ``forget`` is always there.
+            config: ``audit.*``.
+            seed: seed of the run.
+        """
+        ...

@@ -1,0 +1,89 @@
+"""A path or URI, and the files that lie there."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+from imu_ray.data.source import reading
+from imu_ray.errors import ForgetSetError
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file, or a folder and all files below it.
+
+    Attributes:
+        name: as the caller gave it.
+        filesystem: where it is.
+        path: on that file system.
+        files: full paths in order; of a single file, its own.
+    """
+
+    name: str
+    filesystem: fs.FileSystem
+    path: str
+    files: tuple[str, ...]
+
+    @classmethod
+    def open(cls, name: str, role: str) -> "Location":
+        """List what lies at a path or URI; ``ForgetSetError`` when that is nothing."""
+        _check_name(name)
+        with reading(f"the {role} {name}"):
+            local = (fs.LocalFileSystem(), str(Path(name).absolute()))
+            filesystem, path = fs.FileSystem.from_uri(name) if "://" in name else local
+            kind = filesystem.get_file_info(path).type
+            if kind == fs.FileType.NotFound:
+                raise ForgetSetError(
+                    f"the {role} {name} does not exist; expected a Parquet file, or a folder of Parquet files or images"
+                )
+            if kind == fs.FileType.File:
+                return cls(name, filesystem, path, (path,))
+            if isinstance(filesystem, fs.LocalFileSystem):
+                return cls(name, filesystem, path, tuple(sorted(_below(path))))
+            listing = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+            return cls(name, filesystem, path, tuple(sorted(entry.path for entry in listing if entry.is_file)))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a local or mounted path."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder."""
+        return self.files != (self.path,)
+
+    def ending_in(self, *suffixes: str) -> list[str]:
+        """Files with one of these suffixes, in whatever case."""
+        return [path for path in self.files if path.lower().endswith(suffixes)]
+
+
+def _below(folder: str) -> Iterator[str]:
+    """All files below a local folder; a link to a folder, and what would make its reader wait for ever, is refused."""
+    if not os.path.isdir(folder):
+        raise ForgetSetError(f"{folder} is a pipe, socket or device; expected a file or a folder")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            _check_name(entry.path)
+            if entry.is_dir():
+                if entry.is_symlink():
+                    raise ForgetSetError(
+                        f"{entry.path} is a link to a folder, which is not followed; expected folders of files; copy or mount it"
+                    )
+                yield from _below(entry.path)
+            elif entry.is_file():
+                yield entry.path
+            else:
+                raise ForgetSetError(
+                    f"{entry.path} is a pipe, socket, device or broken link; expected a file; remove it"
+                )
+
+
+def _check_name(path: str) -> None:
+    if "\0" in path or path.encode(errors="ignore").decode() != path:
+        raise ForgetSetError(
+            f"{path!r} is not UTF-8, or holds a NUL; expected a name that can stand in the record; rename it"
+        )

@@ -1,0 +1,155 @@
+"""Which settings and recipe a run follows, which targets it aims at, and what a user must be told of them."""
+
+import logging
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.errors import ConfigError, nearest
+from imu_ray.events import event
+from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
+from imu_ray.influence.intensity import SCHEMES
+from imu_ray.tasks.base import Metric
+from imu_ray.updates import UPDATES
+from imu_ray.updates.objectives import OBJECTIVES
+from imu_ray.updates.stopping import WHOLE_CLASS_ACCURACY, StopTarget, Unseen, stop_targets
+
+AUTOMATIC = "forget.bounded_loss"  # moves with every sample, however few there are, and no single one can carry it
+CHANCE = 1e-3
+NEAR_CHANCE_ROWS = 20  # fewest rows of which a mean near chance says something
+
+
+def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> UnlearnConfig:
+    """The settings that ``recipe`` or ``config`` mean, with every registered name checked."""
+    if recipe is not None and config is not None:
+        raise ConfigError(
+            f"recipe={recipe!r} and config were both given; expected one of them; combine them with "
+            "UnlearnConfig.from_recipe(name).with_overrides({...})"
+        )
+    if config is not None and not isinstance(config, UnlearnConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; expected an UnlearnConfig: UnlearnConfig().with_overrides({{...}})"
+        )
+    settings = config or UnlearnConfig.from_recipe(recipe or "auto")
+    for key, name, registry in (
+        ("influence.curvature", settings.influence.curvature, CURVATURES),
+        ("intensity.scheme", settings.intensity.scheme, SCHEMES),
+        ("ascent.update", settings.ascent.update, UPDATES),
+        ("ascent.objective", settings.ascent.objective, OBJECTIVES),
+        ("ascent.preconditioner", settings.ascent.preconditioner, {"none": None, **PRECONDITIONERS}),
+    ):
+        if name not in registry:
+            raise ConfigError(f"{key} is {name!r}; {nearest(name, registry)}")
+    return settings
+
+
+def looks_like_whole_classes(
+    label_counts: Mapping[int, int], num_classes: int, kept_labels: Collection[int] = ()
+) -> bool:
+    """Whether a forget set is whole classes rather than a random draw.
+
+    False when samples of these classes are kept, as far as the evaluation sets show (``kept_labels``).
+    True when a random draw of as many rows from equally frequent classes would leave out as many classes as this one does
+    with a probability below 1e-3 (union bound). Equally frequent classes are an assumption.
+    """
+    rows, present = sum(label_counts.values()), len(label_counts)
+    if present == num_classes or not label_counts.keys().isdisjoint(kept_labels):
+        return False
+    log_bound = math.log(math.comb(num_classes, present)) + rows * math.log(present / num_classes)
+    return log_bound < math.log(CHANCE)
+
+
+def choose_recipe(recipe: str, label_counts: Mapping[int, int], num_classes: int) -> tuple[str, str]:
+    """The recipe that ``recipe`` stands for, and why.
+
+    ``auto`` is ``samples`` where the labels are mixed. Where they are not, what was asked for cannot be told from the rows.
+
+    Raises:
+        ConfigError: ``auto`` on rows of one class, or of fewer classes than a random draw would have.
+    """
+    rows, present = sum(label_counts.values()), len(label_counts)
+    if recipe != "auto":
+        return recipe, "named in the settings"
+    if present == 1 or looks_like_whole_classes(label_counts, num_classes):
+        labels = ", ".join(map(str, list(label_counts)[:5])) + (", ..." if present > 5 else "")
+        raise ConfigError(
+            f"recipe is 'auto', and the {rows} rows to forget have only {present} of {num_classes} labels ({labels}); expected to be "
+            "told what must go: recipe 'classes' when the model must no longer recognise the class, recipe 'samples' when these "
+            "rows must go and others of their class are kept"
+        )
+    return "samples", f"auto: the {rows} rows to forget have {present} of {num_classes} labels"
+
+
+def resolve_targets(
+    config: UnlearnConfig,
+    metrics: Mapping[str, Metric],
+    label_counts: Mapping[int, int],
+    num_classes: int,
+    unseen: Unseen | None,
+    kept_labels: Collection[int],
+) -> list[StopTarget]:
+    """The targets that ``ascent.stop.targets`` means for this forget set; empty only under recipe ``paper``.
+
+    Raises:
+        ConfigError: there is no target, and the recipe is not ``paper``.
+    """
+    stop, rows, paper = config.ascent.stop, sum(label_counts.values()), config.recipe == "paper"
+    if stop.targets:
+        targets = stop_targets(stop, metrics, rows, unseen)
+    elif paper and looks_like_whole_classes(label_counts, num_classes, kept_labels):
+        targets = stop_targets(stop.but({"forget.accuracy": WHOLE_CLASS_ACCURACY}), metrics, rows, unseen)
+    elif unseen is not None:
+        targets = stop_targets(stop.but({"forget.accuracy" if paper else AUTOMATIC: "auto"}), metrics, rows, unseen)
+    else:
+        targets = []
+    if targets:
+        return targets
+    if not paper:
+        raise ConfigError(
+            f"the {rows} rows to forget have no target, so that nothing says when they are forgotten; expected "
+            "evaluation={'test': unseen samples}, which shows what such rows are like when they were never learnt, or a number in "
+            "ascent.stop.targets, such as forget.accuracy: 0.8; recipe 'classes' brings its own"
+        )
+    event(
+        "no target",
+        level=logging.WARNING,
+        advice="all epochs are run; give evaluation['test'] or ascent.stop.targets, because ascent without a stop ruins the model",
+    )
+    return []
+
+
+def warnings_of(
+    recipe: str,
+    label_counts: Mapping[int, int],
+    num_classes: int,
+    metrics: Mapping[str, Metric],
+    original: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
+    """Sentences for the headline: what contradicts the recipe, and sets on which the original model is near chance.
+
+    Args:
+        recipe: that is followed.
+        label_counts: rows of the forget set per label.
+        num_classes: classes of the model.
+        metrics: of the task.
+        original: figures of the original model by sample set.
+    """
+    found = []
+    if recipe == "classes" and not looks_like_whole_classes(label_counts, num_classes) and len(label_counts) > 1:
+        found.append(
+            f"Recipe 'classes' on rows with {len(label_counts)} of {num_classes} labels, which look like a random draw; recipe "
+            "'samples' is made for those."
+        )
+    for name in ("test", "forget"):
+        figures = original.get(name)
+        if figures is None or figures["samples"] < NEAR_CHANCE_ROWS:
+            continue
+        for metric, kind in metrics.items():
+            if kind.counted and kind.chance is not None and figures[metric] < kind.chance + 0.15 * (1 - kind.chance):
+                found.append(
+                    f"The original model's {metric} on {name} is {100 * figures[metric]:.1f} %, near chance "
+                    f"({100 * kind.chance:.1f} %): check the checkpoint, the labels and the preprocessing (forget_set.mean, std, "
+                    "image_mode, image_size) before you rely on this run."
+                )
+    return found

@@ -1,0 +1,120 @@
+"""The update in one step: one gradient and one curvature of the whole forget set, then a search for the step's length."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from imu_ray.progress import Progress
+from imu_ray.run.directory import UpdateState
+from imu_ray.scopes.base import Parameters, Record, Scope, norm
+from imu_ray.updates.base import UpdateOutcome, UpdateProblem, ignore_check, ignore_state
+from imu_ray.updates.iterative import copies, drift
+from imu_ray.updates.objectives import OBJECTIVES
+from imu_ray.updates.stopping import guard_violation, verdict
+
+FIRST_LENGTH = 1e-4  # of the first trial, as a share of the parameters' norm
+TRIALS = 80  # doublings of the length, then halvings of what is left
+
+
+class Line:
+    """A line of parameters: an origin and the direction in which the forget set's objective falls fastest under the curvature."""
+
+    def __init__(self, scope: Scope, problem: UpdateProblem, origin: Parameters) -> None:
+        kept, settings = np.flatnonzero(problem.weights > 0), problem.config
+        objective = OBJECTIVES[settings.objective]
+        gradient = scope.batch_gradient(origin, kept, problem.weights, objective, settings.microbatch_rows)
+        for name, fitted in problem.preconditioners.items():
+            gradient[name] = fitted.apply_inverse(gradient[name])
+        self.origin, self.size = origin, norm(gradient)
+        self.unit = {name: -tensor / self.size for name, tensor in gradient.items()} if self.size else gradient
+
+    def at(self, length: float) -> Parameters:
+        """The parameters so far from the origin."""
+        return {name: tensor + length * self.unit[name] for name, tensor in self.origin.items()}
+
+
+class Search:
+    """The trials of lengths along a line, and the shortest that met a target. Every trial that stands is a check of the trajectory."""
+
+    def __init__(
+        self, scope: Scope, problem: UpdateProblem, checked: Callable[[Record, Parameters], None], progress: Progress
+    ) -> None:
+        self.scope, self.problem, self.checked, self.progress = scope, problem, checked, progress
+        self.original = self.kept = scope.parameters()
+        self.scale = norm(self.original) or 1.0
+        self.started = time.monotonic()
+        self.best = self._check(self.original, 0.0, 0.0)
+        self.trajectory = [self.best]
+
+    def _check(self, parameters: Parameters, length: float, gradient_norm: float) -> Record:
+        weights = self.problem.weights
+        return {
+            "step": float(len(self.trajectory)) if length else 0.0,
+            "length": length,
+            **self.scope.measure(parameters),
+            **drift(parameters, self.original),
+            "gradient_norm": gradient_norm,
+            "effective_sample_size": float(weights.sum() ** 2 / (weights**2).sum()),
+            "seconds": time.monotonic() - self.started,
+        }
+
+    def follow(self, line: Line) -> tuple[str, str]:
+        """Find the shortest length of a line that meets a target, and keep it; status and reason."""
+        targets, config = self.problem.targets, self.problem.config
+        low, high, length = 0.0, 0.0, FIRST_LENGTH * self.scale
+        for _ in range(TRIALS):
+            parameters = line.at(length)
+            record = self._check(parameters, length, line.size)
+            target = next((target for target in targets if target.reached(record)), None)
+            violation = guard_violation(record, config.guard, self.scope.metrics)
+            self.progress.advance(note=f"forget loss {record['forget.loss']:.3f}")
+            if not violation:
+                self.trajectory.append(record)
+                self.checked(record, copies(parameters))
+            elif target is None:
+                where = "; ".join(target.describe(record) for target in targets)
+                return (
+                    "stopped_by_guard",
+                    f"{violation} at length {length:.3g}, where {where}; the parameters are as they were",
+                )
+            if target is None:
+                low = length
+            else:
+                high, self.kept, self.best = length, parameters, record
+                if target.overshoot(record) <= target.tolerance:
+                    break
+            length = (low + high) / 2 if high else 2 * length
+        violation = guard_violation(self.best, config.guard, self.scope.metrics)
+        if violation:
+            self.kept, self.best = self.original, self.trajectory[0]
+            return "stopped_by_guard", f"{violation} wherever the target is met; the parameters are as they were"
+        return verdict(targets, self.best) if high else ("not_reached", f"no length of {TRIALS} met the target")
+
+
+def run_one_step(
+    scope: Scope,
+    problem: UpdateProblem,
+    *,
+    resume: UpdateState | None = None,
+    save: Callable[[UpdateState], None] = ignore_state,
+    checked: Callable[[Record, Parameters], None] = ignore_check,
+) -> UpdateOutcome:
+    r"""Move along one direction to the nearest point that meets a target; arguments as in ``Update``.
+
+    .. math:: \theta \leftarrow \theta - \epsilon\, P^{-1} \bar g
+
+    with :math:`\bar g` the weighted mean gradient of the objective over the whole forget set and P the curvature. The length is doubled
+    until a target is met and then bisected until the overshoot is within the target's tolerance. Where none is met the parameters are
+    left as they were. There is no learning rate and there are no epochs; a run that is taken up begins anew, because it takes seconds.
+
+    Returns:
+        Status ``already_met``, ``reached``, ``not_reached`` (also when a target was jumped over), or ``stopped_by_guard``.
+    """
+    with Progress("ascent", TRIALS, "trials", quiet=scope.workers.rank > 0) as progress:
+        search = Search(scope, problem, checked, progress)
+        status, reason = verdict(problem.targets, search.best)
+        if not status:
+            line = Line(scope, problem, search.kept)
+            status, reason = search.follow(line) if line.size else ("not_reached", "no sample pulls on the parameters")
+    return UpdateOutcome(copies(search.kept), search.best, status, reason, search.trajectory)

@@ -1,0 +1,65 @@
+"""The default recipe on handwritten digits: requests of every size reach their target at little cost."""
+
+import numpy as np
+import pytest
+import torch
+from samples import Pairs
+
+from imu_ray import ConfigError, UnlearnConfig, unlearn
+from imu_ray.demo import digits, train_digits
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def known():
+    """A trained CNN, its training samples, and unseen ones in two halves: what a target is read off, and what the cost is."""
+    pixels, labels, train, test = digits()
+    images = torch.from_numpy(pixels).unsqueeze(1) / 255
+    pick = lambda rows: Pairs(images[rows], torch.from_numpy(labels[rows]))
+    return train_digits(images[train], torch.from_numpy(labels[train])), pick, train, test[::2], test[1::2]
+
+
+def mean_bounded_loss(model, samples):
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(samples.inputs), samples.labels, reduction="none")
+    return float(losses.clamp_max(np.log(10)).mean())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 100, 718])
+def test_a_request_of_any_size_reaches_what_unseen_samples_show(known, rows, tmp_path):
+    model, pick, train, unseen, held_out = known
+    forget = pick(np.random.default_rng(rows).choice(train, rows, replace=False))
+    sets = {"test": pick(unseen), "held out": pick(held_out)}
+    result = unlearn(model, forget, evaluation=sets, recipe="samples", run_dir=tmp_path / "run")
+    target = result.record.ascent.targets[0]
+    before, after = (mean_bounded_loss(each, forget) for each in (model, result.model))
+    assert target.metric == "forget.bounded_loss"
+    if before >= target.threshold:
+        assert result.status == "already_met"
+        assert result.record.model.hash_after == result.record.model.hash_before
+    else:
+        assert result.status == "reached"
+        assert target.threshold - 1e-5 <= after <= target.threshold + target.tolerance + 1e-5
+    cost = result.metrics["before"]["held out"]["accuracy"] - result.metrics["after"]["held out"]["accuracy"]
+    assert cost <= (0.03 if rows > 100 else 0.012)
+
+
+def test_auto_takes_mixed_rows_for_samples_and_asks_about_rows_of_one_class(known, tmp_path):
+    model, pick, train, unseen, _ = known
+    result = unlearn(model, pick(train[:50]), evaluation={"test": pick(unseen)}, run_dir=tmp_path / "run")
+    assert (result.status, result.record.ascent.recipe) == ("reached", "samples")
+    _, labels, *_ = digits()
+    with pytest.raises(ConfigError, match="expected to be told what must go"):
+        unlearn(
+            model, pick(train[labels[train] == 3][:7]), evaluation={"test": pick(unseen)}, run_dir=tmp_path / "asked"
+        )
+
+
+def test_a_model_given_other_inputs_than_it_learnt_is_told_so_in_the_report(known, tmp_path):
+    model, pick, train, unseen, _ = known
+    shuffled = pick(train[:100])
+    config = UnlearnConfig().with_overrides({"forget_set.mean": [1000.0]})
+    result = unlearn(model, shuffled, evaluation={"test": pick(unseen)}, config=config, run_dir=tmp_path / "run")
+    assert any("near chance" in warning and "preprocessing" in warning for warning in result.record.ascent.warnings)
+    assert "near chance" in (tmp_path / "run" / "report.html").read_text()
