@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ENV := RAY_AUTH_MODE=disabled RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 RAY_USAGE_STATS_ENABLED=0 \
 	RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu lint format docs clean
 
 demo: .venv/installed  ## forget a digit, on a local Ray
 	$(BIN)/python jobs/demo.py
@@ -22,10 +22,14 @@ lint: .venv/installed-test  ## lint, format and type checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: .venv/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/installed-docs  ## the documentation, in site/; a broken link or reference is an error
+	$(BIN)/mkdocs build --strict
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "imu_ray needs Python 3.10 or newer; set PYTHON=python3.x")'
@@ -39,5 +43,9 @@ format: .venv/installed-test
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Jobs on a head node of their own, started and submitted with the commands of cluster/README.md, with token authentication."""
+"""Jobs on a head node of their own, started and submitted with the commands of docs/running.md, with token authentication."""
 
 import json
 import os
@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def documented(section):
-    """The commands of the first block below a heading of the README."""
-    text = (ROOT / "cluster" / "README.md").read_text()
+    """The commands of the first block below a heading of the page."""
+    text = (ROOT / "docs" / "running.md").read_text()
     below = text[text.index(f"\n## {section}") :]
     block = re.search(r"```sh\n(.*?)```", below, re.DOTALL).group(1)
     return [line.partition("#")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
@@ -81,7 +81,9 @@ def head(tmp_path_factory):
     """Started as documented, on free ports, with a home directory of its own for the token."""
     home, gcs, dashboard, agent, client, metrics = tmp_path_factory.mktemp("home"), *free_ports(5)
     environment = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_TMPDIR")
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_TMPDIR")
     }
     environment |= {
         "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
@@ -140,7 +142,12 @@ def unlearned(head, job_file):
 
 
 def test_a_submitted_job_leaves_its_artifacts(head, unlearned):
-    assert {path.name for path in unlearned.iterdir()} >= {"model.safetensors", "manifest.json", "metrics.json", "report.html"}
+    assert {path.name for path in unlearned.iterdir()} >= {
+        "model.safetensors",
+        "manifest.json",
+        "metrics.json",
+        "report.html",
+    }
     metrics = json.loads((unlearned / "metrics.json").read_text())
     assert metrics["before"]["forget"]["accuracy"] > 0.9
     assert metrics["after"]["forget"]["accuracy"] <= 0.01
@@ -176,7 +183,13 @@ def test_a_failing_job_says_why_in_its_log(head, job_file, assignment, message):
     assert "failed" in head.status(name)
 
 
-LONG = ("ascent.learning_rate=1e-7", "ascent.stop.forget_accuracy=null", "ascent.batch_size=16", "log=json")
+LONG = (
+    "recipe=paper",
+    "ascent.learning_rate=1e-7",
+    "ascent.stop.targets={forget.accuracy: null}",
+    "ascent.batch_size=16",
+    "log=json",
+)
 
 
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, job_file):
@@ -185,10 +198,8 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, job_file):
     with subprocess.Popen(
         head.submission("stopped", job_file, *settings), env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL
     ) as first:
-        for _ in range(40):
-            if (folder / "state" / "ascent.safetensors").exists():
-                break
-            head.status("stopped")
+        while not (folder / "state" / "ascent.safetensors").exists():  # pytest-timeout ends what never begins
+            assert "FAILED" not in head.status("stopped"), head.logs("stopped")
         assert head.command(f"ray job stop --address {head.address} stopped").returncode == 0
         first.wait(timeout=100)
     assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
@@ -205,7 +216,12 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, job_file):
 def test_two_jobs_at_once_do_not_disturb_each_other(head, job_file, unlearned):
     runs = [job_file.parent / name for name in ("left", "right")]
     submitted = [
-        subprocess.Popen(head.submission(run.name, job_file, f"run_dir={run}"), env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            head.submission(run.name, job_file, f"run_dir={run}"),
+            env=head.environment,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+        )
         for run in runs
     ]
     assert [process.wait(timeout=250) for process in submitted] == [0, 0]
@@ -218,12 +234,21 @@ def test_two_jobs_at_once_do_not_disturb_each_other(head, job_file, unlearned):
 def figures(head):
     """Every figure that is exported now, with its labels."""
     with urllib.request.urlopen(head.metrics) as page:
-        return {line.rpartition(" ")[0] for line in page.read().decode().splitlines() if line.startswith("ray_imu_ray_")}
+        return {
+            line.rpartition(" ")[0] for line in page.read().decode().splitlines() if line.startswith("ray_imu_ray_")
+        }
 
 
 def test_figures_of_a_running_job_are_exported(head, job_file):
-    arguments = head.submission("measured", job_file, *LONG, "ascent.stop.max_epochs=1500", f"run_dir={job_file.parent / 'measured'}")
-    wanted = {"ray_imu_ray_forget_accuracy", "ray_imu_ray_forget_loss", "ray_imu_ray_stage_seconds", "ray_imu_ray_feature_bytes"}
+    arguments = head.submission(
+        "measured", job_file, *LONG, "ascent.stop.max_epochs=1500", f"run_dir={job_file.parent / 'measured'}"
+    )
+    wanted = {
+        "ray_imu_ray_forget_accuracy",
+        "ray_imu_ray_forget_loss",
+        "ray_imu_ray_stage_seconds",
+        "ray_imu_ray_feature_bytes",
+    }
     others = figures(head)  # of the jobs before it
     with subprocess.Popen(arguments, env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL) as job:
         seen = set()

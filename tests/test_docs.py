@@ -1,0 +1,160 @@
+"""README, docs/ and examples/: what a reader pastes runs, and what a page links to is there."""
+
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from updates.problems import head, store
+
+import imu_ray
+from imu_ray.audits import AUDITS
+from imu_ray.audits.base import Predictions
+from imu_ray.config import AscentConfig, ForgetSetConfig
+from imu_ray.scopes.workers import Workers
+from imu_ray.tasks.classification import TASKS
+from imu_ray.updates import UPDATES
+from imu_ray.updates.base import UpdateProblem
+from imu_ray.updates.objectives import OBJECTIVES
+from imu_ray.updates.stopping import StopTarget
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "cluster" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+REGISTRIES = (AUDITS, OBJECTIVES, TASKS)
+COMMAND = [sys.executable, "-c", "import sys; from imu_ray.cli import main; sys.exit(main())"]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def headings(page):
+    """The anchors of a page, as GitHub and the documentation make them."""
+    titles = re.findall(
+        r"^#+ (.+)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_a_file_and_a_heading_that_are_there(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_job_file_of_a_page_is_accepted(page, tmp_path):
+    for number, text in enumerate(block for block in blocks(page.read_text(), "yaml") if "factory:" in block):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        imu_ray.JobConfig.load(path)
+
+
+def run(command, folder, environment):
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_script_and_job_of_the_readme_run_as_pasted_after_the_demo(tmp_path, python_environment):
+    run([*COMMAND, "demo", "--out", "demo"], tmp_path, python_environment)
+    (script,), (job,) = blocks(README, "python"), blocks(README, "yaml")
+    (tmp_path / "driver.py").write_text(script)
+    (tmp_path / "job.yaml").write_text(job)
+    printed = run([sys.executable, "driver.py"], tmp_path, python_environment)
+    assert re.search(r"^(reached|already_met) - ", printed, re.MULTILINE)
+    (report,) = re.findall(r"^report: (.+)", printed, re.MULTILINE)
+    assert (tmp_path / report).exists()
+    (command,) = re.findall(r"^    imu-ray (unlearn .+)", README, re.MULTILINE)
+    ending = json.loads(run([*COMMAND, *command.split()], tmp_path, python_environment).splitlines()[-1])
+    assert ending["status"] == "reached"
+    assert Path(tmp_path, ending["report"]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda script: script.stem)
+def test_an_example_runs_and_reaches_its_target(script, tmp_path, python_environment):
+    printed = run([sys.executable, script], tmp_path, python_environment)
+    assert "reached" in printed
+    assert "not_reached" not in printed
+    assert (tmp_path / printed.splitlines()[-1]).exists(), "the last line is the page to look at"
+
+
+@pytest.fixture
+def extending():
+    """What the code of docs/extending.md defines; what it registers is taken back."""
+    before = [dict(registry) for registry in REGISTRIES]
+    defined = {"__name__": "extending"}
+    exec("\n".join(blocks((ROOT / "docs" / "extending.md").read_text(), "python")), defined)
+    yield defined
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def test_the_source_that_is_shown_reads_any_range_of_its_rows(extending, tmp_path):
+    with sqlite3.connect(tmp_path / "forget.db") as database:
+        database.execute("CREATE TABLE samples (id TEXT, image BLOB, label INTEGER)")
+        database.executemany(
+            "INSERT INTO samples VALUES (?, ?, ?)", [(f"row-{i}", bytes([i]), i % 3) for i in range(9)]
+        )
+    source = extending["SqliteSource"](str(tmp_path / "forget.db"))
+    rows = source.read(3, 6)
+    assert source.num_rows == 9
+    assert (rows.ids, rows.labels.tolist(), rows.inputs) == (
+        ["row-3", "row-4", "row-5"],
+        [0, 1, 2],
+        [b"\x03", b"\x04", b"\x05"],
+    )
+
+
+def test_the_task_that_is_shown_has_its_metric_as_a_target(extending):
+    task = extending["TopTwo"](ForgetSetConfig(), "fc", 4)
+    outputs = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
+    assert task.sample_metrics(outputs, torch.tensor([1, 2]))["top2"].tolist() == [1.0, 0.0]
+    assert "top2" in task.metrics
+
+
+def test_the_scope_that_is_shown_moves_the_biases_alone(extending):
+    scope = extending["BiasScope"](head(), {"forget": store()}, Workers())
+    start = scope.parameters()["fc"]
+    target = StopTarget("forget.loss", scope.measure({"fc": start})["forget.loss"] + 0.1, "test", rising=True)
+    problem = UpdateProblem(np.ones(scope.rows), AscentConfig(preconditioner="none"), 0, [target])
+    outcome = UPDATES["one_step"](scope, problem)
+    moved = outcome.parameters["fc"] - start
+    assert outcome.status == "reached"
+    assert not moved[:, :-1].any()
+    assert moved[:, -1].any()
+
+
+def test_the_audit_that_is_shown_counts_rows_beyond_unseen_ones(extending):
+    sets = {"forget": [0.0, 9.0, 9.0, 9.0], "test": np.linspace(0, 1, 100)}
+    measured = {
+        name: Predictions(np.zeros(len(losses), int), {"loss": np.array(losses)}, 3) for name, losses in sets.items()
+    }
+    assert extending["OverForgotten"]().run(measured, None, 0) == {"over_forgotten": {"share": 0.75}}
+
+
+def test_the_objective_that_is_shown_pulls_outputs_together(extending):
+    outputs = torch.tensor([[1.0, 2.0, 6.0]])
+    step = extending["flatten"](outputs, torch.tensor([2]), outputs)
+    assert torch.equal(outputs - step, torch.full((1, 3), 3.0))
