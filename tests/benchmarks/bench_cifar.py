@@ -26,7 +26,7 @@ from imu_ray.data import open_source
 from imu_ray.tasks.classification import ClassificationTask
 from tests.benchmarks.train_cifar import MEAN, STD, forget_rows
 
-FACTORY = "tests.benchmarks.small_resnet:small_resnet"
+FACTORY = "tests.benchmarks.nets:small_resnet"
 DATA = {"forget_set.mean": list(MEAN), "forget_set.std": list(STD)}
 
 
@@ -36,7 +36,11 @@ def split_sets(data: Path, out: Path, without: str) -> dict[str, str]:
     mask = forget_rows(torch.tensor(table["label"].to_pylist()), without).numpy()
     for name, rows in (("forget", mask), ("retain", ~mask)):
         pq.write_table(table.filter(pa.array(rows)), out / f"{name}.parquet", row_group_size=1024)
-    return {"forget": str(out / "forget.parquet"), "retain": str(out / "retain.parquet"), "test": str(next(data.glob("test-*.parquet")))}
+    return {
+        "forget": str(out / "forget.parquet"),
+        "retain": str(out / "retain.parquet"),
+        "test": str(next(data.glob("test-*.parquet"))),
+    }
 
 
 def plain_forward(model: torch.nn.Module, path: str) -> float:
@@ -44,7 +48,9 @@ def plain_forward(model: torch.nn.Module, path: str) -> float:
     config = imu_ray.UnlearnConfig().with_overrides(DATA).forget_set
     source = open_source(path, config)
     task = ClassificationTask(config, "fc", 10)
-    blocks = [task.collate(source.read(i, min(i + 256, source.num_rows))).inputs for i in range(0, source.num_rows, 256)]
+    blocks = [
+        task.collate(source.read(i, min(i + 256, source.num_rows))).inputs for i in range(0, source.num_rows, 256)
+    ]
     torch.set_num_threads(1)
     with torch.inference_mode():
         model(blocks[0])

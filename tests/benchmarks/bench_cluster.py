@@ -48,15 +48,16 @@ from nodes_driver import CountedPairs, Losing, OneRowShards, Wide, memory
 from ray.cluster_utils import Cluster
 from samples import Pairs, tensors
 
-from imu_ray.audits.accuracy import predict_shard
-from imu_ray.config import UnlearnConfig
+from imu_ray.audits.base import predict_shard
+from imu_ray.config import ForgetSetConfig, UnlearnConfig
 from imu_ray.distributed import feature_job
 from imu_ray.influence.curvature.base import Moments
 from imu_ray.inputs import Inputs
 from imu_ray.run.record import processor
 from imu_ray.scopes.extraction import extract_features
-from imu_ray.scopes.features import FeatureShard, score_shard, shard_statistics
-from imu_ray.scopes.head import Head
+from imu_ray.scopes.features import FeatureShard
+from imu_ray.scopes.head import Head, score_shard, shard_statistics
+from imu_ray.tasks.classification import ClassificationTask
 
 HEADS = [(10, 513), (1000, 2049)]
 DISTURBED_SHARDS = 160  # of 16 rows each
@@ -106,7 +107,9 @@ def work(model: torch.nn.Module, samples: Any, settings: UnlearnConfig) -> tuple
     inputs = inputs.extract(settings)
     made = time.perf_counter()
     scores = feature_job.score(inputs.features["forget"], inputs.head, settings)
-    return made - begun, time.perf_counter() - made, pa.concat_tables(scores.batches(scores.influence))
+    seconds = time.perf_counter() - made
+    table = feature_job.intensity_table(inputs.features["forget"], inputs.head, scores, scores.influence)
+    return made - begun, seconds, pa.concat_tables(table)
 
 
 def merges(shards: int) -> int:
@@ -133,7 +136,12 @@ def measure_tasks(shards: int, repeat: int, nodes: int) -> dict[str, Any]:
              "driver_cpu_ms_per_task": 1e3 * cpu / count}
         )  # fmt: skip
     stop(cluster)
-    return {"shards": shards, "workers": nodes, **{key: statistics.median(run[key] for run in seen) for key in seen[0]}, "runs": seen}
+    return {
+        "shards": shards,
+        "workers": nodes,
+        **{key: statistics.median(run[key] for run in seen) for key in seen[0]},
+        "runs": seen,
+    }
 
 
 def measure_nodes(repeat: int, nodes: int) -> dict[str, Any]:
@@ -158,7 +166,9 @@ def measure_nodes(repeat: int, nodes: int) -> dict[str, Any]:
         cluster.add_node(num_cpus=1)  # in place of the lost one; warmed by the next run
         run(Pairs(*data))
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
-            future = pool.submit(run, WaitingPairs(*data, folder), settings=settings.with_overrides({"resources.workers": nodes + 1}))
+            future = pool.submit(
+                run, WaitingPairs(*data, folder), settings=settings.with_overrides({"resources.workers": nodes + 1})
+            )
             while not (Path(folder) / "wanted").exists() and not future.done():
                 time.sleep(0.01)
             late = cluster.add_node(num_cpus=1)  # by the main thread, because Ray wants it so
@@ -171,7 +181,12 @@ def measure_nodes(repeat: int, nodes: int) -> dict[str, Any]:
              "seconds_lost_when_one_is_added": sum(seconds["added"]) - sum(seconds["undisturbed"])}
         )  # fmt: skip
     stop(cluster)
-    return {"nodes": nodes, "shards": DISTURBED_SHARDS, **{key: statistics.median(r[key] for r in runs) for key in runs[0]}, "runs": runs}
+    return {
+        "nodes": nodes,
+        "shards": DISTURBED_SHARDS,
+        **{key: statistics.median(r[key] for r in runs) for key in runs[0]},
+        "runs": runs,
+    }
 
 
 def measure_moved() -> dict[str, Any]:
@@ -186,17 +201,33 @@ def measure_moved() -> dict[str, Any]:
     moved: dict[str, Any] = {"shard": {}, "statistics": []}
     for rows in (1, 1024):
         (shard, *_) = OneRowShards(rows).shards(256, 4)
-        features, report = extract_features(inputs.sources["forget"], shard, inputs.task, inputs.model, torch.device("cpu"))
-        table = score_shard(features, inputs.head, inputs.head.matrix_CD)
-        parts = {"report": report, "ids": features.ids, "scores": table, "predictions": predict_shard(features, inputs.head)}
+        features, report = extract_features(
+            inputs.sources["forget"], shard, inputs.task, inputs.model, torch.device("cpu")
+        )
+        table = score_shard(features, inputs.head, *inputs.head.parameters.values())
+        parts = {
+            "report": report,
+            "ids": features.ids,
+            "scores": table,
+            "predictions": predict_shard(features, inputs.head),
+        }
         moved["shard"][rows] = {name: size(part) for name, part in parts.items()}
     one, many = moved["shard"][1], moved["shard"][1024]
     moved["bytes_per_sample"] = {name: (many[name] - one[name]) / 1023 for name in one}
     for classes, width in HEADS:
-        head = Head("fc", torch.zeros(classes, width, dtype=torch.float64), True)
-        shard = FeatureShard(np.ones((4, width - 1), np.float32), np.zeros(4, np.int64), pa.array(list("abcd")), (4,), np.arange(4))
+        head = Head(
+            "fc",
+            torch.zeros(classes, width, dtype=torch.float64),
+            True,
+            ClassificationTask(ForgetSetConfig(), "fc", classes),
+        )
+        shard = FeatureShard(
+            np.ones((4, width - 1), np.float32), np.zeros(4, np.int64), pa.array(list("abcd")), (4,), np.arange(4)
+        )
         part = size(shard_statistics(shard, head, functools.partial(Moments.of, clip=None)))
-        moved["statistics"].append({"classes": classes, "width": width, "bytes_per_part": part, "in_the_drivers_reply": part < 100 * 1024})
+        moved["statistics"].append(
+            {"classes": classes, "width": width, "bytes_per_part": part, "in_the_drivers_reply": part < 100 * 1024}
+        )
     ray.shutdown()
     return moved
 
@@ -230,8 +261,15 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--nodes", type=int, default=3)
-    parser.add_argument("--only", choices=["tasks", "nodes", "moved", "memory"], nargs="+", default=["tasks", "nodes", "moved", "memory"])
-    parser.add_argument("--without-task-events", action="store_true", help="memory: without Ray's export of task events")
+    parser.add_argument(
+        "--only",
+        choices=["tasks", "nodes", "moved", "memory"],
+        nargs="+",
+        default=["tasks", "nodes", "moved", "memory"],
+    )
+    parser.add_argument(
+        "--without-task-events", action="store_true", help="memory: without Ray's export of task events"
+    )
     parser.add_argument("--drive-memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)

@@ -47,8 +47,8 @@ from imu_ray.influence.curvature.base import merge_tree
 from imu_ray.influence.direction import fit_direction
 from imu_ray.run.record import processor
 from imu_ray.scopes.extraction import extract_features
-from imu_ray.scopes.features import FeatureShard, score_shard, shard_statistics
-from imu_ray.scopes.head import Head
+from imu_ray.scopes.features import FeatureShard
+from imu_ray.scopes.head import Head, score_shard, shard_statistics
 from imu_ray.tasks.classification import ClassificationTask
 
 CLASSES, BATCH, DAMPING = 10, 256, 0.01
@@ -99,14 +99,16 @@ class Ways:
         self.source = open_source(Images(self.inputs, self.labels), UnlearnConfig().forget_set)
         self.task = ClassificationTask.for_model(self.model.cpu(), self.source, UnlearnConfig().forget_set)
         self.model.to(device)
-        self.head = Head.of(self.model, self.task.head)
+        self.head = Head.of(self.model, self.task)
         self.ready = self.inputs.to(device)
         self.shards = self._extract(self.source)
 
     def forward(self) -> None:
         with (
             torch.inference_mode(),
-            torch.autocast(self.device.type, getattr(torch, self.settings.autocast, None), self.settings.autocast != "none"),
+            torch.autocast(
+                self.device.type, getattr(torch, self.settings.autocast, None), self.settings.autocast != "none"
+            ),
         ):
             for batch in self.ready.split(BATCH):
                 outputs = self.model(batch)
@@ -114,7 +116,9 @@ class Ways:
 
     def _extract(self, source: Source) -> list[FeatureShard]:
         shards = source.shards(BATCH, self.settings.blocks_per_shard)
-        return [extract_features(source, shard, self.task, self.model, self.device, self.settings)[0] for shard in shards]
+        return [
+            extract_features(source, shard, self.task, self.model, self.device, self.settings)[0] for shard in shards
+        ]
 
     def _score(self, shards: list[FeatureShard]) -> np.ndarray:
         reduce = lambda statistics: merge_tree(shard_statistics(shard, self.head, statistics) for shard in shards)
@@ -133,11 +137,15 @@ class Ways:
         for _ in range(2):
             rows = []
             for row in range(self.slow.stop):
-                loss = nn.functional.cross_entropy(self.model(self.ready[row : row + 1]), self.labels[row : row + 1].to(self.device))
+                loss = nn.functional.cross_entropy(
+                    self.model(self.ready[row : row + 1]), self.labels[row : row + 1].to(self.device)
+                )
                 if whole:
                     self.model.zero_grad()
                     loss.backward()
-                gradients = [parameter.grad for parameter in parameters] if whole else torch.autograd.grad(loss, parameters)
+                gradients = (
+                    [parameter.grad for parameter in parameters] if whole else torch.autograd.grad(loss, parameters)
+                )
                 rows.append(torch.cat([part.flatten() for part in gradients]))
             passes.append(torch.stack(rows))
         return direct_scores(passes[0], passes[1])
@@ -188,11 +196,19 @@ class Ways:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             analyzer = Analyzer(
-                "head", prepare_model(model, task), task, cpu=self.device.type == "cpu", output_dir=folder, disable_tqdm=True
+                "head",
+                prepare_model(model, task),
+                task,
+                cpu=self.device.type == "cpu",
+                output_dir=folder,
+                disable_tqdm=True,
             )
             analyzer.set_dataloader_kwargs(DataLoaderKwargs(num_workers=0))
             analyzer.fit_all_factors(
-                "diagonal", samples, per_device_batch_size=BATCH, factor_args=FactorArguments("diagonal", use_empirical_fisher=True)
+                "diagonal",
+                samples,
+                per_device_batch_size=BATCH,
+                factor_args=FactorArguments("diagonal", use_empirical_fisher=True),
             )
             analyzer.compute_pairwise_scores(
                 "scores", "diagonal", samples, samples, per_device_query_batch_size=BATCH, per_device_train_batch_size=BATCH,
@@ -203,7 +219,11 @@ class Ways:
 
     def expected(self) -> np.ndarray:
         """Our scores of the samples of the slow ways, scored as a forget set of their own."""
-        return self._score(self._extract(open_source(Images(self.inputs[self.slow], self.labels[self.slow]), UnlearnConfig().forget_set)))
+        return self._score(
+            self._extract(
+                open_source(Images(self.inputs[self.slow], self.labels[self.slow]), UnlearnConfig().forget_set)
+            )
+        )
 
 
 def direct_scores(first_NP: Tensor, second_NP: Tensor) -> np.ndarray:
@@ -234,12 +254,20 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 assert difference < 1e-3, f"{way} on {name}: scores differ by {difference:.2g} of the largest"
         if turn:
             rounds.append(seconds)
-        print(f"{name} round {turn}: " + ", ".join(f"{way} {value:.3f} s" for way, value in seconds.items()), flush=True)
+        print(
+            f"{name} round {turn}: " + ", ".join(f"{way} {value:.3f} s" for way, value in seconds.items()), flush=True
+        )
     medians = {way: statistics.median(seconds[way] for seconds in rounds) for way in timed}
     ratios = {way: statistics.median(seconds[way] / seconds["forward"] for seconds in rounds) for way in timed}
     for way in ("published", "published, head"):
         ratios[f"{way} / scoring"] = statistics.median(seconds[way] / seconds["scoring"] for seconds in rounds)
-    return {"rows": options.rows, "slow_rows": options.slow_rows, "seconds": medians, "ratio_to_forward": ratios, "rounds": rounds}
+    return {
+        "rows": options.rows,
+        "slow_rows": options.slow_rows,
+        "seconds": medians,
+        "ratio_to_forward": ratios,
+        "rounds": rounds,
+    }
 
 
 def main() -> None:

@@ -40,11 +40,13 @@ def main() -> None:
         for without in options.without:
             forget = split_sets(options.data, Path(tempfile.mkdtemp()), without)["forget"]
             for curvature in options.curvatures:
-                settings = imu_ray.UnlearnConfig().with_overrides({**DATA, "resources.workers": 2, "influence.curvature": curvature})
+                settings = imu_ray.UnlearnConfig().with_overrides(
+                    {**DATA, "resources.workers": 2, "influence.curvature": curvature}
+                )
                 scores = {
-                    kind: imu_ray.score(spec, forget, config=settings.with_overrides({"influence.feature_dtype": kind}))[
-                        "influence"
-                    ].to_numpy()
+                    kind: imu_ray.score(
+                        spec, forget, config=settings.with_overrides({"influence.feature_dtype": kind})
+                    )["influence"].to_numpy()
                     for kind in KINDS
                 }
                 exact = scores["float32"]
@@ -58,7 +60,9 @@ def main() -> None:
                     print(json.dumps(entry), flush=True)
                     found.append(entry)
     record = {"date": time.strftime("%Y-%m-%d"), "processor": processor(), "scores": found}
-    (Path(__file__).parent / "results" / f"precision-{record['date']}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (Path(__file__).parent / "results" / f"precision-{record['date']}.json").write_text(
+        json.dumps(record, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 # ruff: noqa: E402 - this tree comes first
 from bench_influence import Images
 
-from imu_ray.config import UnlearnConfig
+from imu_ray.config import ForgetSetConfig, UnlearnConfig
 from imu_ray.distributed import feature_job
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.tasks import TaskRunner
@@ -53,6 +53,7 @@ from imu_ray.inputs import Inputs
 from imu_ray.run.record import processor
 from imu_ray.scopes.features import FeatureShard, ShardReport
 from imu_ray.scopes.head import Head
+from imu_ray.tasks.classification import ClassificationTask
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -73,7 +74,13 @@ def config(workers: int, blocks: int = 4) -> UnlearnConfig:
 
 @contextmanager
 def cluster(cpus: int, store: int | None = None) -> Iterator[None]:
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=store, _temp_dir=tempfile.mkdtemp(dir="/tmp"))
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=store,
+        _temp_dir=tempfile.mkdtemp(dir="/tmp"),
+    )
     try:
         yield
     finally:
@@ -104,12 +111,15 @@ def random_features(rows: int, width: int, classes: int, settings: UnlearnConfig
         if len(running) >= 8:
             _, running = ray.wait(running, num_returns=1, fetch_local=False)
     ray.wait(running, num_returns=len(running), fetch_local=False)
-    reports = [ShardReport(index, count, (count,), b"", (), 0.0, count * width * 4) for index, count in enumerate(counts)]
+    reports = [
+        ShardReport(index, count, (count,), b"", (), 0.0, count * width * 4) for index, count in enumerate(counts)
+    ]
     return FeatureSet(TaskRunner(settings), refs, reports)
 
 
 def random_head(width: int, classes: int) -> Head:
-    return Head("fc", torch.from_numpy(np.random.default_rng(0).normal(size=(classes, width + 1))) * 0.1, True)
+    task = ClassificationTask(ForgetSetConfig(), "fc", classes)
+    return Head("fc", torch.from_numpy(np.random.default_rng(0).normal(size=(classes, width + 1))) * 0.1, True, task)
 
 
 def private_mb(process: int) -> float:
@@ -173,12 +183,18 @@ class Peak:
         usual = max(self.imported.values())
         rises = {process: highest - self.imported.get(process, usual) for process, highest in self.highest.items()}
         self.driver = {"private_mb": self.highest.pop(os.getpid()), "above_imports_mb": rises.pop(os.getpid())}
-        self.worker = {"private_mb": max(self.highest.values(), default=0.0), "above_imports_mb": max(rises.values(), default=0.0)}
+        self.worker = {
+            "private_mb": max(self.highest.values(), default=0.0),
+            "above_imports_mb": max(rises.values(), default=0.0),
+        }
 
 
 def measure_samples(repeat: int) -> list[dict[str, Any]]:
     # The first size warms up.
-    return measure_sizes([SIZES[0], *SIZES], 6 * 10**9, repeat)[1:] + measure_sizes([SIZES[0], *SPILLED], 4 * 10**8, repeat)[1:]
+    return (
+        measure_sizes([SIZES[0], *SIZES], 6 * 10**9, repeat)[1:]
+        + measure_sizes([SIZES[0], *SPILLED], 4 * 10**8, repeat)[1:]
+    )
 
 
 def measure_sizes(sizes: list[tuple[int, int, int, int]], store: int, repeat: int) -> list[dict[str, Any]]:
@@ -196,8 +212,8 @@ def measure_sizes(sizes: list[tuple[int, int, int, int]], store: int, repeat: in
                     begun = time.perf_counter()
                     scores = feature_job.score(features, head, settings)
                     seconds.append(time.perf_counter() - begun)
-                    weights = SCHEMES["imu"](scores.column("influence"), scores.column("loss"), settings.intensity, 0)
-                    written = sum(len(part) for part in scores.batches(weights))
+                    weights = SCHEMES["imu"](scores.influence, scores.losses, settings.intensity, 0)
+                    written = sum(len(part) for part in feature_job.intensity_table(features, head, scores, weights))
                     assert written == rows
                     del scores, weights
             entry = {
@@ -299,7 +315,11 @@ def measure_workers(repeat: int, images: int = 16_384) -> dict[str, Any]:
         seconds["speed_up_of_loops"] = seconds["loop"] / seconds["two_loops"]
         seconds["share"] = seconds["speed_up"] / seconds["speed_up_of_loops"]
         seconds["over_the_forward_pass"] = seconds["workers_1"] / seconds["loop"]
-    return {"images": images, **{key: statistics.median(seconds[key] for seconds in rounds) for key in rounds[0]}, "rounds": rounds}
+    return {
+        "images": images,
+        **{key: statistics.median(seconds[key] for seconds in rounds) for key in rounds[0]},
+        "rounds": rounds,
+    }
 
 
 def stand_in(shard: FeatureShard, seconds: float) -> int:
@@ -318,13 +338,18 @@ def measure_tasks(shards: int, seconds: float = 0.5, each: int = 20) -> dict[str
         def stage(count: int, workers: int, length: float) -> float:
             features = FeatureSet(TaskRunner(config(workers)), [kept] * count, [report] * count)
             begun = time.perf_counter()
-            features.stream("stand-ins", functools.partial(stand_in, seconds=length), lambda _: None)
+            features.map("stand-ins", functools.partial(stand_in, seconds=length))
             return time.perf_counter() - begun
 
         stage(64, 32, seconds)  # starts and warms all processes
         for workers in (4, 8, 16, 32):
             took = statistics.median(stage(each * workers, workers, seconds) for _ in range(3))
-            entry = {"workers": workers, "shards": each * workers, "seconds": took, "orchestration": took / (each * seconds) - 1}
+            entry = {
+                "workers": workers,
+                "shards": each * workers,
+                "seconds": took,
+                "orchestration": took / (each * seconds) - 1,
+            }
             print(json.dumps(entry), flush=True)
             found["workers"].append(entry)
         took = stage(shards, 32, 0.0)
@@ -354,7 +379,13 @@ def main() -> None:
     for part in options.only:
         load = os.getloadavg()[0]
         record[part] = measures[part]()
-        record |= {"date": date, "processor": processor(), "cpus": os.cpu_count(), "torch": torch.__version__, "ray": ray.__version__}
+        record |= {
+            "date": date,
+            "processor": processor(),
+            "cpus": os.cpu_count(),
+            "torch": torch.__version__,
+            "ray": ray.__version__,
+        }
         record.setdefault("load_before", {})[part] = load
         path.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

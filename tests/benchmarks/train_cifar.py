@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.small_resnet import small_resnet
+from tests.benchmarks.nets import NETS, Training
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
@@ -35,7 +35,11 @@ def load_split(data: Path, split: str) -> tuple[Tensor, Tensor]:
     tables = [pq.read_table(path, columns=["image", "label"]) for path in sorted(data.glob(f"{split}-*.parquet"))]
     if not tables:
         raise SystemExit(f"no {split}-*.parquet under {data}")
-    images = [np.asarray(Image.open(io.BytesIO(cell)).convert("RGB")) for table in tables for cell in table["image"].to_pylist()]
+    images = [
+        np.asarray(Image.open(io.BytesIO(cell)).convert("RGB"))
+        for table in tables
+        for cell in table["image"].to_pylist()
+    ]
     labels = [label for table in tables for label in table["label"].to_pylist()]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
@@ -60,10 +64,12 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, crops: bool = True) -> Tensor:
     """Random flips, and random crops after padding by 4."""
     flip = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    if not crops:
+        return images
     padded = nn.functional.pad(images, (4, 4, 4, 4))
     offset = torch.randint(0, 9, (len(images), 2), generator=generator)
     rows = (offset[:, :1] + torch.arange(32))[:, None, :, None]
@@ -75,25 +81,28 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Fraction of ``images`` classified as ``labels``."""
     model.eval()
-    hits = sum(int((model(normalise(x)).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
+    hits = sum(
+        int((model(normalise(x)).argmax(1) == y).sum())
+        for x, y in zip(images.split(500), labels.split(500), strict=True)
+    )
     return hits / len(labels)
 
 
-def train(images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
-    """SGD with a one-cycle schedule, label loss, crops and flips."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = small_resnet().to(memory_format=torch.channels_last)
+def train(images: Tensor, labels: Tensor, how: Training) -> nn.Module:
+    """SGD with a one-cycle schedule, label loss, flips and, where asked for, crops."""
+    torch.manual_seed(how.seed)
+    generator = torch.Generator().manual_seed(how.seed)
+    model, epochs = how.make().to(memory_format=torch.channels_last), how.epochs
     batch = 256
     steps = epochs * (len(images) // batch)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.4, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.4, total_steps=steps, pct_start=0.25)
+    optimiser = torch.optim.SGD(model.parameters(), lr=how.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=how.rate, total_steps=steps, pct_start=0.25)
     started = time.time()
     for epoch in range(epochs):
         model.train()
         order = torch.randperm(len(images), generator=generator)
         for rows in order[: len(order) // batch * batch].split(batch):
-            x = normalise(augment(images[rows], generator)).to(memory_format=torch.channels_last)
+            x = normalise(augment(images[rows], generator, how.crops)).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = model(x)
             loss = nn.functional.cross_entropy(logits.float(), labels[rows])
@@ -112,19 +121,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--without", default="none")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--net", choices=NETS, default="resnet")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    images, labels = load_split(options.data, "train")
+    how = NETS[options.net]
+    images, labels = (part[: how.rows] for part in load_split(options.data, "train"))
     forget = forget_rows(labels, options.without)
     started = time.time()
-    model = train(images[~forget], labels[~forget], options.epochs, options.seed)
+    model = train(images[~forget], labels[~forget], how)
     seconds = time.time() - started
     test_images, test_labels = load_split(options.data, "test")
     record = {
-        "name": options.name, "without": options.without, "epochs": options.epochs, "seed": options.seed,
+        "name": options.name, "without": options.without, "net": options.net, "epochs": how.epochs, "seed": how.seed,
         "rows": int((~forget).sum()), "seconds": round(seconds, 1),
         "accuracy": {
             "retain": accuracy(model, images[~forget], labels[~forget]),
