@@ -213,6 +213,7 @@ def test_the_report_stands_alone_and_shows_no_sample_id(finished):
     )
     assert "src=" not in page
     assert "sample_id" not in page
+    assert "Named, layer\n<code>heads.head</code>" in page
 
 
 def test_the_stages_one_by_one_give_what_unlearn_gives(finished, tmp_path):

@@ -13,7 +13,7 @@ FIGURES = {
     "per_class": {"7": {"samples": 3, "accuracy": 0.5, "loss": 1.25}},
 }
 MANIFEST = {
-    "created": "2026-01-01", "model": {"class": "Net", "head": "fc", "hash_before": "a1"}, "seed": 0, "config_identity": "c0ffee",
+    "created": "2026-01-01", "model": {"kind": "Net", "layers": ["fc"], "hash_before": "a1"}, "seed": 0, "config_identity": "c0ffee",
     "config": {"recipe": "paper"}, "forget_set": {"rows_used": 3, "fingerprint": "f00d", "bad_rows": []}, "seconds": {"scores": 1.0},
     "hardware": {"processor": "P", "device": "cpu", "threads_per_worker": 1}, "versions": {"ray": "2"},
 }  # fmt: skip
