@@ -74,7 +74,8 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
     paths = split_sets(options.data, work, options.without)
     evaluation = {"retain": paths["retain"], "test": paths["test"]}
-    settings = imu_ray.UnlearnConfig().with_overrides({**DATA, "resources.workers": options.workers})
+    recipe = "classes" if options.without.startswith("class") else "samples"
+    settings = imu_ray.UnlearnConfig.from_recipe(recipe).with_overrides({**DATA, "resources.workers": options.workers})
     with ray.init(num_cpus=2, logging_level="warning", runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}}):
         result = imu_ray.unlearn(spec, paths["forget"], evaluation=evaluation, config=settings, run_dir=work / "run")
         retrained = imu_ray.ModelSpec(FACTORY, checkpoint=str(options.retrained.resolve()))
