@@ -16,7 +16,7 @@ from imu_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from imu_ray.api import ascend, audit, score, unlearn
+    from imu_ray.api import ascend, audit, remember, score, unlearn
     from imu_ray.experiments.sweep import SweepResult, sweep
     from imu_ray.job import JobConfig
     from imu_ray.models.spec import ModelSpec
@@ -43,6 +43,7 @@ __all__ = [
     "ascend",
     "audit",
     "plan",
+    "remember",
     "score",
     "sweep",
     "unlearn",
@@ -50,7 +51,7 @@ __all__ = [
 
 # Imported when first asked for: a worker process needs a part of the package, and Ray Train, Tune and the plots take seconds to import.
 _HOMES = {
-    **dict.fromkeys(("ascend", "audit", "score", "unlearn"), "imu_ray.api"),
+    **dict.fromkeys(("ascend", "audit", "remember", "score", "unlearn"), "imu_ray.api"),
     **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.experiments.sweep"),
     "JobConfig": "imu_ray.job",
     "ModelSpec": "imu_ray.models.spec",

@@ -1,5 +1,6 @@
-"""The public functions: score, ascend, audit, and unlearn, which is all three."""
+"""The public functions: score, ascend, audit, and unlearn, which is all three; and remember, long before them."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,18 @@ import pyarrow as pa
 from torch import nn
 
 from imu_ray.config import UnlearnConfig
+from imu_ray.distributed import bundle_job
+from imu_ray.distributed.session import ray_session, require_gpus
 from imu_ray.errors import ConfigError
+from imu_ray.events import event
+from imu_ray.inputs import Inputs
+from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.spec import ModelSpec
 from imu_ray.pipeline import Pipeline
 from imu_ray.recipes import resolve_settings
+from imu_ray.run.bundle import BundleRecord, check_place, write_bundle
 from imu_ray.run.directory import INTENSITIES
+from imu_ray.run.record import now
 from imu_ray.run.result import UnlearnResult
 
 
@@ -95,7 +103,8 @@ def ascend(
     settings = resolve_settings(recipe, config)
     if settings.influence.refresh == "step":
         raise ConfigError(
-            "influence.refresh is 'step', which scores every batch anew, so that the given intensities would never be used; expected once "
+            "influence.refresh is 'step', which scores every batch anew, so that the given intensities would never be "
+            "used; expected once "
             "or epoch (they serve the first epoch), or unlearn()"
         )
     with Pipeline.open("ascend", model, forget_set, task, evaluation, settings, run_dir) as job:
@@ -103,7 +112,7 @@ def ascend(
             return job.read_result(_as_held(model, job))
         samples = job.take_intensities(intensities)
         outcome = job.ascend(samples)
-        changed = job.head.changed(outcome.parameters).apply(_as_held(model, job))
+        changed = job.part.changed(outcome.parameters).apply(_as_held(model, job))
         return job.finish(changed, {}, samples, outcome)
 
 
@@ -139,6 +148,59 @@ def audit(
         job.write_audit(metrics, None, None)
         job.recorder.complete()
     return metrics
+
+
+def remember(
+    model: nn.Module | ModelSpec,
+    train_set: Any,
+    *,
+    path: str | Path,
+    task: str = "classification",
+    config: UnlearnConfig | None = None,
+    rows: int | None = None,
+) -> str | Path:
+    """Keep the curvature of a training set, while it is there, for later requests to forget: ``ascent.bundle = path``.
+
+    The file holds sums over the rows for each layer of ``ascent.scope`` and the mean of every metric per class. No sample and
+    no id is in it; of a class of one row, the means are that row's.
+
+    Args:
+        model: the trained model, as in ``unlearn``.
+        train_set: what it was trained on, given as a forget set is.
+        path: path or URI of the bundle, a safetensors file; never overwritten.
+        task: as in ``unlearn``.
+        config: all settings; of them count ``forget_set`` (how rows are read), ``influence`` (how the model runs), ``resources``,
+            ``seed`` and ``ascent.scope``.
+        rows: so many rows, drawn at random; default all.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ImuError: see ``imu_ray.errors``.
+    """
+    settings = resolve_settings(None, config).with_overrides({"forget_set.size": rows, "ascent.views": 0})
+    check_place(path)
+    require_gpus(settings.resources)
+    inputs = Inputs.open(model, train_set, task, None, settings)
+    inputs = dataclasses.replace(inputs, sources={"training set": inputs.sources["forget"]})
+    with ray_session(settings.resources) as resources:
+        settings = settings.with_overrides({"resources": resources.model_dump()})
+        features = inputs.extract(settings).features["training set"]
+        sums, figures = bundle_job.remember(features, inputs.part, settings.ascent)
+    record = BundleRecord(
+        created=now(),
+        model=model_hash(inputs.model),
+        task=task,
+        rows=features.rows,
+        seed=settings.seed,
+        shapes={name: list(matrix.shape) for name, matrix in inputs.part.parameters.items()},
+        sums={name: list(kinds) for name, kinds in sums.items()},
+        figures=figures,
+    )
+    write_bundle(path, record, sums)
+    event("remembered", path=str(path), rows=record.rows, layers=len(sums))
+    return path
 
 
 def _as_held(model: nn.Module | ModelSpec, job: Pipeline) -> nn.Module:

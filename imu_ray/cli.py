@@ -84,6 +84,14 @@ def _plan(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
     return {"run_dir": None, "plan": made}
 
 
+def _remember(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
+    arguments = job.arguments()
+    arguments["train_set"] = options.train_set or arguments["forget_set"]
+    del arguments["evaluation"], arguments["forget_set"]
+    path = imu_ray.remember(**arguments, path=options.out, rows=options.rows)
+    return {"run_dir": None, "bundle": str(path)}
+
+
 def _sweep(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
     from imu_ray.experiments.axes import read_axes
     from imu_ray.run.storage import below
@@ -117,6 +125,7 @@ STAGES = {
     "ascend": (_ascend, "make a model forget with given intensities"),
     "audit": (_audit, "measure a model, beside the `original` one if the job file names it"),
     "plan": (_plan, "say what `unlearn` will take, and run nothing"),
+    "remember": (_remember, "keep the curvature of a training set for later requests, without a sample"),
     "sweep": (_sweep, "try settings and forget-set sizes"),
 }
 
@@ -193,6 +202,14 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
         if name == "ascend":
             stage.add_argument("--intensities", required=True, metavar="PATH", help="intensities.parquet, or its URI")
+        if name == "remember":
+            stage.add_argument(
+                "--out", required=True, metavar="PATH", help="the bundle, a .safetensors file, or its URI"
+            )
+            stage.add_argument(
+                "--train-set", metavar="PATH", help="the training set; default the job's forget_set.path"
+            )
+            stage.add_argument("--rows", type=int, metavar="N", help="so many rows, drawn at random; default all")
         if name == "sweep":
             stage.add_argument("--resume", action="store_true", help="go on with what run_dir holds")
     commands.add_parser("schema", help="print the JSON schema of a job file, for editors")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -52,7 +53,7 @@ class InfluenceConfig(Section):
     block_rows: int = Field(256, ge=1)
     """rows per block: one forward call, one statistics sum, one scoring call"""
     blocks_per_shard: int = Field(4, ge=1, json_schema_extra=NO_RESULT)
-    """blocks per task, a power of two"""
+    """blocks per task, a power of two; of layers it changes which rows curvature and first trials are taken from"""
     features: Literal["cache", "recompute"] = Field("cache", json_schema_extra=NO_RESULT)
     """keep the features in the object store; or run the forward pass again in every stage (nine and more in all), so
     that nothing is stored or spilled; the workers of an ascent then hold them all in memory"""
@@ -112,7 +113,7 @@ class StopConfig(Section):
     """when the samples count as forgotten, by metric: `forget.accuracy: 0.8`, or any other metric of the task
     (`forget.loss`, `forget.bounded_loss`, `forget.margin`), or `membership.auc`; the first that is met ends the run.
     `auto`: the mean over samples of `evaluation['test']` with the same labels. Empty: `forget.bounded_loss: auto`, the loss
-    counted up to that of a uniform guess"""
+    counted up to that of a uniform guess; with `ascent.views`, `forget_views.bounded_loss: auto`"""
     tolerance: float = Field(0.005, gt=0)
     """how far past a target a run may end, in the target's unit; an overshoot is bisected back"""
     every_steps: int = Field(10, ge=1)
@@ -146,24 +147,40 @@ class GuardConfig(Section):
 
 
 class AscentConfig(Section):
-    """The weighted ascent on the head."""
+    """The weighted ascent: what moves, along which direction, and how far."""
 
     prefix = "ascent."
+
+    scope: str | Annotated[tuple[str, ...], Field(min_length=1)] = "head"
+    """what may move: `head`; `last:N`, the N last linear and convolutional layers in order of execution, the head included; `all`
+    such layers; or a list of module names and globs (`[layer4]`, `["*.q_proj"]`)"""
+    views: int = Field(0, ge=0)
+    """augmented views of every row to forget, which gradient and curvature are taken over; 0: the rows as they are"""
+    view_transform: str = "crop_flip"
+    """how a view is drawn: `crop_flip`, `flip`, or `package.module:callable`, the model's own training augmentation of a decoded
+    image; importing it runs code"""
 
     update: str = "one_step"
     """`one_step`: one gradient of the whole forget set, and a search for the length of the step; `iterative`: steps over
     batches with an optimiser"""
     objective: str = "bounded_ascent"
     """what a step does to the logits: `ascent`, `bounded_ascent`, `npo`, `renormalise`, `row_mask`, `uniform_target`"""
-    preconditioner: str = "block_ggn"
-    """curvature that steers the step: `none`, `feature_second_moment`, `block_ggn`, `full_ggn`"""
+    preconditioner: str = "auto"
+    """curvature that steers the step: of the head `none`, `feature_second_moment`, `block_ggn`, `full_ggn`; of layers `none` or
+    `kfac` (the head among them has `block_ggn` where there is room); `auto`: `block_ggn` of the head, `kfac` of layers"""
     preconditioner_sets: tuple[str, ...] = ("forget", "test")
     """sample sets whose inputs that curvature is summed over; of `test` no label is used, and it is left out when it was not
     given. A few rows alone say nothing of the directions that other samples need"""
     preconditioner_damping: float = Field(0.01, gt=0)
     """damping of the preconditioner, as a share of its mean eigenvalue"""
+    preconditioner_rows: int = Field(4096, ge=1)
+    """rows of each set, evenly spaced, that the curvature of layers is summed over; the head's takes all"""
     preconditioner_memory: float = Field(2.0, gt=0, json_schema_extra=NO_RESULT)
     """GiB that the preconditioner may take in one process"""
+    bundle: str | None = Field(None, json_schema_extra=NO_RESULT)
+    """path or URI of a curvature bundle (`imu-ray remember`), whose sums over the training set steer the step in place of those over
+    `preconditioner_sets`; those of the rows to forget are among them and are not subtracted. It serves `block_ggn` and
+    `feature_second_moment` of the head, and `kfac` of layers. The run is known by the bundle's content, not by its path"""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """optimiser"""
     learning_rate: float = Field(0.01, gt=0)
@@ -178,6 +195,8 @@ class AscentConfig(Section):
     """alpha, weight of the L1 norm of the head"""
     anchor: float = Field(0.0, ge=0)
     """mu, pull back to the original head: mu (W - W0) is added to the gradient"""
+    max_gradient_norm: float | None = Field(None, gt=0)
+    """largest norm of a step's gradient over all layers, before curvature and penalties; a larger one is scaled down; null: any"""
     batch_size: int = Field(256, ge=1)
     """kept rows per global step, whatever the number of workers"""
     microbatch_rows: int = Field(32, ge=1)
@@ -194,6 +213,18 @@ class AscentConfig(Section):
     more is halved until it does not"""
     stop: StopConfig = Field(default_factory=StopConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
+
+    @field_validator("bundle")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        """A trial of a sweep works in another directory."""
+        return value if value is None or "://" in value else str(Path(value).absolute())
+
+    @property
+    def curvature(self) -> str:
+        """The preconditioner that is meant."""
+        automatic = "block_ggn" if self.scope == "head" else "kfac"
+        return automatic if self.preconditioner == "auto" else self.preconditioner
 
 
 class AuditConfig(Section):
@@ -265,8 +296,11 @@ class UnlearnConfig(Section):
         return cls(**merge(cls, recipe_settings(name)))
 
     def identity(self) -> str:
-        """As of any section; where the learning rate depends on the number of steps, its limits are part of it."""
+        """As of any section, with what counts under some settings only: a bundle, the limits of a schedule, the shards of layers."""
         ascent, digest = self.ascent, super().identity()
+        digest += "-bundle" if ascent.bundle else ""
+        if ascent.scope != "head":  # evenly spaced shards stand for all rows in the curvature and in the first trials
+            digest += f"-{self.influence.blocks_per_shard}"
         return digest if ascent.schedule == "constant" else f"{digest}-{ascent.stop.max_epochs}-{ascent.stop.max_steps}"
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "UnlearnConfig":
@@ -275,7 +309,8 @@ class UnlearnConfig(Section):
         if changed.recipe != self.recipe:
             raise ConfigError(
                 f"recipe cannot be overridden (now {self.recipe!r}, wanted {changed.recipe!r}); expected "
-                "UnlearnConfig.from_recipe(name), which sets everything that the recipe stands for, and overrides after it"
+                "UnlearnConfig.from_recipe(name), which sets everything that the recipe stands for, and overrides "
+                "after it"
             )
         return changed
 
@@ -303,6 +338,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The same settings, after a look at the labels: rows that may be a class are asked about.
     "auto": {},
     "samples": {},
+    # As `samples`, over augmented views of the rows: the picture is forgotten, not its pixels.
+    "views": {"ascent.views": 6},
     # Whole classes: push down the true-class logit and nothing else, until the class is gone.
     "classes": {
         "ascent.update": "iterative",

@@ -23,11 +23,7 @@ from imu_ray.run.result import UnlearnResult
 
 FORGOTTEN_CLASS = 3
 FORGOTTEN_SHARE = 0.05
-SETTINGS = {
-    "forget_set.image_mode": "L",
-    "influence.block_rows": 64,
-    "influence.blocks_per_shard": 1,
-}
+SETTINGS = {"forget_set.image_mode": "L", "influence.block_rows": 64, "influence.blocks_per_shard": 1}
 ROWS = ("forget", "retain", "test", "forgotten class in test", "membership inference")
 
 
@@ -52,7 +48,8 @@ def train_digits(images: Tensor, labels: Tensor, *, epochs: int = 4, seed: int =
                 if len(rows) < 2:  # BatchNorm cannot train on one sample
                     continue
                 optimiser.zero_grad()
-                nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+                loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
     return model.eval()
 

@@ -17,23 +17,21 @@ def event(name: str, *, level: int = logging.INFO, **fields: Any) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """``{"time": "2026-01-31T08:15:30Z", "level": "info", "event": "features made", "set": "forget", "rows": 5000}``."""
+    """``{"time": "2026-01-31T08:15:30Z", "level": "info", "event": "features made", "set": "forget"}``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        said = {"event": getattr(record, "event", "message")} | getattr(
-            record, "fields", {"message": record.getMessage()}
-        )
+        told = getattr(record, "fields", None) or {"message": record.getMessage()}
+        said = {"event": getattr(record, "event", "message"), **told}
         return json.dumps({"time": stamp, "level": record.levelname.lower(), **said}, default=str)
 
 
 def log_events(style: str) -> None:
     """Send the log of this process to standard error, as ``text`` or ``json``; replaces what was set up before."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter() if style == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    )
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonFormatter() if style == "json" else plain)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logger.setLevel(logging.INFO)
 

@@ -1,10 +1,10 @@
-"""What opens: the model and its scope, the sample sets, and their features. Made once; any number of runs may share it."""
+"""What opens: the model and the part that may move, the sample sets, and their features. Made once; any number of runs may share it."""
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,31 +15,36 @@ from torch import nn
 
 from imu_ray.audits import AUDITS
 from imu_ray.config import ResourcesConfig, UnlearnConfig
-from imu_ray.data import PartSource, Source, draw_rows, open_source
+from imu_ray.data import PartSource, Source, ViewSource, draw_rows, open_source
 from imu_ray.distributed import feature_job, metrics
 from imu_ray.distributed.feature_job import FeatureSet
-from imu_ray.distributed.session import node_store_bytes
-from imu_ray.errors import ConfigError, ForgetSetError, nearest
+from imu_ray.distributed.session import node_store_bytes, object_store_bytes
+from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, nearest
 from imu_ray.events import event
 from imu_ray.models.checkpoint import model_hash
-from imu_ray.models.copies import plain_copy
+from imu_ray.models.choice import choose_layers
+from imu_ray.models.copies import plain_copy, to_eval
 from imu_ray.models.spec import ModelSpec
 from imu_ray.run.record import ModelRecord, SamplesRecord
+from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Part
 from imu_ray.scopes.features import FeatureShard, ShardReport
 from imu_ray.scopes.head import Head
-from imu_ray.tasks.base import Task
+from imu_ray.scopes.layers import Layers
+from imu_ray.tasks.base import Batch, Task
 from imu_ray.tasks.classification import TASKS
+
+EXAMPLES = 8  # rows that a model is traced with
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A model on the CPU in eval mode, its head, the open sample sets, and (after ``extract``) their features and description.
+    """A model on the CPU in eval mode, the part that may move, the open sample sets, and (after ``extract``) their features and description.
 
     ``origin`` says where the model came from when a spec was given.
     """
 
     model: nn.Module
-    head: Head
+    part: Part
     task: Task
     sources: Mapping[str, Source]
     features: Mapping[str, FeatureSet] = field(default_factory=dict)
@@ -74,20 +79,21 @@ class Inputs:
         # Classes are told from the labels, which are known after the features.
         sources = {"forget": whole if rows is None else PartSource(whole, rows)}
         for name, source in (evaluation or {}).items():
-            if not isinstance(name, str) or name in ("", "forget", *AUDITS):
+            if not isinstance(name, str) or name in ("", "forget", *VIEWS, *AUDITS):
                 raise ConfigError(
-                    f"an evaluation set is named {name!r}; expected another text; results of the forget set have those names"
+                    f"an evaluation set is named {name!r}; expected another text; results of the forget set have those "
+                    "names"
                 )
             sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}")
         # What travels is on the CPU and in eval mode; the caller's model stays as it is.
-        built = plain_copy(model.build() if isinstance(model, ModelSpec) else model).cpu()
-        built.eval()
+        built = to_eval(plain_copy(model.build() if isinstance(model, ModelSpec) else model))
         named_head = model.head if isinstance(model, ModelSpec) else None
         chosen = TASKS[task].for_model(built, sources["forget"], config.forget_set, named_head)
         for source in sources.values():
             source.check(chosen.num_classes)
         origin = model.describe() if isinstance(model, ModelSpec) else {}
-        return cls(built, Head.of(built, chosen), chosen, sources, origin=origin)
+        part = open_part(built, chosen, sources["forget"], config)
+        return cls(built, part, chosen, {**sources, **views_of(sources, config)}, origin=origin)
 
     @property
     def names(self) -> set[str]:
@@ -102,7 +108,10 @@ class Inputs:
     def describe_model(self) -> ModelRecord:
         """What the record says of the model before the run."""
         return ModelRecord(
-            kind=type(self.model).__name__, layers=[self.head.name], hash_before=model_hash(self.model), **self.origin
+            kind=type(self.model).__name__,
+            layers=list(self.part.parameters),
+            hash_before=model_hash(self.model),
+            **self.origin,
         )
 
     def require_sets(self, config: UnlearnConfig) -> None:
@@ -119,18 +128,31 @@ class Inputs:
                 )
 
     def ascent_resources(self, resources: ResourcesConfig) -> ResourcesConfig:
-        """With a number of workers for the update: one, unless told otherwise or unless the kept features do not fit one node."""
+        """With a number of workers for the update: all where layers move, one where a head does, unless the features do not fit a node."""
         if resources.ascent_workers != "auto":
             return resources
+        if self.part.deep:
+            return resources.model_copy(update={"ascent_workers": resources.workers})
         kept = sum(part.feature_bytes for part in self.described.values())
         return resources.model_copy(update={"ascent_workers": 1 if kept <= node_store_bytes() else resources.workers})
+
+    def fitting(self, config: UnlearnConfig) -> UnlearnConfig:
+        """With features of layers that are made again in every stage where they do not fit the object store."""
+        needed = (
+            sum(source.num_rows for source in self.sources.values()) * self.part.width * max(self.dtype.itemsize, 4)
+        )
+        room = object_store_bytes()
+        if not self.part.deep or config.influence.features == "recompute" or needed <= room:
+            return config
+        event("features are made again in every stage", bytes=needed, object_store=room)
+        return config.with_overrides({"influence.features": "recompute"})
 
     def extract(self, config: UnlearnConfig) -> "Inputs":
         """With features: one forward pass over every sample set."""
         features, described = {}, {}
         model = feature_job.share(self.model)
         for name, source in self.sources.items():
-            made = feature_job.extract(source, self.task, model, config, f"features of {name}")
+            made = feature_job.extract(source, self.part, model, config, f"features of {name}")
             if not made.rows:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
             features[name], described[name] = made, describe_samples(source, made.reports)
@@ -138,6 +160,12 @@ class Inputs:
             metrics.gauge("feature_bytes", size, f"features of {name}")
             metrics.flush()
             event("features made", set=name, rows=made.rows, left_out=len(described[name].bad_rows), bytes=size)
+        views, rows = (features[name].rows if name in features else 0 for name in (FORGET_VIEWS, "forget"))
+        if views and views != config.ascent.views * rows:
+            raise NonFiniteError(
+                f"ascent.view_transform {config.ascent.view_transform!r} gives {views} usable views of "
+                f"{rows} samples; expected {config.ascent.views} of each, with finite numbers; name another transform"
+            )
         return dataclasses.replace(self, features=features, described=described)
 
     def without_sources(self) -> "Inputs":
@@ -152,24 +180,33 @@ class Inputs:
         """
         features = {name: made.under(config) for name, made in self.features.items()}
         size, forget = config.forget_set.size, features["forget"]
+        choice: Callable[[FeatureShard], npt.NDArray[np.bool_]] | None = None
         if isinstance(size, tuple):
-            forget = forget.select(functools.partial(_of_classes, classes=size))
+            choice = functools.partial(_of_classes, classes=size)
+            forget = forget.select(choice)
             found = set().union(*forget.map("labels", _classes))
             if set(size) - found:
                 missing = sorted(set(size) - found)
                 raise ConfigError(
-                    f"forget_set.size names classes {missing}, of which the forget set has no sample; expected classes it holds"
+                    f"forget_set.size names classes {missing}, of which the forget set has no sample; expected classes "
+                    "it holds"
                 )
         elif size is not None:
             rows = draw_rows(self.described["forget"].rows_given, size, config.forget_set.size_seed)
             if len(rows) < self.described["forget"].rows_read:
-                forget = forget.select(functools.partial(_at_places, places=rows))
+                choice = functools.partial(_at_places, places=rows)
+                forget = forget.select(choice)
         if not forget.rows:
             raise ForgetSetError(
-                f"every row of the part of {self.described['forget'].name} was left out; expected at least one usable sample"
+                f"every row of the part of {self.described['forget'].name} was left out; expected at least one usable "
+                "sample"
             )
-        described = {**self.described, "forget": self.described["forget"].model_copy(update={"rows_used": forget.rows})}
-        return dataclasses.replace(self, features={**features, "forget": forget}, described=described)
+        chosen = {"forget": forget}
+        if FORGET_VIEWS in features:
+            views = features[FORGET_VIEWS]
+            chosen[FORGET_VIEWS] = views if choice is None else views.select(choice)
+        used = {name: self.described[name].model_copy(update={"rows_used": made.rows}) for name, made in chosen.items()}
+        return dataclasses.replace(self, features={**features, **chosen}, described={**self.described, **used})
 
     def digests(self) -> dict[str, str]:
         """Digests of the samples, by which a run that goes on knows that they are the same."""
@@ -180,12 +217,41 @@ class Inputs:
         }
 
 
+def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConfig) -> Part:
+    """The layers that ``ascent.scope`` means."""
+    if config.ascent.scope == "head":
+        return Head.of(model, task)
+    example = usable_batch(task, samples, EXAMPLES)
+    names = choose_layers(model, example.inputs, config.ascent.scope, task.head)
+    return Layers.of_names(model, task, names, example.inputs, config)
+
+
+def usable_batch(task: Task, samples: Source, rows: int) -> Batch:
+    """Of the first so many rows those that can be used; of the next ones where none can."""
+    starts = range(0, samples.num_rows, rows)
+    batches = (task.collate(samples.read(start, min(start + rows, samples.num_rows))) for start in starts)
+    return next(batch for batch in batches if batch.ids)
+
+
+def views_of(sources: Mapping[str, Source], config: UnlearnConfig) -> dict[str, Source]:
+    """Augmented views of the forget set, and one of each unseen sample, which shows what such views are like; by name."""
+    count, transform = config.ascent.views, config.ascent.view_transform
+    if not count:
+        return {}
+    counts = {FORGET_VIEWS: ("forget", count), TEST_VIEWS: ("test", 1)}
+    return {
+        name: ViewSource(sources[base], views, transform, config.seed)
+        for name, (base, views) in counts.items()
+        if base in sources
+    }
+
+
 def _of_classes(shard: FeatureShard, classes: tuple[int, ...]) -> npt.NDArray[np.bool_]:
     return np.isin(shard.labels_n, classes)
 
 
 def _at_places(shard: FeatureShard, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    return np.isin(shard.places_n, places, assume_unique=True)
+    return np.isin(shard.places_n, places)
 
 
 def _classes(shard: FeatureShard) -> set[int]:

@@ -17,25 +17,24 @@ from torch import nn
 
 from imu_ray.audits.report import DOMINATED, render_report
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import audit_job, feature_job, metrics, train_job
+from imu_ray.distributed import audit_job, bundle_job, factor_job, metrics, score_job, train_job
 from imu_ray.distributed.session import ray_session, require_gpus
 from imu_ray.errors import ConfigError, EmptySelectionError, ForgetSetError, NonFiniteError
 from imu_ray.events import event
-from imu_ray.influence.curvature import PRECONDITIONERS
-from imu_ray.influence.curvature.base import FittedCurvature, S
-from imu_ray.influence.gradients import LayerIO
+from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.intensity import SCHEMES, Column
 from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import load_checkpoint, model_hash
 from imu_ray.models.copies import plain_copy
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import choose_recipe, resolve_targets, warnings_of
+from imu_ray.run.bundle import Bundle
 from imu_ray.run.directory import INTENSITIES, MODEL, RunDirectory, default_run_dir
-from imu_ray.run.record import AscentRecord, RunRecord, TargetRecord
+from imu_ray.run.record import AscentRecord, CurvatureRecord, RunRecord, TargetRecord
 from imu_ray.run.recorder import Recorder
 from imu_ray.run.result import UnlearnResult
 from imu_ray.run.storage import below
-from imu_ray.scopes.base import Parameters
+from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Parameters
 from imu_ray.updates.base import UpdateOutcome, UpdateProblem
 from imu_ray.updates.rescoring import Rescoring
 from imu_ray.updates.stopping import StopTarget, Unseen
@@ -65,13 +64,16 @@ class Pipeline:
         trial: train_job.Trial | None = None,
     ) -> None:
         self.inputs, self.config, self.run, self.write, self.trial = inputs, config, run, write, trial
-        self.head, self.task = inputs.head, inputs.task
+        self.part, self.task = inputs.part, inputs.task
         self.begun = run.check(stage, config.identity(), config.ascent.stop.limits) if write else None
         self.recorder = Recorder(RunRecord.begin(stage, config, inputs.describe_model(), inputs.dtype), run, write)
         self.record = self.recorder.record
         if self.begun is not None:
             self.record.resume(self.begun)
         inputs.require_sets(config)
+        self.bundle = self._open_bundle() if stage in ("unlearn", "ascend") else None
+        if stage in ("unlearn", "ascend") and config.ascent.curvature != "none":
+            factor_job.kinds_of(self.part, config.ascent)  # whether it has room
 
     @property
     def finished(self) -> bool:
@@ -91,7 +93,7 @@ class Pipeline:
             job = cls(stage, Inputs.open(model, forget_set, task, evaluation, config), config, run, write=write)
             event("run begun", stage=stage, run_dir=str(run.location) if write else None, resumed=job.begun is not None)
             with ray_session(config.resources) as resources, job.recorder.ending():
-                job.config = config.with_overrides({"resources": resources.model_dump()})
+                job.config = job.inputs.fitting(config.with_overrides({"resources": resources.model_dump()}))
                 with job.stage("features"):
                     job.inputs = job.inputs.extract(job.config)
                 job.take_inputs()
@@ -113,6 +115,8 @@ class Pipeline:
         described = dict(self.inputs.described)
         self.record.forget_set, self.record.evaluation = described.pop("forget"), described
         self.record.inputs = {"model": self.record.model.hash_before, **self.inputs.digests()}
+        if self.bundle is not None:
+            self.record.inputs["curvature bundle"] = self.bundle.digest
         self.features = self.inputs.features
         if self.begun is not None:
             self.run.check_inputs(self.begun, self.record.inputs)
@@ -124,7 +128,7 @@ class Pipeline:
         curvature_set = self.config.influence.curvature_set
         with self.stage("scores"):
             fitted_on = None if curvature_set == "forget" else self.features[curvature_set]
-            scores = feature_job.score(self.features["forget"], self.head, self.config, fitted_on)
+            scores = score_job.score(self.features["forget"], self.part, self.config, fitted_on)
         figures = self.record.influence = scores.figures
         weighted = self.config.intensity.scheme in ("imu", "permuted") and self.config.influence.curvature != "identity"
         if weighted and figures["plain_gradient_share"] > DOMINATED:
@@ -140,7 +144,7 @@ class Pipeline:
         weights = SCHEMES[self.config.intensity.scheme](
             scores.influence, scores.losses, self.config.intensity, self.config.seed
         )
-        table = functools.partial(feature_job.intensity_table, self.features["forget"], self.head, scores, weights)
+        table = functools.partial(score_job.intensity_table, self.features["forget"], scores, weights)
         return self._take(Weighted(scores.influence, weights, table, scores.label_counts))
 
     def take_intensities(self, table: pa.Table) -> Weighted:
@@ -149,15 +153,18 @@ class Pipeline:
         missing = {"sample_id", "label", "influence", "intensity"} - set(table.column_names)
         if missing or not forget.holds(table["sample_id"]):
             raise ForgetSetError(
-                f"the intensities ({len(table)} rows, columns {', '.join(table.column_names)}) are not those of the {forget.rows} "
-                f"samples of {self.inputs.described['forget'].name}; expected the table that score() gave for this forget set, in its "
+                f"the intensities ({len(table)} rows, columns {', '.join(table.column_names)}) are not those of the "
+                f"{forget.rows} "
+                f"samples of {self.inputs.described['forget'].name}; expected the table that score() gave for this "
+                "forget set, in its "
                 "order"
             )
         empty = [name for name in ("label", "influence", "intensity") if table[name].null_count]
         influence, weights = (table[name].to_numpy().astype(np.float64) for name in ("influence", "intensity"))
         if empty or not np.isfinite(influence).all():
             raise ForgetSetError(
-                f"the intensities have rows without a number in {', '.join(empty or ['influence'])}; expected the table that score() "
+                f"the intensities have rows without a number in {', '.join(empty or ['influence'])}; expected the "
+                "table that score() "
                 "gave for this forget set, with at most its column 'intensity' changed"
             )
         labels, counts = np.unique(table["label"].to_numpy(), return_counts=True)
@@ -192,7 +199,7 @@ class Pipeline:
         counts, settings, influence = samples.label_counts, self.config.ascent, self.config.influence
         recipe, why = choose_recipe(self.config.recipe, counts, self.task.num_classes)
         event("recipe chosen", recipe=recipe, reason=why)
-        original = audit_job.figures(self.features, self.head)
+        original = audit_job.figures(self.features, self.part)
         warnings = warnings_of(recipe, counts, self.task.num_classes, self.task.metrics, original)
         for warning in warnings:
             event("doubt", level=logging.WARNING, reason=warning)
@@ -210,7 +217,7 @@ class Pipeline:
         )
         with self.stage("ascent"):
             resources = self.inputs.ascent_resources(self.config.resources)
-            outcome = train_job.update(problem, self.head, self.features, resources, self.run, self.trial)
+            outcome = train_job.update(problem, self.part, self.features, resources, self.run, self.trial)
         level = logging.INFO if outcome.status in ("reached", "epochs_done") else logging.WARNING
         event("ascent ended", level=level, status=outcome.status, step=outcome.record["step"], reason=outcome.reason)
         self.record.ascent = AscentRecord(
@@ -224,50 +231,65 @@ class Pipeline:
             targets=[TargetRecord(**_fields(target)) for target in targets],
             parameter_drift=outcome.record["parameter_drift"],
             output_change=audit_job.mean_output_change(
-                self.features["forget"], self.head, self.head.changed(outcome.parameters)
+                self.features["forget"], self.part, self.part.changed(outcome.parameters)
             ),
             warnings=warnings,
         )
         return outcome
 
     def _targets(self, counts: dict[int, int], original: Mapping[str, Any]) -> list[StopTarget]:
-        unseen = Unseen(original["test"], counts) if "test" in original else None
+        unseen = None
+        if "test" in original:
+            unseen = Unseen(original["test"], counts, original.get(TEST_VIEWS, original["test"]))
         kept = {
             int(label)
             for name, figures in original.items()
-            if name not in ("forget", "test")
+            if name not in ("forget", "test", *VIEWS)
             for label in figures["per_class"]
         }
         return resolve_targets(self.config, self.task.metrics, counts, self.task.num_classes, unseen, kept)
 
-    def _fit_preconditioners(self) -> dict[str, FittedCurvature]:
-        """The curvature that steers the update, by layer, fitted by one round of tasks over each set."""
+    def _open_bundle(self) -> Bundle | None:
         settings = self.config.ascent
-        if settings.preconditioner == "none":
+        if settings.bundle is None or settings.curvature == "none":
+            return None
+        bundle = Bundle.open(settings.bundle)
+        bundle_job.check_bundle(bundle, self.part, settings, self.record.model.hash_before)
+        return bundle
+
+    def _fit_preconditioners(self) -> dict[str, FittedCurvature]:
+        """The curvature that steers the update, by layer; none where a one-step update has its direction from before."""
+        settings = self.config.ascent
+        if settings.curvature == "none":
             return {}
-        kind, shapes = (
-            PRECONDITIONERS[settings.preconditioner],
-            {name: value.shape for name, value in self.head.parameters.items()},
-        )
-        needed = sum(kind.memory(*shape) for shape in shapes.values()) / 2**30
-        if needed > settings.preconditioner_memory:
-            raise ConfigError(
-                f"ascent.preconditioner {settings.preconditioner!r} takes {needed:.1f} GiB for layers of "
-                f"{', '.join(str(list(shape)) for shape in shapes.values())}; expected at most {settings.preconditioner_memory:g} GiB, "
-                "ascent.preconditioner_memory; use feature_second_moment, or raise the budget"
-            )
-        sets = [self.features[name] for name in settings.preconditioner_sets if name in self.features]
-
-        def reduce(statistics: Callable[[LayerIO], S]) -> S:
-            parts = (made.reduce("preconditioner", self.head, statistics) for made in sets)
-            return functools.reduce(lambda some, other: some.merge(other), parts)
-
-        return {name: kind.fit(reduce, settings.preconditioner_damping) for name in shapes}
+        if self.bundle is not None:
+            rows, digest = {"bundle": self.bundle.record.rows}, self.bundle.digest
+        else:
+            names = [
+                FORGET_VIEWS if name == "forget" and FORGET_VIEWS in self.features else name
+                for name in settings.preconditioner_sets
+            ]
+            sets = {name: self.features[name] for name in names if name in self.features}
+            if not sets:
+                raise ConfigError(
+                    f"ascent.preconditioner_sets is {settings.preconditioner_sets}, of which none was given; expected "
+                    "forget, or the "
+                    "name of an evaluation set"
+                )
+            if self.part.deep:
+                sets = {name: made.spaced(settings.preconditioner_rows) for name, made in sets.items()}
+            rows, digest = {name: made.rows for name, made in sets.items()}, None
+        self.record.curvature = CurvatureRecord(kind=settings.curvature, rows=rows, bundle=digest)
+        if settings.update == "one_step" and self.part.deep and self.run.load_state() is not None:
+            return {}
+        if self.bundle is not None:
+            return bundle_job.fit_bundle(self.bundle, self.part, settings, self.features["forget"].runner)
+        return factor_job.fit(list(sets.values()), self.part, settings)
 
     def measure(self, parameters: Parameters | None = None) -> dict[str, Any]:
-        """Every audit's figures of the original parameters, or of others. No forward pass is needed: only the scope differs."""
-        head = self.head if parameters is None else self.head.changed(parameters)
-        return audit_job.measure(self.features, head, self.config.audit, self.config.seed)
+        """Every audit's figures of the original parameters, or of others. Only the part differs."""
+        part = self.part if parameters is None else self.part.changed(parameters)
+        return audit_job.measure(self.features, part, self.config.audit, self.config.seed)
 
     def unlearn(self, original: nn.Module) -> UnlearnResult:
         """Every stage after the features; ``original`` is the model as the caller holds it."""
@@ -275,9 +297,9 @@ class Pipeline:
             return self.read_result(original)
         samples = self.score()
         outcome = self.ascend(samples)
-        changed = self.head.changed(outcome.parameters).apply(original)
+        changed = self.part.changed(outcome.parameters).apply(original)
         with self.stage("audit"):  # of the model as it is written: rounded to its type
-            figures = {"before": self.measure(), "after": self.measure(self.head.of(changed, self.task).parameters)}
+            figures = {"before": self.measure(), "after": self.measure(self.part.of_model(changed).parameters)}
         return self.finish(changed, figures, samples, outcome)
 
     def finish(

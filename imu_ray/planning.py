@@ -10,11 +10,11 @@ from torch import nn
 from imu_ray.config import UnlearnConfig
 from imu_ray.data import Source
 from imu_ray.distributed.session import object_store_bytes, ray_session, resolve_workers, slots
+from imu_ray.influence.curvature import LAYER_CURVATURES
 from imu_ray.inputs import Inputs
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import resolve_settings
 from imu_ray.scopes.extraction import extract_features
-from imu_ray.scopes.head import score_shard
 
 # As measured: of one task; of a shard, in the driver; of a sample, what an ascent takes beside the features.
 TASK_SECONDS = 0.0025
@@ -90,7 +90,7 @@ def _feature_bytes(inputs: Inputs, settings: UnlearnConfig) -> int:
     """Bytes of one sample's features."""
     wide = next(inputs.model.parameters()).dtype == torch.float64
     item = 2 if settings.influence.feature_dtype != "float32" else 8 if wide else 4
-    return item * int(inputs.task.target_layers(inputs.model)[inputs.task.head].in_features)
+    return item * inputs.part.width
 
 
 def _held(sets: Mapping[str, Any]) -> int:
@@ -100,15 +100,18 @@ def _held(sets: Mapping[str, Any]) -> int:
 def _peak_bytes(sets: Mapping[str, Any], inputs: Inputs, settings: UnlearnConfig) -> dict[str, int]:
     """Memory of one worker above its imports, of the object stores, and of the driver."""
     rows, shard_blocks = settings.influence.block_rows, settings.influence.blocks_per_shard
-    head_bytes = sum(tensor.nbytes for tensor in inputs.head.parameters.values())
+    head_bytes = sum(tensor.nbytes for tensor in inputs.part.parameters.values())
     model_bytes = sum(tensor.nbytes for tensor in inputs.model.state_dict().values())
     row_bytes = _feature_bytes(inputs, settings) + _row_bytes(inputs.sources["forget"])
     # A shard as read and as features, a block in float64 with its products; or the ascent, which copies nothing.
     shard = rows * shard_blocks * row_bytes + rows * _feature_bytes(inputs, settings) * 4
     ascent = SAMPLE_BYTES * sets["forget"]["samples"]
     kept = 0 if _recompute(settings) else _held(sets)
+    # Of layers, the sums of all at once, or one of them while it is solved.
+    curvature = [LAYER_CURVATURES["kfac"].memory(*matrix.shape) for matrix in inputs.part.parameters.values()]
+    matrices = sum(curvature) if inputs.part.deep else MATRICES * head_bytes
     return {
-        "per_worker": WORKER_BYTES + max(shard, ascent) + MATRICES * head_bytes + model_bytes,
+        "per_worker": WORKER_BYTES + max(shard, ascent) + matrices + model_bytes,
         "object_store": kept + model_bytes,
         "driver": SHARD_BYTES * sum(part["shards"] for part in sets.values()) + ascent,
     }
@@ -135,9 +138,9 @@ def _time_block(inputs: Inputs, settings: UnlearnConfig) -> tuple[float, float]:
     try:
         for _ in range(2):
             started = time.perf_counter()
-            features, report = extract_features(source, shard, inputs.task, inputs.model, cpu, settings.influence)
+            features, report = extract_features(source, shard, inputs.part, inputs.model, cpu, settings.influence)
             extracted = time.perf_counter()
-            score_shard(features, inputs.head, *inputs.head.parameters.values())
+            inputs.part.scores(features, inputs.part.parameters)
             scored = time.perf_counter()
     finally:
         torch.set_num_threads(before)

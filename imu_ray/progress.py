@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from types import TracebackType
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -42,15 +42,8 @@ class Progress:
     def _say(self, tail: str, seconds_left: float | None) -> None:
         if logger.isEnabledFor(logging.INFO):
             left = None if seconds_left is None else round(seconds_left)
-            event(
-                "progress",
-                stage=self.stage,
-                done=self.done,
-                total=self.total,
-                unit=self.unit,
-                now=tail,
-                seconds_left=left,
-            )
+            counts: dict[str, Any] = {name: getattr(self, name) for name in ("stage", "done", "total", "unit")}
+            event("progress", **counts, now=tail, seconds_left=left)
             return
         left_text = "time left unknown" if seconds_left is None else f"{seconds_left:.0f} s left"
         line = ", ".join(part for part in (f"{self.done} of {self.total} {self.unit}", tail, left_text) if part)
@@ -59,9 +52,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()
 

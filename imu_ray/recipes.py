@@ -8,14 +8,17 @@ from typing import Any
 from imu_ray.config import UnlearnConfig
 from imu_ray.errors import ConfigError, nearest
 from imu_ray.events import event
-from imu_ray.influence.curvature import CURVATURES, PRECONDITIONERS
+from imu_ray.influence.curvature import CURVATURES, LAYER_CURVATURES, PRECONDITIONERS
 from imu_ray.influence.intensity import SCHEMES
+from imu_ray.models.choice import check_scope
+from imu_ray.scopes.base import FORGET_VIEWS
 from imu_ray.tasks.base import Metric
+from imu_ray.tasks.transforms import find_transform
 from imu_ray.updates import UPDATES
 from imu_ray.updates.objectives import OBJECTIVES
 from imu_ray.updates.stopping import WHOLE_CLASS_ACCURACY, StopTarget, Unseen, stop_targets
 
-AUTOMATIC = "forget.bounded_loss"  # moves with every sample, however few there are, and no single one can carry it
+AUTOMATIC = "bounded_loss"  # moves with every sample, however few there are, and no single one can carry it
 CHANCE = 1e-3
 NEAR_CHANCE_ROWS = 20  # fewest rows of which a mean near chance says something
 
@@ -37,11 +40,39 @@ def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> Unlear
         ("intensity.scheme", settings.intensity.scheme, SCHEMES),
         ("ascent.update", settings.ascent.update, UPDATES),
         ("ascent.objective", settings.ascent.objective, OBJECTIVES),
-        ("ascent.preconditioner", settings.ascent.preconditioner, {"none": None, **PRECONDITIONERS}),
+        ("ascent.preconditioner", settings.ascent.curvature, {"none": None, **PRECONDITIONERS, **LAYER_CURVATURES}),
     ):
         if name not in registry:
             raise ConfigError(f"{key} is {name!r}; {nearest(name, registry)}")
+    check_scope(settings.ascent.scope)
+    if settings.ascent.views:
+        find_transform(settings.ascent.view_transform)
+    _check_layers(settings)
     return settings
+
+
+def _check_layers(settings: UnlearnConfig) -> None:
+    """Refuse settings that mean nothing for what may move."""
+    ascent, influence = settings.ascent, settings.influence
+    deep = ascent.scope != "head"
+    kinds = ("none", "kfac") if deep else ("none", *PRECONDITIONERS)
+    for holds, what, expected in (
+        (ascent.curvature not in kinds, f"ascent.preconditioner is {ascent.preconditioner!r}", " or ".join(kinds)),
+        (
+            deep and influence.curvature == "hessian",
+            "influence.curvature is 'hessian'",
+            "diagonal_fisher, kfac or identity",
+        ),
+        (deep and influence.refresh != "once", f"influence.refresh is {influence.refresh!r}", "once"),
+        (deep and influence.compile, "influence.compile is true", "false"),
+        (
+            deep and influence.feature_dtype != "float32",
+            f"influence.feature_dtype is {influence.feature_dtype!r}",
+            "float32",
+        ),
+    ):
+        if holds:
+            raise ConfigError(f"{what} with ascent.scope {ascent.scope!r}; expected {expected}")
 
 
 def looks_like_whole_classes(
@@ -74,8 +105,10 @@ def choose_recipe(recipe: str, label_counts: Mapping[int, int], num_classes: int
     if present == 1 or looks_like_whole_classes(label_counts, num_classes):
         labels = ", ".join(map(str, list(label_counts)[:5])) + (", ..." if present > 5 else "")
         raise ConfigError(
-            f"recipe is 'auto', and the {rows} rows to forget have only {present} of {num_classes} labels ({labels}); expected to be "
-            "told what must go: recipe 'classes' when the model must no longer recognise the class, recipe 'samples' when these "
+            f"recipe is 'auto', and the {rows} rows to forget have only {present} of {num_classes} labels ({labels}); "
+            "expected to be "
+            "told what must go: recipe 'classes' when the model must no longer recognise the class, recipe 'samples' "
+            "when these "
             "rows must go and others of their class are kept"
         )
     return "samples", f"auto: the {rows} rows to forget have {present} of {num_classes} labels"
@@ -100,7 +133,9 @@ def resolve_targets(
     elif paper and looks_like_whole_classes(label_counts, num_classes, kept_labels):
         targets = stop_targets(stop.but({"forget.accuracy": WHOLE_CLASS_ACCURACY}), metrics, rows, unseen)
     elif unseen is not None:
-        targets = stop_targets(stop.but({"forget.accuracy" if paper else AUTOMATIC: "auto"}), metrics, rows, unseen)
+        moved = FORGET_VIEWS if config.ascent.views else "forget"
+        name = "forget.accuracy" if paper else f"{moved}.{AUTOMATIC}"
+        targets = stop_targets(stop.but({name: "auto"}), metrics, rows, unseen)
     else:
         targets = []
     if targets:
@@ -108,7 +143,8 @@ def resolve_targets(
     if not paper:
         raise ConfigError(
             f"the {rows} rows to forget have no target, so that nothing says when they are forgotten; expected "
-            "evaluation={'test': unseen samples}, which shows what such rows are like when they were never learnt, or a number in "
+            "evaluation={'test': unseen samples}, which shows what such rows are like when they were never learnt, or "
+            "a number in "
             "ascent.stop.targets, such as forget.accuracy: 0.8; recipe 'classes' brings its own"
         )
     event(
@@ -138,7 +174,8 @@ def warnings_of(
     found = []
     if recipe == "classes" and not looks_like_whole_classes(label_counts, num_classes) and len(label_counts) > 1:
         found.append(
-            f"Recipe 'classes' on rows with {len(label_counts)} of {num_classes} labels, which look like a random draw; recipe "
+            f"Recipe 'classes' on rows with {len(label_counts)} of {num_classes} labels, which look like a random "
+            "draw; recipe "
             "'samples' is made for those."
         )
     for name in ("test", "forget"):
@@ -149,7 +186,8 @@ def warnings_of(
             if kind.counted and kind.chance is not None and figures[metric] < kind.chance + 0.15 * (1 - kind.chance):
                 found.append(
                     f"The original model's {metric} on {name} is {100 * figures[metric]:.1f} %, near chance "
-                    f"({100 * kind.chance:.1f} %): check the checkpoint, the labels and the preprocessing (forget_set.mean, std, "
+                    f"({100 * kind.chance:.1f} %): check the checkpoint, the labels and the preprocessing "
+                    "(forget_set.mean, std, "
                     "image_mode, image_size) before you rely on this run."
                 )
     return found

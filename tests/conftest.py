@@ -2,7 +2,9 @@
 
 import logging
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -53,10 +55,22 @@ def restored_log():
     ours.setLevel(before[2])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def python_environment():
     """Environment of a subprocess that uses the package from this tree."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="session")
+def drive(python_environment):
+    """Runs a driver script of tests/ in a process of its own, which starts a Ray of its own."""
+
+    def run(script, *arguments):
+        command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
+        environment = {**python_environment, "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp")}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+    return run
 
 
 @pytest.fixture

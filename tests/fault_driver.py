@@ -5,9 +5,8 @@ import sys
 import ray
 from architectures import named
 from faults import FullDiskTarget, HangingPairs, HangingTarget, KillingTarget, NodeLosingTarget
-from nodes_driver import NOTICE_QUICKLY
-from ray.cluster_utils import Cluster
-from samples import pairs, tensors
+from nodes_driver import start_cluster
+from samples import SMALL, pairs, paper, tensors
 
 import imu_ray
 from imu_ray import pipeline
@@ -22,31 +21,22 @@ TARGETS = {
 }
 
 
-def start_cluster():
+def start_cluster_of_three():
     """A driver's node without CPUs to offer, and two others with room for the whole group each."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": NOTICE_QUICKLY})
+    cluster = start_cluster()
     for _ in range(2):
         cluster.add_node(num_cpus=2)
-    ray.init(address=cluster.address, log_to_driver=False)
     return cluster
 
 
 if __name__ == "__main__":
     fault, folder, workers = sys.argv[1:]
-    settings = {
-        "influence.block_rows": 16, "influence.blocks_per_shard": 1, "ascent.batch_size": 16, "ascent.stop.every_steps": 2,
-        "resources.workers": int(workers), "resources.ascent_workers": int(workers),
-    }  # fmt: skip
+    workers = {"resources.workers": int(workers), "resources.ascent_workers": int(workers)}
     samples = HangingPairs(*tensors(50), folder) if fault == "hang in the features" else pairs(50)
     target = TARGETS.get(fault, TARGETS["none"])(folder)
     pipeline.resolve_targets = lambda *_: [target]
-    cluster = start_cluster() if fault == "lose a node" else None
-    imu_ray.unlearn(
-        named("fc"),
-        samples,
-        config=imu_ray.UnlearnConfig.from_recipe("paper").with_overrides(settings),
-        run_dir=f"{folder}/out/run",
-    )
+    cluster = start_cluster_of_three() if fault == "lose a node" else None
+    imu_ray.unlearn(named("fc"), samples, config=paper(SMALL | workers), run_dir=f"{folder}/out/run")
     if cluster is not None:
         ray.shutdown()
         cluster.shutdown()

@@ -14,21 +14,31 @@ from imu_ray.demo import digits_cnn
 from imu_ray.updates.stopping import StopTarget
 
 
-def kill_once(folder, key):
-    """SIGKILL this process the first time that ``key`` comes up; later calls do nothing."""
+def once(folder, key):
+    """Whether ``key`` comes up for the first time, in whatever process."""
     try:
         os.close(os.open(Path(folder) / key, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return
-    os.kill(os.getpid(), signal.SIGKILL)
+        return False
+    return True
 
 
-class KillingPairs(Pairs):
-    """Kills the worker that reads row ``row`` for the first time."""
+def kill_once(folder, key, node=False):
+    """SIGKILL this process, or its node (the raylet, parent of every worker), the first time that ``key`` comes up."""
+    if once(folder, key):
+        os.kill(os.getppid() if node else os.getpid(), signal.SIGKILL)
 
-    def __init__(self, inputs, labels, folder, row):
+
+class MarkingPairs(Pairs):
+    """Pairs with a folder to leave marks in."""
+
+    def __init__(self, inputs, labels, folder, row=None):
         super().__init__(inputs, labels)
         self.folder, self.row = str(folder), row
+
+
+class KillingPairs(MarkingPairs):
+    """Kills the worker that reads row ``row`` for the first time."""
 
     def __getitem__(self, row):
         if row == self.row:
@@ -37,14 +47,14 @@ class KillingPairs(Pairs):
 
 
 class KillBefore:
-    """A picklable function that kills its worker the first time it is called for a given size of input, then does its work."""
+    """A picklable function that kills its worker the first time that it is called, then does its work."""
 
     def __init__(self, function, folder, key):
         self.function, self.folder, self.key = function, str(folder), key
 
-    def __call__(self, value, **more):
+    def __call__(self, *values, **more):
         kill_once(self.folder, self.key)
-        return self.function(value, **more)
+        return self.function(*values, **more)
 
 
 @dataclass(frozen=True)
@@ -68,12 +78,8 @@ def announce(folder):
         pass
 
 
-class HangingPairs(Pairs):
+class HangingPairs(MarkingPairs):
     """Announces itself and hangs at row 20."""
-
-    def __init__(self, inputs, labels, folder):
-        super().__init__(inputs, labels)
-        self.folder = str(folder)
 
     def __getitem__(self, row):
         if row == 20:
@@ -118,15 +124,11 @@ class FullDiskTarget(StopTarget):
 
 @dataclass(frozen=True)
 class NodeLosingTarget(KillingTarget):
-    """Kills the node (the raylet, which is the parent of every worker) of whoever first gets to a given step."""
+    """Kills the node of whoever first gets to a given step."""
 
     def reached(self, record):
         if record["step"] == self.step:
-            try:
-                os.close(os.open(Path(self.folder) / "node", os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                return False
-            os.kill(os.getppid(), signal.SIGKILL)
+            kill_once(self.folder, "node", node=True)
         return False
 
 

@@ -1,12 +1,11 @@
 """A driver script on a cluster of several nodes on one machine, which are lost, added or refused; run by test_nodes.py.
 
-What must happen at a certain place is triggered by the sample or the shard that is worked on there, once, marked by a token file.
+What must happen at a certain place is triggered by the sample or the shard that is worked on there, once.
 """
 
 import gc
 import json
 import os
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +14,15 @@ import numpy as np
 import ray
 import torch
 from architectures import named
+from faults import MarkingPairs, kill_once, once
 from ray.cluster_utils import Cluster
-from samples import Pairs, tensors
+from samples import SMALL, Pairs, paper, tensors
 from torch import nn
 
 import imu_ray
 from imu_ray import pipeline
-from imu_ray.config import UnlearnConfig
 from imu_ray.data import Rows, Source
-from imu_ray.distributed import feature_job
+from imu_ray.distributed import score_job
 from imu_ray.errors import ConfigError
 from imu_ray.updates.stopping import StopTarget
 
@@ -32,12 +31,6 @@ NOTICE_QUICKLY = {
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 2,
     "health_check_initial_delay_ms": 0,
-}
-SMALL = {
-    "influence.block_rows": 16,
-    "influence.blocks_per_shard": 1,
-    "ascent.batch_size": 16,
-    "ascent.stop.every_steps": 2,
 }
 ROWS, MIDDLE = 160, 80  # rows of the disturbed runs, and the first row of the shard at which it happens
 
@@ -58,21 +51,8 @@ class Wide(nn.Module):
         return self.fc(torch.tanh(x.flatten(1) @ self.projection))
 
 
-def lose_this_node(folder):
-    """SIGKILL the raylet, the parent of this worker, the first time; its node and all that is stored there are gone."""
-    try:
-        os.close(os.open(Path(folder) / "lost", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
-    os.kill(os.getppid(), signal.SIGKILL)
-
-
-class CountedPairs(Pairs):
+class CountedPairs(MarkingPairs):
     """Appends a byte to the file ``reads`` for every read."""
-
-    def __init__(self, inputs, labels, folder):
-        super().__init__(inputs, labels)
-        self.folder = str(folder)
 
     def __getitem__(self, row):
         with open(Path(self.folder) / "reads", "ab") as file:
@@ -85,62 +65,47 @@ class LosingPairs(CountedPairs):
 
     def __getitem__(self, row):
         if row == MIDDLE:
-            lose_this_node(self.folder)
+            kill_once(self.folder, "lost", node=True)
         return super().__getitem__(row)
 
 
 class Losing:
-    """A function of a shard which, once, loses the node that works on the shard in the middle: the one that begins at ``row``."""
+    """A function of a shard which, once, loses the node that works on the shard in the middle."""
 
-    def __init__(self, function, folder, row=MIDDLE):
-        self.function, self.folder, self.row = function, str(folder), row
+    def __init__(self, function, folder):
+        self.function, self.folder = function, str(folder)
 
     def __call__(self, shard, **more):
-        if shard.ids[0].as_py() == str(self.row):
-            lose_this_node(self.folder)
+        if shard.ids[0].as_py() == str(MIDDLE):
+            kill_once(self.folder, "lost", node=True)
         return self.function(shard, **more)
 
 
-class RecordingPairs(Pairs):
-    """Notes the node of every read. The first reader asks for another node, then waits until that node reads something too."""
+class RecordingPairs(MarkingPairs):
+    """Notes the node of every read. The first reader asks for another node, then waits until that one reads too."""
 
-    def __init__(self, inputs, labels, folder, driver):
-        super().__init__(inputs, labels)
-        self.folder, self.driver = Path(folder), driver
+    driver = ""
 
     def __getitem__(self, row):
-        node = ray.get_runtime_context().get_node_id()
+        node, folder = ray.get_runtime_context().get_node_id(), Path(self.folder)
         if node != self.driver:
-            (self.folder / node).touch()
+            (folder / node).touch()
             try:
-                (self.folder / "first").open("x").write(node)
-                (self.folder / "wanted").open("w").close()
-                (self.folder / "seen").open(
-                    "r"
-                ).close()  # a named pipe, opened at the other end by a reader on another node
+                (folder / "first").open("x").write(node)
+                (folder / "wanted").open("w").close()
+                (folder / "seen").open("r").close()  # a named pipe, opened at the other end by a reader on another node
             except FileExistsError:
-                if (self.folder / "first").read_text() != node and self._once("answered"):
-                    (self.folder / "seen").open("w").close()
+                if (folder / "first").read_text() != node and once(folder, "answered"):
+                    (folder / "seen").open("w").close()
         return super().__getitem__(row)
-
-    def _once(self, token):
-        try:
-            (self.folder / token).open("x").close()
-        except FileExistsError:
-            return False
-        return True
 
 
 def note_this_node(folder, row):
     (Path(folder) / str(row)).write_text(ray.get_runtime_context().get_node_id())
 
 
-class NotingPairs(Pairs):
+class NotingPairs(MarkingPairs):
     """Notes the node that reads each row."""
-
-    def __init__(self, inputs, labels, folder):
-        super().__init__(inputs, labels)
-        self.folder = str(folder)
 
     def __getitem__(self, row):
         note_this_node(self.folder, row)
@@ -172,7 +137,7 @@ class OneRowShards(Source):
 
 
 def settings(workers, **more):
-    return UnlearnConfig.from_recipe("paper").with_overrides({**SMALL, "resources.workers": workers, **more})
+    return paper(SMALL | more, resources__workers=workers)
 
 
 def start_cluster(**head):
@@ -184,7 +149,7 @@ def start_cluster(**head):
 def lose_nodes(folder):
     """An undisturbed run on one node; then, on three, one lost in each stage, and replaced after it."""
     data = tensors(ROWS)
-    plain = {name: getattr(feature_job, name) for name in ("shard_statistics", "score_shard")}
+    plain = {name: getattr(score_job, name) for name in ("shard_statistics", "score_shard")}
     cluster = start_cluster()
     cluster.add_node(num_cpus=2)
     target = StopTarget("forget.accuracy", -1.0, "test")
@@ -198,21 +163,22 @@ def lose_nodes(folder):
         samples = (LosingPairs if stage == "features" else CountedPairs)(*data, place)
         for name, function in plain.items():
             hit = name == {"statistics": "shard_statistics", "scores": "score_shard"}.get(stage)
-            setattr(feature_job, name, Losing(function, place) if hit else function)
+            setattr(score_job, name, Losing(function, place) if hit else function)
         imu_ray.score(Wide(2048), samples, config=settings(3), run_dir=place / "run")
         for name, function in plain.items():
-            setattr(feature_job, name, function)
+            setattr(score_job, name, function)
     return cluster
 
 
 def add_a_node(folder):
-    """One node with one CPU, and another that comes when the first has begun; then a run that notes which node did what."""
+    """One node with one CPU, and another that comes when it has begun; then a run that notes which node did what."""
     for name in ("wanted", "seen"):
         os.mkfifo(folder / name)
     cluster = start_cluster()
     cluster.add_node(num_cpus=1)
 
-    samples = RecordingPairs(*tensors(64), folder, ray.get_runtime_context().get_node_id())
+    samples = RecordingPairs(*tensors(64), folder)
+    samples.driver = ray.get_runtime_context().get_node_id()
     # Two workers on one CPU are refused unless nodes may come.
     config = settings(2, **{"resources.autoscaling": True})
     # A node can be started by the main thread only.
@@ -224,7 +190,7 @@ def add_a_node(folder):
     places = {name: folder / name for name in ("read", "scored")}
     for place in places.values():
         place.mkdir()
-    feature_job.score_shard = Noting(feature_job.score_shard, places["scored"])
+    score_job.score_shard = Noting(score_job.score_shard, places["scored"])
     imu_ray.score(Wide(2048), NotingPairs(*tensors(64), places["read"]), config=settings(1), run_dir=folder / "noted")
     return cluster
 
@@ -234,7 +200,7 @@ def spill(folder):
     data = tensors(10_000)
     for name, megabytes in (("large", 400), ("small", 80)):
         cluster = start_cluster(num_cpus=2, object_store_memory=megabytes * 10**6)
-        config = UnlearnConfig.from_recipe("paper").with_overrides({"resources.workers": 2})
+        config = paper(resources__workers=2)
         imu_ray.score(Wide(4096), Pairs(*data), config=config, run_dir=folder / name)
         (folder / f"{name}.json").write_text(json.dumps(ray.cluster_resources()["object_store_memory"]))
         if name == "large":
@@ -255,12 +221,8 @@ def count_shards(folder):
     cluster = start_cluster(num_cpus=2)
     found = {}
     for shards in (100, 10_000):
-        imu_ray.score(
-            named(),
-            OneRowShards(shards),
-            config=settings(2, **{"influence.block_rows": 1}),
-            run_dir=folder / str(shards),
-        )
+        config = settings(2, **{"influence.block_rows": 1})
+        imu_ray.score(named(), OneRowShards(shards), config=config, run_dir=folder / str(shards))
         found[shards] = memory()
     (folder / "memory.json").write_text(json.dumps(found))
     return cluster

@@ -76,6 +76,86 @@ def second_moment(inputs):
     return sum(np.outer(h, h) for sample in inputs for h in sample) / len(inputs)
 
 
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (5,)),
+    "linear over tokens, no bias": (lambda: nn.Linear(5, 4, bias=False), (3, 5)),
+    "linear over a grid": (lambda: nn.Linear(5, 4), (2, 3, 5)),
+    "1d, stride, padding, dilation": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=2, dilation=2), (3, 9)),
+    "1d, same, even kernel": (lambda: nn.Conv1d(3, 4, 4, padding="same", bias=False), (3, 5)),
+    "2d, uneven stride, padding, dilation": (
+        lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        (3, 6, 5),
+    ),
+    "2d, same, even kernel": (lambda: nn.Conv2d(2, 4, (2, 3), padding="same", dilation=(3, 1)), (2, 4, 5)),
+    "2d, valid": (lambda: nn.Conv2d(2, 4, 2, padding="valid"), (2, 4, 5)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2), (4, 5, 6)),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=4, bias=False), (4, 3, 4)),
+    "depthwise 1d": (lambda: nn.Conv1d(4, 4, 3, groups=4), (4, 7)),
+}
+
+
+def called_layer(kind, samples=7, seed=0):
+    """A layer, what it was called with, and gradients with respect to its outputs."""
+    torch.manual_seed(seed)
+    make, shape = LAYERS[kind]
+    layer = make().double()
+    inputs = torch.randn(samples, *shape, dtype=torch.float64)
+    return layer, inputs, torch.randn_like(layer(inputs)).detach()
+
+
+def layer_positions(layer, inputs, output_grads):
+    """What each group of a layer saw at each position, by indexing: ``[G, B, T, D]`` and ``[G, B, T, C / G]``."""
+    one = [] if layer.bias is None else [1.0]
+    if isinstance(layer, nn.Linear):
+        places, groups = list(np.ndindex(*inputs.shape[1:-1])), 1
+        seen = lambda sample, place, group: sample[place]
+        pull = lambda grads, place, group: grads[place]
+    else:
+        places, groups = list(np.ndindex(*output_grads.shape[2:])), layer.groups
+        channels, outputs = inputs.shape[1] // groups, output_grads.shape[1] // groups
+
+        def seen(sample, place, group):
+            values = []
+            for index in np.ndindex(channels, *layer.kernel_size):
+                at = [p * s + k * d - left for p, s, k, d, left in zip(place, layer.stride, index[1:], layer.dilation, before(layer), strict=True)]  # fmt: skip
+                inside = all(0 <= a < size for a, size in zip(at, sample.shape[1:], strict=True))
+                values.append(sample[(group * channels + index[0], *at)] if inside else 0.0)
+            return values
+
+        pull = lambda grads, place, group: grads[(slice(group * outputs, (group + 1) * outputs), *place)]
+    samples = list(zip(inputs.numpy(), output_grads.numpy(), strict=True))
+    return (
+        np.array([[[[*seen(x, place, g), *one] for place in places] for x, _ in samples] for g in range(groups)]),
+        np.array([[[pull(r, place, g) for place in places] for _, r in samples] for g in range(groups)]),
+    )
+
+
+def before(layer):
+    """Zeros in front of each axis."""
+    if layer.padding == "valid":
+        return (0,) * len(layer.kernel_size)
+    if layer.padding == "same":
+        return [d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return layer.padding
+
+
+def layer_sample_gradients(layer, inputs, output_grads):
+    """By autograd, one sample at a time: ``[B, C, D]``."""
+    rows = []
+    for x, r in zip(inputs, output_grads, strict=True):
+        parts = torch.autograd.grad(layer(x.unsqueeze(0)), list(layer.parameters()), r.unsqueeze(0))
+        rows.append(torch.cat([part.reshape(len(part), -1) for part in parts], dim=1))
+    return torch.stack(rows)
+
+
+def layer_factors(layer, inputs, output_grads):
+    """Of each group: the mean over samples of the outputs' sum over positions, and the mean of the inputs over both."""
+    seen, pull = layer_positions(layer, inputs, output_grads)
+    samples, positions = seen.shape[1:3]
+    outputs = [sum(np.outer(g, g) for sample in group for g in sample) / samples for group in pull]
+    return np.array(outputs), np.array([second_moment(group) / positions for group in seen])
+
+
 def intensities(scores, keep_fraction=1.0, quantile=0.93):
     """w_i = min(sqrt|I_i|, quantile of the kept sqrt|I|), over the top fraction of the negative scores; else 0."""
     negative = [i for i in range(len(scores)) if scores[i] < 0]

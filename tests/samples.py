@@ -1,4 +1,4 @@
-"""Sample sets for the tests: random images with labels, in every form that the library reads."""
+"""Sample sets for the tests, random images with labels in every form that the library reads, and their settings."""
 
 import io
 
@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+
+from imu_ray.config import UnlearnConfig
 
 
 def tensors(count, classes=5, seed=0, dtype=torch.float32):
@@ -50,3 +52,21 @@ def write_images(path, count, **options):
     table = image_table(count, **options)
     pq.write_table(table, path, row_group_size=7)
     return table
+
+
+# Several shards and checks in a run on few samples.
+SMALL = {
+    "influence.block_rows": 16, "influence.blocks_per_shard": 1, "ascent.batch_size": 16, "ascent.stop.every_steps": 2,
+}  # fmt: skip
+
+
+def paper(more=(), **changes):
+    """The recipe ``paper`` with other settings, some of them by keyword: ``ascent__l1=0``."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return UnlearnConfig.from_recipe("paper").with_overrides({**dict(more), **changes})
+
+
+def nudge(pixels):
+    """A view of an image: moved by at most one pixel."""
+    down, right = (int(torch.randint(-1, 2, ())) for _ in range(2))
+    return pixels.roll((down, right), (1, 2))

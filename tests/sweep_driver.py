@@ -17,8 +17,9 @@ from imu_ray.experiments.trials import Rows
 
 CONFIG = UnlearnConfig.from_recipe("paper").with_overrides(
     {
-        "forget_set.image_mode": "L", "influence.block_rows": 64, "influence.blocks_per_shard": 1, "ascent.batch_size": 32,
-        "ascent.learning_rate": 0.03, "ascent.stop.max_epochs": 30, "ascent.stop.every_steps": 1,
+        "forget_set.image_mode": "L", "influence.block_rows": 64, "influence.blocks_per_shard": 1,
+        "ascent.batch_size": 32, "ascent.learning_rate": 0.03,
+        "ascent.stop.max_epochs": 30, "ascent.stop.every_steps": 1,
     }
 )  # fmt: skip
 
@@ -52,7 +53,7 @@ if __name__ == "__main__":
     Rows._write = write_and_signal
     with ray.init(address="local", num_cpus=2, logging_level="warning", log_to_driver=False):
         result = imu_ray.sweep(
-            spec, paths.pop("forget"), axes, evaluation=paths, settings=SweepConfig(**settings), sweep_dir=folder / "sweep",
-            config=CONFIG.with_overrides(overrides), resume=True,
+            spec, paths.pop("forget"), axes, evaluation=paths, settings=SweepConfig(**settings),
+            sweep_dir=folder / "sweep", config=CONFIG.with_overrides(overrides), resume=True,
         )  # fmt: skip
     print(json.dumps({"best": result.best, "rows": result.table.to_pylist()}))

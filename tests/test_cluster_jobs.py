@@ -1,4 +1,4 @@
-"""Jobs on a head node of their own, started and submitted with the commands of docs/running.md, with token authentication."""
+"""Jobs on a head node of their own, started and submitted as docs/running.md says, with token authentication."""
 
 import json
 import os
@@ -52,11 +52,16 @@ class Head:
     environment: dict
     metrics: str = ""
 
-    def command(self, text, *more, **options):
-        arguments = [*shlex.split(text.replace("http://127.0.0.1:8265", self.address)), *map(str, more)]
-        return subprocess.run(
-            arguments, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=200, **options
-        )  # fmt: skip
+    def command(self, text):
+        return self.run(shlex.split(text.replace("http://127.0.0.1:8265", self.address)))
+
+    def run(self, arguments):
+        return subprocess.run(arguments, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
+
+    def start(self, job_id, config, *assignments):
+        """Submit a job and go on."""
+        arguments = self.submission(job_id, config, *assignments)
+        return subprocess.Popen(arguments, env=self.environment, cwd=ROOT, stdout=subprocess.DEVNULL)
 
     def submission(self, job_id, config, *assignments):
         """The documented command with another job file."""
@@ -66,8 +71,7 @@ class Head:
         return [*shlex.split(ray_part), "--", *shlex.split(job_part.replace("job.yaml", str(config))), *sets]
 
     def submit(self, job_id, config, *assignments):
-        arguments = self.submission(job_id, config, *assignments)
-        return subprocess.run(arguments, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
+        return self.run(self.submission(job_id, config, *assignments))
 
     def logs(self, job_id):
         return self.command(f"ray job logs --address {self.address} {job_id}").stdout
@@ -80,11 +84,8 @@ class Head:
 def head(tmp_path_factory):
     """Started as documented, on free ports, with a home directory of its own for the token."""
     home, gcs, dashboard, agent, client, metrics = tmp_path_factory.mktemp("home"), *free_ports(5)
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_TMPDIR")
-    }
+    kept = os.environ.keys() - {"PYTHONPATH", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_TMPDIR"}
+    environment = {name: os.environ[name] for name in kept}
     environment |= {
         "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
         "RAY_TMPDIR": f"/tmp/imu-{os.getpid()}",
@@ -92,8 +93,8 @@ def head(tmp_path_factory):
     node = Head(f"http://127.0.0.1:{dashboard}", environment, f"http://127.0.0.1:{metrics}/metrics")
     generated = node.command(GENERATE)
     assert generated.returncode == 0, generated.stderr
-    ports = f"--port={gcs} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent} --ray-client-server-port={client}"
-    ports += f" --metrics-export-port={metrics}"
+    ports = f"--port={gcs} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent}"
+    ports += f" --ray-client-server-port={client} --metrics-export-port={metrics}"
     log = (home / "head.log").open("w")
     process = subprocess.Popen(
         shlex.split(f"{START} {ports} --block --num-cpus=2 --temp-dir={environment['RAY_TMPDIR']}"),
@@ -142,12 +143,8 @@ def unlearned(head, job_file):
 
 
 def test_a_submitted_job_leaves_its_artifacts(head, unlearned):
-    assert {path.name for path in unlearned.iterdir()} >= {
-        "model.safetensors",
-        "manifest.json",
-        "metrics.json",
-        "report.html",
-    }
+    left = {path.name for path in unlearned.iterdir()}
+    assert left >= {"model.safetensors", "manifest.json", "metrics.json", "report.html"}
     metrics = json.loads((unlearned / "metrics.json").read_text())
     assert metrics["before"]["forget"]["accuracy"] > 0.9
     assert metrics["after"]["forget"]["accuracy"] <= 0.01
@@ -156,9 +153,8 @@ def test_a_submitted_job_leaves_its_artifacts(head, unlearned):
 
 
 def test_the_package_travels_with_the_job(head):
-    done = head.command(
-        f"ray job submit --address {head.address} --working-dir . -- python -c 'import imu_ray; print(imu_ray.__file__)'"
-    )  # fmt: skip
+    script = "python -c 'import imu_ray; print(imu_ray.__file__)'"
+    done = head.command(f"ray job submit --address {head.address} --working-dir . -- {script}")
     assert "/working_dir_files/" in done.stdout, done.stdout + done.stderr
 
 
@@ -184,20 +180,15 @@ def test_a_failing_job_says_why_in_its_log(head, job_file, assignment, message):
 
 
 LONG = (
-    "recipe=paper",
-    "ascent.learning_rate=1e-7",
-    "ascent.stop.targets={forget.accuracy: null}",
-    "ascent.batch_size=16",
+    "recipe=paper", "ascent.learning_rate=1e-7", "ascent.stop.targets={forget.accuracy: null}", "ascent.batch_size=16",
     "log=json",
-)
+)  # fmt: skip
 
 
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, job_file):
     folder = job_file.parent / "stopped"
     settings = (*LONG, "ascent.stop.max_epochs=150", f"run_dir={folder}")
-    with subprocess.Popen(
-        head.submission("stopped", job_file, *settings), env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL
-    ) as first:
+    with head.start("stopped", job_file, *settings) as first:
         while not (folder / "state" / "ascent.safetensors").exists():  # pytest-timeout ends what never begins
             assert "FAILED" not in head.status("stopped"), head.logs("stopped")
         assert head.command(f"ray job stop --address {head.address} stopped").returncode == 0
@@ -215,15 +206,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, job_file):
 
 def test_two_jobs_at_once_do_not_disturb_each_other(head, job_file, unlearned):
     runs = [job_file.parent / name for name in ("left", "right")]
-    submitted = [
-        subprocess.Popen(
-            head.submission(run.name, job_file, f"run_dir={run}"),
-            env=head.environment,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-        )
-        for run in runs
-    ]
+    submitted = [head.start(run.name, job_file, f"run_dir={run}") for run in runs]
     assert [process.wait(timeout=250) for process in submitted] == [0, 0]
     alone = load_file(unlearned / "model.safetensors")
     for run in runs:
@@ -234,23 +217,16 @@ def test_two_jobs_at_once_do_not_disturb_each_other(head, job_file, unlearned):
 def figures(head):
     """Every figure that is exported now, with its labels."""
     with urllib.request.urlopen(head.metrics) as page:
-        return {
-            line.rpartition(" ")[0] for line in page.read().decode().splitlines() if line.startswith("ray_imu_ray_")
-        }
+        lines = page.read().decode().splitlines()
+    return {line.rpartition(" ")[0] for line in lines if line.startswith("ray_imu_ray_")}
 
 
 def test_figures_of_a_running_job_are_exported(head, job_file):
-    arguments = head.submission(
-        "measured", job_file, *LONG, "ascent.stop.max_epochs=1500", f"run_dir={job_file.parent / 'measured'}"
-    )
-    wanted = {
-        "ray_imu_ray_forget_accuracy",
-        "ray_imu_ray_forget_loss",
-        "ray_imu_ray_stage_seconds",
-        "ray_imu_ray_feature_bytes",
-    }
+    settings = (*LONG, "ascent.stop.max_epochs=1500", f"run_dir={job_file.parent / 'measured'}")
+    names = ("forget_accuracy", "forget_loss", "stage_seconds", "feature_bytes")
+    wanted = {f"ray_imu_ray_{name}" for name in names}
     others = figures(head)  # of the jobs before it
-    with subprocess.Popen(arguments, env=head.environment, cwd=ROOT, stdout=subprocess.DEVNULL) as job:
+    with head.start("measured", job_file, *settings) as job:
         seen = set()
         for _ in range(40):
             seen |= {line.partition("{")[0] for line in figures(head) - others} & wanted

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from updates.problems import head, store
 
 import imu_ray
 from imu_ray.audits import AUDITS
 from imu_ray.audits.base import Predictions
 from imu_ray.config import AscentConfig, ForgetSetConfig
+from imu_ray.demo import digits_cnn
 from imu_ray.scopes.workers import Workers
 from imu_ray.tasks.classification import TASKS
 from imu_ray.updates import UPDATES
@@ -25,12 +27,8 @@ from imu_ray.updates.stopping import StopTarget
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "cluster" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-]
+PLACES = ("README.md", "CONTRIBUTING.md", "cluster/README.md")
+PAGES = [*(ROOT / place for place in PLACES), *sorted((ROOT / "docs").glob("*.md"))]
 REGISTRIES = (AUDITS, OBJECTIVES, TASKS)
 COMMAND = [sys.executable, "-c", "import sys; from imu_ray.cli import main; sys.exit(main())"]
 
@@ -41,9 +39,8 @@ def blocks(text, language):
 
 def headings(page):
     """The anchors of a page, as GitHub and the documentation make them."""
-    titles = re.findall(
-        r"^#+ (.+)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
-    )
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
@@ -74,9 +71,41 @@ def run(command, folder, environment):
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, python_environment):
+    """A folder in which `imu-ray demo` ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run([*COMMAND, "demo", "--out", "demo"], folder, python_environment)
+
+
 @pytest.mark.slow
-def test_script_and_job_of_the_readme_run_as_pasted_after_the_demo(tmp_path, python_environment):
-    run([*COMMAND, "demo", "--out", "demo"], tmp_path, python_environment)
+def test_the_demo_forgets_a_class_and_shows_where_it_is_weak(demo):
+    folder, printed = demo
+    runs = json.loads(printed.splitlines()[-1])
+    assert (runs["status"], runs["run_dir"]) == ("complete", str(folder / "demo"))
+    forgotten = runs["class"]["metrics"]
+    assert forgotten["after"]["forget"]["accuracy"] <= 0.02
+    assert forgotten["after"]["retain"]["accuracy"] >= forgotten["before"]["retain"]["accuracy"] - 0.02
+    assert forgotten["after"]["test"]["per_class"]["3"]["accuracy"] <= 0.1
+    random = runs["random"]["metrics"]
+    assert random["after"]["forget"]["bounded_loss"] >= random["before"]["test"]["bounded_loss"] * 0.8
+    assert random["after"]["retain"]["accuracy"] >= random["before"]["retain"]["accuracy"] - 0.01
+    for name in ("class", "random"):
+        assert json.loads((Path(runs[name]["run_dir"]) / "manifest.json").read_text())["ascent"]["status"] == "reached"
+    for column in ("before", "after", "retrained", "membership inference", "forgotten class in test"):
+        assert column in printed
+    assert "Where this is weak" in printed
+    original = load_file(folder / "demo" / "original.safetensors")
+    changed = load_file(folder / "demo" / "class" / "run" / "model.safetensors")
+    assert {key for key in original if not torch.equal(original[key], changed[key])} == {"head.weight", "head.bias"}
+    assert digits_cnn().load_state_dict(changed)
+    assert f"{folder}/demo/{{class,random}}/data/{{forget,retain,test}}.parquet" in printed
+    assert len(list(folder.glob("demo/*/data/*.parquet"))) == 6
+
+
+@pytest.mark.slow
+def test_script_and_job_of_the_readme_run_as_pasted_after_the_demo(demo, python_environment):
+    tmp_path, _ = demo
     (script,), (job,) = blocks(README, "python"), blocks(README, "yaml")
     (tmp_path / "driver.py").write_text(script)
     (tmp_path / "job.yaml").write_text(job)
@@ -114,17 +143,13 @@ def extending():
 def test_the_source_that_is_shown_reads_any_range_of_its_rows(extending, tmp_path):
     with sqlite3.connect(tmp_path / "forget.db") as database:
         database.execute("CREATE TABLE samples (id TEXT, image BLOB, label INTEGER)")
-        database.executemany(
-            "INSERT INTO samples VALUES (?, ?, ?)", [(f"row-{i}", bytes([i]), i % 3) for i in range(9)]
-        )
+        rows = [(f"row-{i}", bytes([i]), i % 3) for i in range(9)]
+        database.executemany("INSERT INTO samples VALUES (?, ?, ?)", rows)
     source = extending["SqliteSource"](str(tmp_path / "forget.db"))
     rows = source.read(3, 6)
     assert source.num_rows == 9
-    assert (rows.ids, rows.labels.tolist(), rows.inputs) == (
-        ["row-3", "row-4", "row-5"],
-        [0, 1, 2],
-        [b"\x03", b"\x04", b"\x05"],
-    )
+    assert (rows.ids, rows.labels.tolist()) == (["row-3", "row-4", "row-5"], [0, 1, 2])
+    assert rows.inputs == [b"\x03", b"\x04", b"\x05"]
 
 
 def test_the_task_that_is_shown_has_its_metric_as_a_target(extending):
@@ -147,10 +172,8 @@ def test_the_scope_that_is_shown_moves_the_biases_alone(extending):
 
 
 def test_the_audit_that_is_shown_counts_rows_beyond_unseen_ones(extending):
-    sets = {"forget": [0.0, 9.0, 9.0, 9.0], "test": np.linspace(0, 1, 100)}
-    measured = {
-        name: Predictions(np.zeros(len(losses), int), {"loss": np.array(losses)}, 3) for name, losses in sets.items()
-    }
+    sets = {"forget": np.array([0.0, 9.0, 9.0, 9.0]), "test": np.linspace(0, 1, 100)}
+    measured = {name: Predictions(np.zeros(len(losses), int), {"loss": losses}, 3) for name, losses in sets.items()}
     assert extending["OverForgotten"]().run(measured, None, 0) == {"over_forgotten": {"share": 0.75}}
 
 

@@ -38,16 +38,14 @@ def test_an_interrupt_leaves_neither_half_a_file_nor_ray(fault, workers, tmp_pat
     for name in ("announce", "never"):
         os.mkfifo(tmp_path / name)
     mark = f"IMU_RAY_TEST_{uuid.uuid4().hex}"
-    log = open(tmp_path / "log", "w")  # noqa: SIM115 - the driver writes to it until it ends
-    driver = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("fault_driver.py")), fault, str(tmp_path), workers],
-        env={**python_environment, "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp"), mark: "1"}, stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
+    command = [sys.executable, str(Path(__file__).with_name("fault_driver.py")), fault, str(tmp_path), workers]
+    environment = {**python_environment, "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp"), mark: "1"}
+    with open(tmp_path / "log", "w") as log:
+        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     with open(tmp_path / "announce"):  # returns when the stage is under way
         pass
     driver.send_signal(signal.SIGINT)
     assert driver.wait(timeout=90) != 0
-    log.close()
     for pid in processes_with(mark):
         wait_until_gone(pid)
     left = [path.relative_to(tmp_path / "out" / "run") for path in (tmp_path / "out").rglob("*") if path.is_file()]

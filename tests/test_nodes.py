@@ -1,14 +1,9 @@
 """Nodes that are lost, come late, are small or differ: several nodes on one machine, in a process of their own.
 
-A node lost during the ascent with features small enough to travel with the task's reply is in test_resume.py; here they are lost too.
+A node lost during the ascent, with features so small that they travel with the task's reply, is in test_resume.py.
 """
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,16 +13,16 @@ pytestmark = pytest.mark.slow
 ROWS, STAGES = 160, ("features", "statistics", "scores")
 
 
-def drive(scenario, folder, **variables):
-    environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp"), **variables
-    }  # fmt: skip
-    script = str(Path(__file__).with_name("nodes_driver.py"))
-    done = subprocess.run(
-        [sys.executable, script, scenario, str(folder)], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
+@pytest.fixture(scope="module")
+def play(drive):
+    """Plays a scenario of the driver in a folder, and gives the folder back."""
+
+    def run(scenario, folder):
+        done = drive("nodes_driver.py", scenario, folder)
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return run
 
 
 def scores(run):
@@ -35,9 +30,9 @@ def scores(run):
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory):
+def losses(tmp_path_factory, play):
     """An undisturbed run on one node, and on three nodes one run for each stage in which a node was lost."""
-    return drive("lose", tmp_path_factory.mktemp("lose"))
+    return play("lose", tmp_path_factory.mktemp("lose"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -52,9 +47,9 @@ def test_features_that_were_lost_with_their_node_are_made_again(losses):
 
 
 @pytest.fixture(scope="module")
-def addition(tmp_path_factory):
+def addition(tmp_path_factory, play):
     """A run that a second node joined, and one on both nodes that notes which node read and scored a sample."""
-    return drive("add", tmp_path_factory.mktemp("add"))
+    return play("add", tmp_path_factory.mktemp("add"))
 
 
 def test_a_node_that_comes_during_the_features_is_used(addition):
@@ -70,8 +65,8 @@ def test_features_are_scored_on_the_node_that_made_them(addition):
     assert len(set(scored.values())) == 2
 
 
-def test_an_object_store_smaller_than_the_features_gives_the_same_scores(tmp_path):
-    drive("spill", tmp_path)
+def test_an_object_store_smaller_than_the_features_gives_the_same_scores(tmp_path, play):
+    play("spill", tmp_path)
     stores = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("small", "large")}
     made = json.loads((tmp_path / "small" / "manifest.json").read_text())["forget_set"]["feature_bytes"]
     assert made > 150e6
@@ -79,18 +74,16 @@ def test_an_object_store_smaller_than_the_features_gives_the_same_scores(tmp_pat
     assert scores(tmp_path / "small").equals(scores(tmp_path / "large"))
 
 
-def test_a_node_with_another_torch_is_refused_by_name(tmp_path):
-    drive("refuse", tmp_path)
+def test_a_node_with_another_torch_is_refused_by_name(tmp_path, play):
+    play("refuse", tmp_path)
     said = (tmp_path / "refused").read_text()
     address = json.loads((tmp_path / "nodes").read_text())[0]
-    assert (
-        f"1 of 3 nodes cannot do the work: node {address}: torch 1.0 (driver {torch.__version__.partition('+')[0]}"
-        in said
-    )
+    driver = torch.__version__.partition("+")[0]
+    assert f"1 of 3 nodes cannot do the work: node {address}: torch 1.0 (driver {driver}" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_the_drivers_memory_stays_flat_from_100_to_10_000_shards(tmp_path):
-    drive("count", tmp_path)
+def test_the_drivers_memory_stays_flat_from_100_to_10_000_shards(tmp_path, play):
+    play("count", tmp_path)
     few, many = json.loads((tmp_path / "memory.json").read_text()).values()
     assert many["VmHWM"] - few["VmRSS"] < 50

@@ -4,31 +4,26 @@ import math
 
 import pytest
 from architectures import named
-from samples import pairs
+from samples import SMALL, pairs, paper
 
-from imu_ray import ConfigError, UnlearnConfig, plan, unlearn
+from imu_ray import ConfigError, plan, unlearn
 
-SETTINGS = {
-    "influence.block_rows": 16,
-    "influence.blocks_per_shard": 2,
-    "ascent.stop.max_epochs": 1,
-    "ascent.stop.targets": {"forget.accuracy": None},
-}
+SETTINGS = SMALL | {
+    "influence.blocks_per_shard": 2, "ascent.stop.max_epochs": 1, "ascent.stop.targets": {"forget.accuracy": None},
+}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def config(**changes):
-    return UnlearnConfig.from_recipe("paper").with_overrides(
-        SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
-    )
+def planned(rows, **changes):
+    return plan(named("fc"), pairs(rows), config=paper(SETTINGS, **changes))
 
 
-def test_the_counts_are_those_of_the_run(ray_cluster, tmp_path, monkeypatch):
+def test_the_counts_are_those_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = plan(named("fc"), pairs(50), evaluation={"test": pairs(20, seed=1)}, config=config())
+    given = {"evaluation": {"test": pairs(20, seed=1)}, "config": paper(SETTINGS)}
+    made = plan(named("fc"), pairs(50), **given)
     assert not list(tmp_path.iterdir()), "nothing is written"
-    run = unlearn(
-        named("fc"), pairs(50), evaluation={"test": pairs(20, seed=1)}, config=config(), run_dir=tmp_path / "run"
-    ).manifest
+    run = unlearn(named("fc"), pairs(50), **given, run_dir=tmp_path / "run").manifest
     for name, described in (("forget", run["forget_set"]), ("test", run["evaluation"]["test"])):
         assert made["sets"][name]["samples"] == described["rows_used"]
         assert made["sets"][name]["blocks"] == described["forward_calls"]
@@ -39,45 +34,32 @@ def test_the_counts_are_those_of_the_run(ray_cluster, tmp_path, monkeypatch):
     assert all(value > 0 for part in (made["peak_bytes"], made["seconds"]) for value in part.values())
 
 
-def test_features_made_anew_take_no_room_and_more_passes(ray_cluster):
-    kept, anew = (
-        plan(named("fc"), pairs(64), config=config(influence__features=way)) for way in ("cache", "recompute")
-    )
+def test_features_made_anew_take_no_room_and_more_passes():
+    kept, anew = (planned(64, influence__features=way) for way in ("cache", "recompute"))
+    saved = kept["peak_bytes"]["object_store"] - anew["peak_bytes"]["object_store"]
     assert (kept["forward_passes"], anew["forward_passes"]) == (1, 9)
-    assert (
-        kept["peak_bytes"]["object_store"] - anew["peak_bytes"]["object_store"]
-        == kept["sets"]["forget"]["feature_bytes"]
-    )
+    assert saved == kept["sets"]["forget"]["feature_bytes"]
     assert "made again in every stage" in anew["notes"][0]
 
 
-def test_half_the_precision_takes_half_the_bytes(ray_cluster):
-    whole, half = (
-        plan(named("fc"), pairs(64), config=config(influence__feature_dtype=dtype)) for dtype in ("float32", "bfloat16")
-    )
-    assert whole["sets"]["forget"]["feature_bytes"] == 2 * half["sets"]["forget"]["feature_bytes"]
-
-
-def test_twice_the_samples_take_twice_the_bytes(ray_cluster):
-    one, two = (plan(named("fc"), pairs(count), config=config()) for count in (64, 128))
-    assert two["sets"]["forget"]["feature_bytes"] == 2 * one["sets"]["forget"]["feature_bytes"]
+def test_bytes_grow_with_samples_and_precision():
+    one, two, half = planned(64), planned(128), planned(64, influence__feature_dtype="bfloat16")
+    bytes_of = lambda made: made["sets"]["forget"]["feature_bytes"]
+    assert bytes_of(two) == 2 * bytes_of(one) == 4 * bytes_of(half)
     assert two["peak_bytes"]["driver"] == 2 * one["peak_bytes"]["driver"]
     assert two["peak_bytes"]["per_worker"] == one["peak_bytes"]["per_worker"], "a shard in flight, whatever the set"
 
 
-def test_workers_that_do_not_fit_are_told_and_not_refused(ray_cluster):
-    made = plan(named("fc"), pairs(20), config=config(resources__workers=99))
+def test_what_does_not_fit_is_told_and_not_refused(monkeypatch):
+    made = planned(20, resources__workers=99)
     assert not made["fits"]
     assert made["notes"] == ["99 workers do not fit now (4 do); an autoscaler has to add nodes"]
-
-
-def test_features_beyond_the_object_store_are_told(ray_cluster, monkeypatch):
     monkeypatch.setattr("imu_ray.distributed.session.ray.cluster_resources", lambda: {"object_store_memory": 100.0})
-    made = plan(named("fc"), pairs(20), config=config())
+    made = planned(20)
     assert not made["fits"]
     assert "will spill to disk" in made["notes"][0]
 
 
-def test_what_a_run_would_refuse_is_refused(ray_cluster):
+def test_what_a_run_would_refuse_is_refused():
     with pytest.raises(ConfigError, match="forget_set.size is 500"):
-        plan(named("fc"), pairs(20), config=config(forget_set__size=500))
+        planned(20, forget_set__size=500)

@@ -33,9 +33,7 @@ def test_samples_of_a_class_of_which_others_are_kept_are_not_the_whole_class():
 
 @pytest.mark.parametrize("counts", [{3: 1}, {3: 7}, {3: 40}, {3: 400, 4: 400}])
 def test_auto_never_guesses_what_rows_of_few_classes_stand_for(counts):
-    with pytest.raises(
-        ConfigError, match="recipe 'classes' when the model must no longer .* recipe 'samples' when these rows"
-    ):
+    with pytest.raises(ConfigError, match="recipe 'classes' when the model .* recipe 'samples' when these rows"):
         choose_recipe("auto", counts, 10)
     for name in ("samples", "classes", "paper"):
         assert choose_recipe(name, counts, 10) == (name, "named in the settings")
@@ -54,18 +52,15 @@ def test_auto_has_the_settings_of_samples():
 
 
 def resolve(recipe, counts, unseen=None, kept=(), **overrides):
-    config = UnlearnConfig.from_recipe(recipe).with_overrides(
-        {key.replace("__", "."): value for key, value in overrides.items()}
-    )
+    changes = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = UnlearnConfig.from_recipe(recipe).with_overrides(changes)
     return resolve_targets(config, METRICS, counts, 10, Unseen(FIGURES, counts) if unseen else None, kept)
 
 
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"paper", "classes"}))
 @pytest.mark.parametrize("overrides", [{}, {"ascent__stop__targets": {"forget.accuracy": None}}])
 def test_a_run_without_a_target_is_refused_with_the_ways_to_give_one(recipe, overrides):
-    with pytest.raises(
-        ConfigError, match=r"have no target, .* expected evaluation=\{'test': unseen samples\}.* or a number in"
-    ):
+    with pytest.raises(ConfigError, match=r"have no target, .* expected evaluation=\{'test': .*\}.* or a number in"):
         resolve(recipe, RANDOM, **overrides)
 
 

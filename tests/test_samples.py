@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from samples import Pairs
+from samples import Pairs, nudge
 
 from imu_ray import ConfigError, UnlearnConfig, unlearn
 from imu_ray.demo import digits, train_digits
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture(scope="module")
 def known():
-    """A trained CNN, its training samples, and unseen ones in two halves: what a target is read off, and what the cost is."""
+    """A trained CNN, training samples, and unseen ones in two halves: for the target, and for the cost."""
     pixels, labels, train, test = digits()
     images = torch.from_numpy(pixels).unsqueeze(1) / 255
     pick = lambda rows: Pairs(images[rows], torch.from_numpy(labels[rows]))
@@ -45,15 +45,40 @@ def test_a_request_of_any_size_reaches_what_unseen_samples_show(known, rows, tmp
     assert cost <= (0.03 if rows > 100 else 0.012)
 
 
+@pytest.mark.parametrize(
+    ("scope", "changed"), [("head", "Only the head was changed"), ("last:3", "Only 3 layers were changed")]
+)
+def test_the_views_recipe_brings_views_that_no_gradient_used_to_the_loss_of_unseen_ones(
+    known, tmp_path, scope, changed
+):
+    model, pick, train, unseen, held_out = known
+    forget = pick(np.random.default_rng(5).choice(train, 100, replace=False))
+    sets = {"test": pick(unseen), "held out": pick(held_out)}
+    config = UnlearnConfig.from_recipe("views").with_overrides(
+        {"ascent.view_transform": "samples:nudge", "ascent.scope": scope}
+    )
+    result = unlearn(model, forget, evaluation=sets, config=config, run_dir=tmp_path / "run")
+    target = result.record.ascent.targets[0]
+    assert (result.status, target.metric) == ("reached", "forget_views.bounded_loss")
+    assert changed in (tmp_path / "run" / "report.html").read_text()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        other = Pairs(torch.stack([nudge(image) for image in forget.inputs]), forget.labels)
+    before, after = (mean_bounded_loss(each, other) for each in (model, result.model))
+    assert before < after
+    assert abs(after - target.threshold) < 0.03
+    cost = result.metrics["before"]["held out"]["accuracy"] - result.metrics["after"]["held out"]["accuracy"]
+    assert cost <= 0.03
+
+
 def test_auto_takes_mixed_rows_for_samples_and_asks_about_rows_of_one_class(known, tmp_path):
     model, pick, train, unseen, _ = known
     result = unlearn(model, pick(train[:50]), evaluation={"test": pick(unseen)}, run_dir=tmp_path / "run")
     assert (result.status, result.record.ascent.recipe) == ("reached", "samples")
     _, labels, *_ = digits()
+    threes = pick(train[labels[train] == 3][:7])
     with pytest.raises(ConfigError, match="expected to be told what must go"):
-        unlearn(
-            model, pick(train[labels[train] == 3][:7]), evaluation={"test": pick(unseen)}, run_dir=tmp_path / "asked"
-        )
+        unlearn(model, threes, evaluation={"test": pick(unseen)}, run_dir=tmp_path / "asked")
 
 
 def test_a_model_given_other_inputs_than_it_learnt_is_told_so_in_the_report(known, tmp_path):

@@ -1,6 +1,7 @@
 """The metrics of a sample set, overall and per class, and how far predictions have moved."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 
 from imu_ray.audits.base import Predictions
 from imu_ray.config import AuditConfig
+from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard
-from imu_ray.scopes.head import Head
 
 
 class SetMetrics:
@@ -29,33 +30,55 @@ class SetMetrics:
 
 def set_figures(part: Predictions) -> dict[str, Any]:
     """``samples``, the mean of every metric, and ``per_class`` with the same by label, where samples have one."""
-    has_classes = part.labels.ndim == 1
-    labels = part.labels if has_classes else np.zeros(len(part.labels), np.int64)
-    samples = np.bincount(labels, minlength=part.classes)
-    sums = {name: np.bincount(labels, values, part.classes) for name, values in part.metrics.items()}
-
-    def means(classes: int | slice) -> dict[str, Any]:
-        count = int(samples[classes].sum())
-        return {"samples": count, **{name: float(total[classes].sum() / count) for name, total in sums.items()}}
-
-    return {
-        **means(slice(None)),
-        "per_class": {str(label): means(label) for label in np.flatnonzero(samples).tolist()} if has_classes else {},
-    }
+    return ClassSums.of(part).figures()
 
 
-def output_change(shard: FeatureShard, before: Head, after: Head) -> npt.NDArray[np.float64]:
+@dataclass(frozen=True)
+class ClassSums:
+    """Samples of each label, and sums of every metric over them; under label 0 where a sample has a label at each position."""
+
+    samples_C: npt.NDArray[np.float64]
+    metrics: dict[str, npt.NDArray[np.float64]]
+    labelled: bool
+
+    @classmethod
+    def of(cls, part: Predictions) -> "ClassSums":
+        """Sums of a shard."""
+        labelled = part.labels.ndim == 1
+        labels = part.labels if labelled else np.zeros(len(part.labels), np.int64)
+        weights = {"": np.ones(len(labels)), **part.metrics}
+        sums = {name: np.bincount(labels, each, part.classes).astype(np.float64) for name, each in weights.items()}
+        return cls(sums.pop(""), sums, labelled)
+
+    def merge(self, other: "ClassSums") -> "ClassSums":
+        """Sums of both."""
+        metrics = {name: column + other.metrics[name] for name, column in self.metrics.items()}
+        return ClassSums(self.samples_C + other.samples_C, metrics, self.labelled)
+
+    def figures(self) -> dict[str, Any]:
+        """``samples``, the mean of every metric, and ``per_class``."""
+
+        def means(labels: int | slice) -> dict[str, Any]:
+            count = self.samples_C[labels].sum()
+            return {"samples": int(count), **{name: float(x[labels].sum() / count) for name, x in self.metrics.items()}}
+
+        found = np.flatnonzero(self.samples_C).tolist() if self.labelled else []
+        return {**means(slice(None)), "per_class": {str(label): means(label) for label in found}}
+
+
+def output_change(shard: FeatureShard, before: Part, after: Part) -> npt.NDArray[np.float64]:
     r"""How far each sample's prediction among the classes that are not its own has moved, in nats, ``[n]``.
 
     .. math:: D_{KL}(q_0 \,\|\, q), \qquad q = \mathrm{softmax}(z) \text{ without the true class}
 
-    Only the forget set is needed: a head that forgets a label and nothing else leaves the other classes' proportions alone.
+    Only the forget set is needed: a model that forgets a label and nothing else leaves the other classes' proportions alone.
     """
     changes = [np.empty(0)]
-    for features, labels in shard.blocks():
+    for rows in shard.block_rows():
+        if rows.stop == rows.start:
+            continue
+        (first, labels), (second, _) = before.outputs(shard, rows), after.outputs(shard, rows)
         others = ~torch.nn.functional.one_hot(labels, before.task.num_classes).bool()
-        old, new = (
-            torch.log_softmax(head.logits(features)[others].view(*labels.shape, -1), dim=-1) for head in (before, after)
-        )
-        changes.append((old.exp() * (old - new)).sum(-1).reshape(len(labels), -1).sum(1).numpy())
+        old, new = (torch.log_softmax(each[others].view(*labels.shape, -1), dim=-1) for each in (first, second))
+        changes.append((old.exp() * (old - new)).sum(-1).reshape(len(labels), -1).sum(1).cpu().numpy())
     return np.concatenate(changes)

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from imu_ray.config import AuditConfig
+from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard
-from imu_ray.scopes.head import Head
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Predictions:
         return cls(np.concatenate([part.labels for part in parts]), metrics, parts[0].classes)
 
 
-def predict_shard(shard: FeatureShard, head: Head) -> Predictions:
+def predict_shard(shard: FeatureShard, part: Part) -> Predictions:
     """Predictions for every sample of a shard."""
-    found: dict[str, list[npt.NDArray[np.float64]]] = {name: [np.empty(0)] for name in head.task.metrics}
-    for features, labels in shard.blocks():
-        for name, values in head.task.sample_metrics(head.logits(features), labels).items():
-            found[name].append(values.numpy())
-    metrics = {name: np.concatenate(parts) for name, parts in found.items()}
-    return Predictions(shard.labels_n, metrics, head.task.num_classes)
+    found: dict[str, list[npt.NDArray[np.float64]]] = {name: [np.empty(0)] for name in part.task.metrics}
+    for rows in shard.block_rows():
+        for name, values in part.task.sample_metrics(*part.outputs(shard, rows)).items():
+            found[name].append(values.cpu().numpy())
+    metrics = {name: np.concatenate(values) for name, values in found.items()}
+    return Predictions(shard.labels_n, metrics, part.task.num_classes)
 
 
 class Audit(Protocol):

@@ -8,7 +8,9 @@ import numpy.typing as npt
 
 from imu_ray.audits.base import Predictions
 from imu_ray.config import AuditConfig
+from imu_ray.influence.intensity import Column
 
+Truth = npt.NDArray[np.bool_]
 LIMIT = 20_000  # per side; more would not move a figure that is read to two digits
 
 
@@ -18,9 +20,9 @@ class Membership:
     .. math:: \frac12 \bigl(P(\text{guess} \mid \text{forget}) + P(\text{no guess} \mid \text{unseen})\bigr)
 
     The attacker sees the confidence :math:`p_y` of the true class, and picks the threshold and the side on one half of
-    the samples; the other half is scored. In [0, 1]; 0.5 is chance, and a model that has forgotten lies within ``band``,
-    which holds 95 % of the figures under permuted membership. Unseen are the samples of the set ``test`` with labels that
-    occur in the forget set, so that the class gives nothing away.
+    the samples; the other half is scored. In [0, 1]; 0.5 is chance, and a model that has forgotten lies within
+    ``band``, which holds 95 % of the figures under permuted membership. Unseen are the samples of the set ``test`` with
+    labels that occur in the forget set, so that the class gives nothing away.
     """
 
     def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
@@ -33,18 +35,16 @@ class Membership:
         return {"membership": membership_inference(members, others, config, seed)}
 
 
-def _draw(losses: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
+def _draw(losses: Column, seed: int) -> Column:
     """At most ``LIMIT`` of the losses, drawn evenly and without replacement, in order."""
     if len(losses) <= LIMIT:
         return losses
     keys = np.random.default_rng(seed).random(len(losses))
-    drawn: npt.NDArray[np.float64] = losses[np.sort(np.argpartition(keys, LIMIT)[:LIMIT])]
+    drawn: Column = losses[np.sort(np.argpartition(keys, LIMIT)[:LIMIT])]
     return drawn
 
 
-def membership_inference(
-    members: npt.NDArray[np.float64], others: npt.NDArray[np.float64], config: AuditConfig, seed: int
-) -> dict[str, Any]:
+def membership_inference(members: Column, others: Column, config: AuditConfig, seed: int) -> dict[str, Any]:
     """The figures of ``Membership``, from the losses (nats) of either side under one model."""
     random = np.random.default_rng(seed)
     if min(len(members), len(others)) < config.membership_min_rows:
@@ -58,10 +58,8 @@ def membership_inference(
     fit = np.concatenate([members[order_m[:half_m]], others[order_o[:half_o]]])
     held = np.concatenate([members[order_m[half_m:]], others[order_o[half_o:]]])
     fit_truth, held_truth = np.arange(len(fit)) < half_m, np.arange(len(held)) < len(members) - half_m
-    permuted = [
-        _attack(fit, random.permutation(fit_truth), held, random.permutation(held_truth))
-        for _ in range(config.permutations)
-    ]
+    shuffle = random.permutation
+    permuted = [_attack(fit, shuffle(fit_truth), held, shuffle(held_truth)) for _ in range(config.permutations)]
     return {
         "balanced_accuracy": _attack(fit, fit_truth, held, held_truth),
         "band": [float(value) for value in np.quantile(permuted, [0.025, 0.975])],
@@ -70,13 +68,8 @@ def membership_inference(
     }
 
 
-def _attack(
-    fit: npt.NDArray[np.float64],
-    fit_truth: npt.NDArray[np.bool_],
-    held: npt.NDArray[np.float64],
-    held_truth: npt.NDArray[np.bool_],
-) -> float:
-    """Balanced accuracy on ``held`` of the loss threshold that is best on ``fit``; "member" is the side that fits better."""
+def _attack(fit: Column, fit_truth: Truth, held: Column, held_truth: Truth) -> float:
+    """Balanced accuracy on ``held`` of the threshold that is best on ``fit``; "member" is the side that fits better."""
     order = np.argsort(fit, kind="stable")
     truth = fit_truth[order]
     advantage = np.cumsum(truth) / truth.sum() - np.cumsum(~truth) / (~truth).sum()

@@ -32,40 +32,30 @@ def render_report(
         intensities: influence and intensity of every sample, ``[N]`` each.
         trajectory: a row per check of the ascent.
     """
-    figures = []
+    figures = {}
     if trajectory is not None:
-        figures.append(("Trajectory", _draw_trajectory(trajectory, (manifest.get("ascent") or {}).get("targets", []))))
+        figures["Trajectory"] = _draw_trajectory(trajectory, (manifest.get("ascent") or {}).get("targets", []))
     if intensities is not None:
-        figures.append(("Influence and intensity", _draw_distributions(*intensities)))
+        figures["Influence and intensity"] = _draw_distributions(*intensities)
     sides = [side for side in ("before", "after") if side in metrics]
     sets = [name for name in metrics[sides[-1]] if name != "membership"] if sides else []
-    return render_page(
-        "report.html.j2",
-        manifest=manifest,
-        metrics=metrics,
-        sides=sides,
-        sets=sets,
-        figures=figures,
-        dominated=DOMINATED,
-    )
+    shown = {"sides": sides, "sets": sets, "figures": figures, "dominated": DOMINATED}
+    return render_page("report.html.j2", manifest=manifest, metrics=metrics, **shown)
 
 
 def render_page(template: str, **values: Any) -> str:
     """A template of this folder, with everything escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
-    )
-    return environment.get_template(template).render(**values)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(template).render(**values)
 
 
-def figure_of(columns: int) -> tuple[Figure, list[Axes]]:
-    """A row of axes in the style of the pages."""
+def new_panel() -> tuple[Figure, Axes]:
+    """A figure of one panel in the style of the pages, which lay figures out: a phone stacks them."""
     # Figure rather than pyplot: no global state, safe in any thread, needs no display.
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(1, columns)))
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+    figure = Figure(figsize=(4.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
     return figure, axes
 
 
@@ -77,34 +67,35 @@ def svg_of(figure: Figure) -> Markup:
     return Markup(svg[svg.index("<svg") :])
 
 
-def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]]) -> Markup:
+def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """A panel for accuracy, loss and every metric that has a target, with a line for each sample set."""
     wanted = ["accuracy", "loss", *(target["metric"].rpartition(".")[2] for target in targets)]
-    shown = [name for name in dict.fromkeys(wanted) if f"forget.{name}" in trajectory.column_names]
-    figure, axes = figure_of(len(shown))
-    steps = trajectory["step"].to_numpy()
-    for axis, metric in zip(axes, shown, strict=True):
+    panels, steps = [], trajectory["step"].to_numpy()
+    for metric in dict.fromkeys(wanted):
+        if f"forget.{metric}" not in trajectory.column_names:
+            continue
+        figure, axes = new_panel()
         for column in trajectory.column_names:
             if column.endswith(f".{metric}"):
-                axis.plot(steps, trajectory[column].to_numpy(), label=column.rpartition(".")[0])
+                axes.plot(steps, trajectory[column].to_numpy(), label=column.rpartition(".")[0])
         for target in targets:
             if target["metric"] == f"forget.{metric}":
-                axis.axhline(target["threshold"], color="grey", linestyle=":", label="target of forget")
-        axis.set(xlabel="check", ylabel=metric.replace("_", " "))
-        axis.legend(frameon=False)
-    return svg_of(figure)
+                axes.axhline(target["threshold"], color="grey", linestyle=":", label="target of forget")
+        axes.set(xlabel="check", ylabel=metric.replace("_", " "))
+        axes.legend(frameon=False)
+        panels.append(svg_of(figure))
+    return panels
 
 
-def _draw_distributions(influence: Column, weights: Column) -> Markup:
-    figure, (left, right) = figure_of(2)
-    _histogram(left, influence, "#3b6ea5")
-    left.axvline(0, color="grey", linewidth=1)
-    left.set(xlabel="influence on the mean forget loss", ylabel="samples", yscale="log")
+def _draw_distributions(influence: Column, weights: Column) -> list[Markup]:
     kept = weights[weights > 0]
-    _histogram(right, kept, "#c2703d")
-    right.set(xlabel=f"intensity of the {len(kept)} kept of {len(weights)} samples", ylabel="samples", yscale="log")
-    return svg_of(figure)
-
-
-def _histogram(axis: Axes, column: Column, color: str) -> None:
-    axis.stairs(*np.histogram(column, bins=60), fill=True, color=color)
+    shown = f"intensity of the {len(kept)} kept of {len(weights)} samples"
+    panels = []
+    for column, label, color in ((influence, "influence on the mean forget loss", "#3b6ea5"), (kept, shown, "#c2703d")):
+        figure, axes = new_panel()
+        axes.stairs(*np.histogram(column, bins=60), fill=True, color=color)
+        axes.set(xlabel=label, ylabel="samples", yscale="log")
+        if column is influence:
+            axes.axvline(0, color="grey", linewidth=1)
+        panels.append(svg_of(figure))
+    return panels

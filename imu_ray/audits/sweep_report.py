@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from imu_ray.audits.report import figure_of, render_page, svg_of
+from imu_ray.audits.report import new_panel, render_page, svg_of
 
 Row = Mapping[str, Any]
 
@@ -22,55 +22,47 @@ def render_sweep(sweep: Row, rows: Sequence[Row], accuracies: Mapping[str, str],
     """
     shown = [row for row in rows if row[accuracies["forget"]] is not None and row["rows"] is not None]
     lines = [(name, column, 100.0) for name, column in accuracies.items()]
-    accuracy = [("accuracy on the forget set in %", lines[:1])]
-    accuracy += [("accuracy in %", lines[1:])] if lines[1:] else []
-    others = [("membership inference, balanced accuracy", [("", "membership", 1.0)])]
-    others += [("seconds", [("", "seconds", 1.0)])]
-    panels = {"Accuracy against the size of the forget set": accuracy, "Membership and time": others}
-    failed = [row for row in rows if row["status"] == "failed"]
+    panels = {
+        "Accuracy against the size of the forget set": [
+            ("accuracy on the forget set in %", lines[:1]),
+            *([("accuracy in %", lines[1:])] if lines[1:] else []),
+        ],
+        "Membership and time": [
+            ("membership: balanced accuracy", [("", "membership", 1.0)]),
+            ("seconds", [("", "seconds", 1.0)]),
+        ],
+    }
     return render_page(
         "sweep.html.j2",
         sweep=sweep,
         rows=rows,
         accuracies=accuracies,
         best=best,
-        failed=failed,
-        figures=[(title, _draw(shown, lines)) for title, lines in panels.items()] if shown else [],
-        percent=_percent,
-        number=_number,
+        failed=[row for row in rows if row["status"] == "failed"],
+        figures={title: [_draw(shown, *panel) for panel in row] for title, row in panels.items()} if shown else {},
+        percent=lambda value: "" if value is None else f"{100 * value:.2f}\N{NO-BREAK SPACE}%",
+        number=lambda value: "" if value is None else f"{value:.3g}",
     )
 
 
-Panel = tuple[str, list[tuple[str, str, float]]]
-
-
-def _draw(rows: Sequence[Row], panels: Sequence[Panel]) -> Markup:
-    """A panel per label, a line per column through the medians of each size."""
-    figure, axes = figure_of(len(panels))
+def _draw(rows: Sequence[Row], label: str, lines: Sequence[tuple[str, str, float]]) -> Markup:
+    """A panel with a line per column through the medians of each size."""
+    figure, axes = new_panel()
     sizes = sorted({row["rows"] for row in rows})
-    for axis, (label, lines) in zip(axes, panels, strict=True):
-        for name, column, scale in lines:
-            points = [(row["rows"], scale * row[column]) for row in rows if row[column] is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.6, label=name)
-                at = {size: [value for rows, value in points if rows == size] for size, _ in sorted(points)}
-                medians = [(size, np.median(values)) for size, values in at.items()]
-                axis.plot(*zip(*medians, strict=True), color=axis.lines[-1].get_color())
-        if not axis.lines:
-            axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, color="grey")
-        axis.set(xlabel="forget-set rows", ylabel=label, xscale="log")
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        axis.minorticks_off()
-        if len(lines) > 1:
-            axis.legend(frameon=False)
-        if label == "seconds" and axis.lines:
-            axis.set_yscale("log")
+    for name, column, scale in lines:
+        points = [(row["rows"], scale * row[column]) for row in rows if row[column] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.6, label=name)
+            at = {size: [value for rows, value in points if rows == size] for size, _ in sorted(points)}
+            medians = [(size, np.median(values)) for size, values in at.items()]
+            axes.plot(*zip(*medians, strict=True), color=axes.lines[-1].get_color())
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color="grey")
+    axes.set(xlabel="forget-set rows", ylabel=label, xscale="log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    if label == "seconds" and axes.lines:
+        axes.set_yscale("log")
     return svg_of(figure)
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f}\N{NO-BREAK SPACE}%"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"

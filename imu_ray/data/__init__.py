@@ -8,11 +8,12 @@ from imu_ray.data.dataset import DatasetSource
 from imu_ray.data.folder import FolderSource
 from imu_ray.data.location import Location
 from imu_ray.data.part import PartSource, draw_rows
-from imu_ray.data.source import Rows, Shard, Source
+from imu_ray.data.source import Rows, Shard, Source, View
 from imu_ray.data.table import ParquetSource, TableSource
+from imu_ray.data.views import ViewSource
 from imu_ray.errors import ForgetSetError
 
-__all__ = ["SOURCES", "PartSource", "Rows", "Shard", "Source", "draw_rows", "open_source"]
+__all__ = ["SOURCES", "PartSource", "Rows", "Shard", "Source", "View", "ViewSource", "draw_rows", "open_source"]
 
 # Every kind of source; the one that takes what was given reads it.
 SOURCES: tuple[type[Source], ...] = (TableSource, DatasetSource, ParquetSource, FolderSource)
@@ -43,6 +44,7 @@ def _open(given: Any, config: ForgetSetConfig, role: str) -> Source:
         f"files of several kinds ({', '.join(kind.__name__ for kind in kinds)})" if kinds else "no file that is read"
     )
     raise ForgetSetError(
-        f"the {role} {given} holds {found}; expected Parquet files, or (on a local or mounted path) images in one folder per class; put "
+        f"the {role} {given} holds {found}; expected Parquet files, or (on a local or mounted path) images in one "
+        "folder per class; put "
         "each kind in a folder of its own"
     )

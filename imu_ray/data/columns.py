@@ -11,8 +11,10 @@ from imu_ray.config import ForgetSetConfig
 from imu_ray.data.source import Rows
 from imu_ray.errors import ForgetSetError
 
+Columns = tuple[str, str, str | None]
 
-def columns_of(schema: pa.Schema, config: ForgetSetConfig, name: str) -> tuple[str, str, str | None]:
+
+def columns_of(schema: pa.Schema, config: ForgetSetConfig, name: str) -> Columns:
     """Names of the image, label and id columns; the id is None when rows are numbered."""
     id_column = config.id_column or ("id" if "id" in schema.names else None)
     for key, column in (("image", config.image_column), ("label", config.label_column), ("id", id_column)):
@@ -20,31 +22,22 @@ def columns_of(schema: pa.Schema, config: ForgetSetConfig, name: str) -> tuple[s
             continue
         if (count := schema.names.count(column)) != 1:
             raise ForgetSetError(
-                f"{name} has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {', '.join(schema.names)}; name the right one in "
-                f"forget_set.{key}_column"
+                f"{name} has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {', '.join(schema.names)}; "
+                f"name the right one in forget_set.{key}_column"
             )
         kind = schema.field(column).type
         if key != "image" and (pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)):
-            raise ForgetSetError(
-                f"column {column!r} of {name} holds {kind}; expected one text or whole number in each row"
-            )
+            expected = "expected one text or whole number in each row"
+            raise ForgetSetError(f"column {column!r} of {name} holds {kind}; {expected}")
     return config.image_column, config.label_column, id_column
 
 
-def rows_of(
-    table: pa.Table, columns: tuple[str, str, str | None], config: ForgetSetConfig, start: int, name: str
-) -> Rows:
-    """Rows of a table whose first row has number ``start``; ``ForgetSetError`` names a row with a label that cannot be read."""
+def rows_of(table: pa.Table, columns: Columns, config: ForgetSetConfig, start: int, name: str) -> Rows:
+    """Rows of a table, the first with number ``start``; a row whose label cannot be read is refused by name."""
     image_column, label_column, id_column = columns
-    ids = (
-        [str(value) for value in table[id_column].to_pylist()]
-        if id_column
-        else [str(start + i) for i in range(len(table))]
-    )
-    labels = [
-        label_of(value, config, f"row {sample_id} of {name}")
-        for sample_id, value in zip(ids, table[label_column].to_pylist(), strict=True)
-    ]
+    ids = list(map(str, table[id_column].to_pylist() if id_column else range(start, start + len(table))))
+    cells = zip(ids, table[label_column].to_pylist(), strict=True)
+    labels = [label_of(value, config, f"row {sample_id} of {name}") for sample_id, value in cells]
     return Rows(ids, np.array(labels, dtype=np.int64), [_input(cell) for cell in _cells(table[image_column])])
 
 
@@ -71,36 +64,33 @@ def label_of(value: Any, config: ForgetSetConfig, where: str) -> int:
     # The text of a label may be anything when the wrong column is named, so it is not shown.
     if isinstance(value, str) and config.classes is not None:
         if value not in config.classes:
+            listed = ", ".join(config.classes)
             raise ForgetSetError(
-                f"{where} has a label that is not among forget_set.classes: {', '.join(config.classes)}; mend it, or the list"
+                f"{where} has a label that is not among forget_set.classes: {listed}; mend it, or the list"
             )
         return config.classes.index(value)
     if isinstance(value, str) and value.isdecimal() and len(value) < 20:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         shown = repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
-        raise ForgetSetError(
-            f"{where} has label {shown}; expected a whole number of 64 bits, or a name listed in forget_set.classes"
-        )
+        expected = "expected a whole number of 64 bits, or a name listed in forget_set.classes"
+        raise ForgetSetError(f"{where} has label {shown}; {expected}")
     return value
 
 
-def check_keys(
-    table: pa.Table, columns: tuple[str, str, str | None], config: ForgetSetConfig, num_classes: int, name: str
-) -> None:
+def check_keys(table: pa.Table, columns: Columns, config: ForgetSetConfig, num_classes: int, name: str) -> None:
     """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named."""
     _, label_column, id_column = columns
     if id_column:
         ids = _plain(table[id_column])
         if ids.null_count:
-            raise ForgetSetError(
-                f"{ids.null_count} rows of {name} have no {id_column!r}; expected a unique id in every row"
-            )
+            missing = f"{ids.null_count} rows of {name} have no {id_column!r}"
+            raise ForgetSetError(f"{missing}; expected a unique id in every row")
         if len(pc.unique(ids)) < len(ids):
             repeated, times = Counter(ids.to_pylist()).most_common(1)[0]
             raise ForgetSetError(
-                f"sample id {str(repeated)!r} stands {times} times in {name}; expected unique ids; remove the duplicates, or name "
-                "the id column in forget_set.id_column"
+                f"sample id {str(repeated)!r} stands {times} times in {name}; expected unique ids; remove the "
+                "duplicates, or name the id column in forget_set.id_column"
             )
     labels = _plain(table[label_column])
     for value in pc.unique(labels).to_pylist():

@@ -10,6 +10,8 @@ from imu_ray.data.columns import label_of
 from imu_ray.data.source import Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
+MOST_ROWS = 10**12  # the driver could not list the shards of more
+
 
 class DatasetSource(Source):
     """A map-style torch Dataset of ``(input, label)`` pairs; a sample's id is its index."""
@@ -18,11 +20,15 @@ class DatasetSource(Source):
         self.dataset, self.config, self.name = given, config, type(given).__name__
         if isinstance(given, IterableDataset) or not hasattr(given, "__len__"):
             raise ForgetSetError(
-                f"{self.name} has no length; expected a map-style Dataset (__len__ and __getitem__), so that a row can be read again "
-                "after a fault"
+                f"{self.name} has no length; expected a map-style Dataset (__len__ and __getitem__), so that a row can "
+                "be read again after a fault"
             )
         with reading(self.name):
             self.num_rows = len(given)
+        if self.num_rows > MOST_ROWS:
+            raise ForgetSetError(
+                f"{self.name} says that it has {self.num_rows} rows; expected at most {MOST_ROWS}; mend its length"
+            )
 
     @classmethod
     def takes(cls, given: Any) -> bool:

@@ -25,8 +25,8 @@ class FolderSource(Source):
                 self.paths.append(path)
             elif not any(part.startswith(".") for part in path.split("/")):
                 raise ForgetSetError(
-                    f"{self.root / path} is no image that is read ({', '.join(IMAGE_SUFFIXES)}); expected images only, so that no row is "
-                    "passed over; convert it or take it out"
+                    f"{self.root / path} is no image that is read ({', '.join(IMAGE_SUFFIXES)}); expected images only, "
+                    "so that no row is passed over; convert it or take it out"
                 )
         self.num_rows = len(self.paths)
         folders = sorted({path.split("/")[0] for path in self.paths if "/" in path})
@@ -35,20 +35,17 @@ class FolderSource(Source):
             raise ForgetSetError(f"{loose[0]} lies directly in {self.root}; expected images in one folder per class")
         if config.classes is None and not all(folder.isdecimal() for folder in folders):
             raise ForgetSetError(
-                f"the folders of {self.root} are named {', '.join(folders[:5])}; a folder's place in the alphabet need not be the "
-                "model's class index; list the model's class names in order under forget_set.classes, or name the folders by index"
+                f"the folders of {self.root} are named {', '.join(folders[:5])}; a folder's place in the alphabet need "
+                "not be the model's class index; list the model's class names in order under forget_set.classes, or "
+                "name the folders by index"
             )
         self.labels = {folder: label_of(folder, config, f"folder {folder!r} of {self.root}") for folder in folders}
 
     @classmethod
     def takes(cls, given: Any) -> bool:
         """A local folder that holds images."""
-        return (
-            isinstance(given, Location)
-            and given.is_local
-            and given.is_folder
-            and bool(given.ending_in(*IMAGE_SUFFIXES))
-        )
+        is_folder = isinstance(given, Location) and given.is_local and given.is_folder
+        return is_folder and bool(given.ending_in(*IMAGE_SUFFIXES))
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
@@ -64,6 +61,5 @@ class FolderSource(Source):
         """Refuse labels outside the model's classes."""
         for folder, label in self.labels.items():
             if not 0 <= label < num_classes:
-                raise ForgetSetError(
-                    f"folder {folder!r} of {self.root} means label {label}; expected 0 to {num_classes - 1}"
-                )
+                where = f"folder {folder!r} of {self.root}"
+                raise ForgetSetError(f"{where} means label {label}; expected 0 to {num_classes - 1}")

@@ -36,9 +36,8 @@ class Location:
             filesystem, path = fs.FileSystem.from_uri(name) if "://" in name else local
             kind = filesystem.get_file_info(path).type
             if kind == fs.FileType.NotFound:
-                raise ForgetSetError(
-                    f"the {role} {name} does not exist; expected a Parquet file, or a folder of Parquet files or images"
-                )
+                expected = "expected a Parquet file, or a folder of Parquet files or images"
+                raise ForgetSetError(f"the {role} {name} does not exist; {expected}")
             if kind == fs.FileType.File:
                 return cls(name, filesystem, path, (path,))
             if isinstance(filesystem, fs.LocalFileSystem):
@@ -70,20 +69,17 @@ def _below(folder: str) -> Iterator[str]:
             _check_name(entry.path)
             if entry.is_dir():
                 if entry.is_symlink():
-                    raise ForgetSetError(
-                        f"{entry.path} is a link to a folder, which is not followed; expected folders of files; copy or mount it"
-                    )
+                    reason = "which is not followed; expected folders of files; copy or mount it"
+                    raise ForgetSetError(f"{entry.path} is a link to a folder, {reason}")
                 yield from _below(entry.path)
             elif entry.is_file():
                 yield entry.path
             else:
-                raise ForgetSetError(
-                    f"{entry.path} is a pipe, socket, device or broken link; expected a file; remove it"
-                )
+                kind = "a pipe, socket, device or broken link"
+                raise ForgetSetError(f"{entry.path} is {kind}; expected a file; remove it")
 
 
 def _check_name(path: str) -> None:
     if "\0" in path or path.encode(errors="ignore").decode() != path:
-        raise ForgetSetError(
-            f"{path!r} is not UTF-8, or holds a NUL; expected a name that can stand in the record; rename it"
-        )
+        expected = "expected a name that can stand in the record; rename it"
+        raise ForgetSetError(f"{path!r} is not UTF-8, or holds a NUL; {expected}")

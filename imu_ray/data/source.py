@@ -48,9 +48,18 @@ def reading(what: str) -> Iterator[None]:
         ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """An augmented view of a raw input: the transform's name, and the draw (63 bits) that seeds it."""
+
+    input: Any
+    transform: str
+    draw: int
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive samples as they are stored: ids, labels ``[B]`` int64 and raw inputs (encoded images, arrays or tensors)."""
+    """Consecutive samples as they are stored: ids, labels ``[B]`` int64 and raw inputs (encoded images, arrays or tensors; or a ``View``)."""
 
     ids: list[str]
     labels: npt.NDArray[np.int64]
@@ -76,6 +85,9 @@ class Rows:
         """SHA-256 of ids, labels and inputs: the same content gives the same digest whatever file it lies in."""
         parts: list[bytes | memoryview] = []
         for sample_id, label, value in zip(self.ids, self.labels.tolist(), self.inputs, strict=True):
+            if isinstance(value, View):
+                parts.append(f"{value.transform}:{value.draw}:".encode())
+                value = value.input
             content = _content(value)
             parts += [f"{len(sample_id)}:{sample_id}{label}:{len(content)}:".encode(), content]
         return hashlib.sha256(b"".join(parts)).digest()  # in one call, so that other threads can work meanwhile

@@ -53,7 +53,8 @@ class ParquetSource(Source):
             types = types or found
             if found != types:
                 raise ForgetSetError(
-                    f"{path} has columns {_describe(found)}, {self.paths[0]} has {_describe(types)}; expected the same columns in all files"
+                    f"{path} has columns {_describe(found)}, {self.paths[0]} has {_describe(types)}; expected the same "
+                    "columns in all files"
                 )
             self.starts.append(self.num_rows)
             self.num_rows += file.metadata.num_rows
@@ -108,7 +109,8 @@ class ParquetSource(Source):
                 table = next(slices, None)
                 if table is None:
                     raise ForgetSetError(
-                        f"{self.name} has fewer rows than when the run began; expected {self.num_rows}; leave the files as they are"
+                        f"{self.name} has fewer rows than when the run began; expected {self.num_rows}; leave the "
+                        "files as they are"
                     )
                 waiting.append(table)
             table = pa.concat_tables(waiting)
@@ -120,13 +122,8 @@ class ParquetSource(Source):
         """Refuse duplicate ids, and labels outside the model's classes; reads the id and label columns only."""
         wanted = [column for column in self.columns[1:] if column]
         with reading(self.name):
-            check_keys(
-                pa.concat_tables(self._slices(0, self.num_rows, wanted)),
-                self.columns,
-                self.config,
-                num_classes,
-                self.name,
-            )
+            keys = pa.concat_tables(self._slices(0, self.num_rows, wanted))
+            check_keys(keys, self.columns, self.config, num_classes, self.name)
 
 
 def _describe(types: dict[str, pa.DataType]) -> str:

@@ -1,4 +1,4 @@
-"""Measuring a head on Ray tasks, from kept features. The driver holds predictions as columns, for the audits only."""
+"""Measuring a part on Ray tasks, from kept features. The driver holds predictions as columns, for the audits only."""
 
 import functools
 from collections.abc import Mapping
@@ -11,27 +11,27 @@ from imu_ray.audits.accuracy import output_change, set_figures
 from imu_ray.audits.base import Predictions, predict_shard
 from imu_ray.config import AuditConfig
 from imu_ray.distributed.feature_job import FeatureSet
-from imu_ray.scopes.head import Head
+from imu_ray.scopes.base import Part
 
 
-def predict(features: Mapping[str, FeatureSet], head: Head) -> dict[str, Predictions]:
+def predict(features: Mapping[str, FeatureSet], part: Part) -> dict[str, Predictions]:
     """Predictions on every sample set."""
-    function = functools.partial(predict_shard, head=head)
+    function = functools.partial(predict_shard, part=part)
     return {name: Predictions.join(made.map(f"audit of {name}", function)) for name, made in features.items()}
 
 
-def figures(features: Mapping[str, FeatureSet], head: Head) -> dict[str, Any]:
+def figures(features: Mapping[str, FeatureSet], part: Part) -> dict[str, Any]:
     """Every metric of every sample set."""
-    return {name: set_figures(part) for name, part in predict(features, head).items()}
+    return {name: set_figures(found) for name, found in predict(features, part).items()}
 
 
-def measure(features: Mapping[str, FeatureSet], head: Head, config: AuditConfig, seed: int) -> dict[str, Any]:
-    """What every audit tells of a head."""
-    measured = predict(features, head)
+def measure(features: Mapping[str, FeatureSet], part: Part, config: AuditConfig, seed: int) -> dict[str, Any]:
+    """What every audit tells."""
+    measured = predict(features, part)
     return {name: found for audit in AUDITS.values() for name, found in audit.run(measured, config, seed).items()}
 
 
-def mean_output_change(forget: FeatureSet, before: Head, after: Head) -> float:
+def mean_output_change(forget: FeatureSet, before: Part, after: Part) -> float:
     """Mean of ``output_change`` over the forget set; what a choice between runs can go by without retain data."""
     changes = forget.map("change of outputs", functools.partial(output_change, before=before, after=after))
     return float(np.concatenate(changes).mean())

@@ -1,6 +1,6 @@
-"""Scoring on Ray tasks: shards -> features -> statistics -> tree reduce -> scores.
+"""Features on Ray tasks: made from shards, mapped over, and reduced in a tree.
 
-Every remote function is one line around a pure one. Features stay on the node that made them; statistics and scores travel.
+Every remote function is one line around a pure one. Features stay on the node that made them; what is made of them travels.
 """
 
 import functools
@@ -22,20 +22,13 @@ from imu_ray.distributed import sharing
 from imu_ray.distributed.tasks import Stage, StageRef, TaskRunner, explain_failure, fetch_stage
 from imu_ray.errors import ForgetSetError, UnsupportedModelError
 from imu_ray.influence.curvature.base import S, merge_tree
-from imu_ray.influence.direction import fit_direction
-from imu_ray.influence.gradients import LayerIO
-from imu_ray.influence.intensity import Column
 from imu_ray.models.layers import compile_around
+from imu_ray.scopes.base import Part
 from imu_ray.scopes.extraction import extract_features
 from imu_ray.scopes.features import FeatureShard, ShardReport, take_rows
-from imu_ray.scopes.head import SCORE_SCHEMA, Head, labels_column, norms_of, score_shard, shard_statistics
-from imu_ray.tasks.base import Task
 
 R = TypeVar("R")
 REDUCE_FAN_IN = 8  # a power of two, so that the tree over block index is kept
-ROW_GROUP = 65_536  # rows of the table that are written at once
-JOINED = 64  # parts of the table that are copied into one, because each holds the whole message that it came in
-INTENSITY_SCHEMA = SCORE_SCHEMA.append(pa.field("outlier", pa.float64())).append(pa.field("intensity", pa.float64()))
 
 
 @functools.lru_cache(maxsize=2)
@@ -54,15 +47,15 @@ class Extraction:
     """What the features of a sample set are made with."""
 
     source: Source
-    task: Task
+    part: Part
     model: "ray.ObjectRef[nn.Module]"
     device: str
     settings: InfluenceConfig
 
     def run(self, shard: Shard) -> tuple[FeatureShard, ShardReport]:
         """The forward pass of a shard."""
-        model = _model(self.model, self.task.head, self.device, self.settings)
-        return extract_features(self.source, shard, self.task, model, torch.device(self.device), self.settings)
+        model = _model(self.model, self.part.task.head, self.device, self.settings)
+        return extract_features(self.source, shard, self.part, model, torch.device(self.device), self.settings)
 
 
 @dataclass(frozen=True)
@@ -114,8 +107,8 @@ def _report(spec: FeatureSpec) -> ShardReport:
 
 
 @ray.remote
-def _map(stage: StageRef, features: FeatureShard | FeatureSpec) -> Any:
-    return stage.begin()(_made(features))
+def _map(stage: StageRef, features: FeatureShard | FeatureSpec, *column: npt.NDArray[Any]) -> Any:
+    return stage.begin()(_made(features), *column)
 
 
 @ray.remote
@@ -182,22 +175,39 @@ class FeatureSet:
         kept = [index for index, report in enumerate(reports) if report.rows]
         return FeatureSet(self.runner, [refs[index] for index in kept], [reports[index] for index in kept])
 
-    def map(self, stage: str, function: Callable[[FeatureShard], R]) -> list[R]:
+    def spaced(self, rows: int) -> "FeatureSet":
+        """Evenly spaced shards, as many as hold so many rows; all where there are fewer."""
+        count = min(len(self.refs), -(-rows * len(self.refs) // self.rows))
+        chosen = [place * len(self.refs) // count for place in range(count)]
+        return FeatureSet(self.runner, [self.refs[i] for i in chosen], [self.reports[i] for i in chosen])
+
+    def map(self, stage: str, function: Callable[..., R]) -> list[R]:
         """``function`` of every shard, in shard order."""
         return list(self.stream(stage, function))
 
-    def stream(self, stage: str, function: Callable[[FeatureShard], R], *, fetch: bool = True) -> Iterator[R]:
-        """``function`` of every shard as the results come, in shard order; references to them with ``fetch=False``."""
-        tasks = self.runner.tasks(_map, stage, len(self.refs), gpu=self.runner.recompute)
+    def stream(
+        self, stage: str, function: Callable[..., R], *, fetch: bool = True, column: npt.NDArray[Any] | None = None
+    ) -> Iterator[R]:
+        """``function`` of every shard as the results come, in shard order.
+
+        Args:
+            stage: name of the tasks.
+            function: of a shard, and of the rows of ``column`` that belong to it.
+            fetch: whether results are fetched; otherwise they stay where they were made and references are yielded.
+            column: a value for each sample of the set, in its order.
+        """
+        tasks = self.runner.tasks(_map, stage, len(self.refs), gpu=self.runner.recompute or self.runner.deep)
         shared = self.runner.share(stage, function)
+        ends = np.cumsum([report.rows for report in self.reports])
 
         def submit(index: int) -> "ray.ObjectRef[R]":
-            return tasks(index).remote(shared, self.refs[index])
+            more = () if column is None else (column[ends[index] - self.reports[index].rows : ends[index]],)
+            return tasks(index).remote(shared, self.refs[index], *more)
 
         return self.runner.run(stage, submit, len(self.refs), lambda index, _: self.reports[index].rows, fetch=fetch)
 
-    def reduce(self, stage: str, head: Head, statistics: Callable[[LayerIO], S]) -> S:
-        """``statistics`` of every block, merged in one binary tree over block index."""
+    def reduce(self, stage: str, function: Callable[..., S], column: npt.NDArray[Any] | None = None) -> S:
+        """``function`` of every shard, merged in one binary tree over block index; arguments as of ``stream``."""
         merge = _merge.options(**self.runner.options(f"{stage} merge"))
         # Of each level of the tree, the parts whose group is not whole yet; merged parts are let go as the stage runs.
         levels: list[list[Any]] = [[]]
@@ -210,8 +220,7 @@ class FeatureSet:
                 group, levels[level] = levels[level], []
                 push(merge.remote(*group), level + 1)
 
-        function = functools.partial(shard_statistics, head=head, statistics=statistics)
-        for part in self.stream(stage, function, fetch=False):
+        for part in self.stream(stage, function, fetch=False, column=column):
             push(part)
         rest: list[Any] = []
         for level in levels:  # what is left of a level stands after the groups that were whole
@@ -228,7 +237,7 @@ def share(model: nn.Module) -> "ray.ObjectRef[nn.Module]":
 
 
 def extract(
-    source: Source, task: Task, model: "ray.ObjectRef[nn.Module]", config: UnlearnConfig, stage: str
+    source: Source, part: Part, model: "ray.ObjectRef[nn.Module]", config: UnlearnConfig, stage: str
 ) -> FeatureSet:
     """One forward pass over ``source``; the features stay in the object store, or are dropped and made again by what needs them.
 
@@ -236,7 +245,7 @@ def extract(
     """
     runner = TaskRunner(config)
     shards = source.shards(config.influence.block_rows, config.influence.blocks_per_shard)
-    made_with = Stage(stage, runner.threads, Extraction(source, task, model, runner.device, config.influence))
+    made_with = Stage(stage, runner.threads, Extraction(source, part, model, runner.device, config.influence))
     extraction = StageRef(sharing.share(made_with, source.name, ForgetSetError))
     refs: list[Any] = [FeatureSpec(extraction, shard) for shard in shards]
     function, returns = (_report, 1) if runner.recompute else (_extract, 2)
@@ -254,77 +263,3 @@ def extract(
 
 def _rows_reported(_: int, report: ShardReport) -> int:
     return report.rows
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What is known of the samples of a forget set, ``[N]`` in their order.
-
-    Attributes:
-        losses: cross-entropy, nats.
-        influence: negative where training on the sample lowered the forget-set loss.
-        label_counts: samples of each label.
-        outlier_norm: gradient norm of which ``outlier`` tells the multiple.
-        figures: what stands behind the scores (``fit_direction``).
-    """
-
-    losses: Column
-    influence: Column
-    label_counts: dict[int, int]
-    outlier_norm: float
-    figures: dict[str, Any]
-
-
-def score(features: FeatureSet, head: Head, config: UnlearnConfig, fitted_on: FeatureSet | None = None) -> Scores:
-    """Influence of every sample and what stands behind it.
-
-    Args:
-        features: of the forget set.
-        head: the head that is scored.
-        config: ``influence.*``.
-        fitted_on: features that the curvature is fitted on; None: those of the forget set.
-    """
-
-    def norm_quantile(level: float) -> float:
-        norms = features.map("gradient norms", functools.partial(norms_of, head=head))
-        return float(np.quantile(np.concatenate(norms), level))
-
-    direction, figures = fit_direction(
-        config.influence,
-        functools.partial(features.reduce, "moments", head),
-        None if fitted_on is None else functools.partial(fitted_on.reduce, "curvature", head),
-        norm_quantile,
-    )
-    columns = {name: np.empty(features.rows) for name in ("loss", "influence", "gradient_norm")}
-    counts, start = np.zeros(head.task.num_classes, np.int64), 0
-    for part in features.stream("scores", functools.partial(score_shard, head=head, direction=direction)):
-        for name, column in columns.items():
-            column[start : start + len(part)] = part[name]
-        counts += np.bincount(part["label"].drop_null(), minlength=len(counts))
-        start += len(part)
-    norm = float(np.quantile(columns["gradient_norm"], config.influence.clip_quantile, overwrite_input=True))
-    label_counts = {label: count for label, count in enumerate(counts.tolist()) if count}
-    return Scores(columns["loss"], columns["influence"], label_counts, norm, figures)
-
-
-def _identify(shard: FeatureShard, head: Head) -> tuple[pa.StringArray, pa.Array, Column]:
-    """Ids, labels and gradient norms: what of the table the driver does not hold."""
-    return shard.ids, labels_column(shard), norms_of(shard, head)
-
-
-def intensity_table(features: FeatureSet, head: Head, scores: Scores, weights: Column) -> Iterator[pa.Table]:
-    """The table of all samples (``INTENSITY_SCHEMA``), a row group at a time."""
-    start, waiting = 0, []
-    for ids, labels, norms in features.stream("table", functools.partial(_identify, head=head)):
-        rows = slice(start, start + len(ids))
-        outlier = norms / scores.outlier_norm if scores.outlier_norm else np.zeros_like(norms)
-        columns = [ids, labels, scores.losses[rows], scores.influence[rows], norms, outlier, weights[rows]]
-        waiting.append(pa.table(columns, schema=INTENSITY_SCHEMA))
-        if len(waiting) == JOINED:
-            waiting = [pa.concat_tables(waiting).combine_chunks()]
-        if sum(map(len, waiting)) >= ROW_GROUP:
-            yield pa.concat_tables(waiting)
-            waiting = []
-        start = rows.stop
-    if waiting:
-        yield pa.concat_tables(waiting)

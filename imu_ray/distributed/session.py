@@ -51,8 +51,10 @@ def ray_session(resources: ResourcesConfig) -> Iterator[ResourcesConfig]:
     address = "" if ray.is_initialized() else os.environ.get("RAY_ADDRESS", "")
     if ray_client.is_connected() or address.startswith("ray://"):
         raise ConfigError(
-            "the driver is connected through ray:// (Ray Client), on which Ray Train and the placement of results are not "
-            "supported; expected a driver on the cluster; use `ray job submit`, or run the script on a node with RAY_ADDRESS=auto"
+            "the driver is connected through ray:// (Ray Client), on which Ray Train and the placement of results are "
+            "not "
+            "supported; expected a driver on the cluster; use `ray job submit`, or run the script on a node with "
+            "RAY_ADDRESS=auto"
         )
     require_gpus(resources)
     started = not ray.is_initialized()
@@ -131,7 +133,8 @@ def check_environments() -> None:
     problems = environment_problems(answers, installed(NEEDED))
     if problems:
         raise ConfigError(
-            f"{len(problems)} of {len(others) + 1} nodes cannot do the work: {'; '.join(problems[:5])}; expected the driver's "
+            f"{len(problems)} of {len(others) + 1} nodes cannot do the work: {'; '.join(problems[:5])}; expected the "
+            "driver's "
             "releases on every node; install them there, or use one image for all"
         )
     event("environments checked", nodes=len(answers) + 1)
@@ -217,9 +220,11 @@ def require_resources(resources: ResourcesConfig) -> None:
         raise _no_gpu(resources, f"none of the {len(nodes)} nodes of the cluster has one")
     there = f"the {len(nodes)} nodes of the cluster ({cpus:g} CPU, {gpus:g} GPU in all)"
     raise ConfigError(
-        f"resources.workers is {resources.workers} with {resources.cpus_per_worker} CPU and {resources.gpus_per_worker:g} GPU "
+        f"resources.workers is {resources.workers} with {resources.cpus_per_worker} CPU and "
+        f"{resources.gpus_per_worker:g} GPU "
         f"each; expected at most {max(room, ever or 0):g}, which is what fits on "
-        f"{there if ever is None else 'all nodes it may start'}; ask for fewer workers, for less each, or for a larger cluster"
+        f"{there if ever is None else 'all nodes it may start'}; ask for fewer workers, for less each, or for a larger "
+        "cluster"
     )
 
 

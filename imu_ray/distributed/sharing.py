@@ -26,7 +26,8 @@ def share(value: Any, what: str, kind: type[ImuError]) -> "ray.ObjectRef[Any]":
         return ray.put(value)  # code that cannot travel may still be found by the workers
     except Exception as error:
         raise kind(
-            f"{what} cannot be sent to the workers ({type(error).__name__}: {error}); expected what pickles, without open files, locks and "
+            f"{what} cannot be sent to the workers ({type(error).__name__}: {error}); expected what pickles, without "
+            "open files, locks and "
             "connections; open those where they are used"
         ) from None
 

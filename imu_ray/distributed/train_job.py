@@ -1,4 +1,4 @@
-"""An update on Ray Train: data-parallel over cached features; in this process when one worker is asked for."""
+"""An update on Ray Train: data-parallel over features; in this process when one worker is asked for."""
 
 import contextlib
 import math
@@ -15,12 +15,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from imu_ray.config import ResourcesConfig
 from imu_ray.distributed import metrics
 from imu_ray.distributed.feature_job import FeatureSet, fetch
+from imu_ray.distributed.task_scope import TaskScope
 from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.events import event
 from imu_ray.run.directory import RunDirectory
-from imu_ray.scopes.base import Parameters, Record
+from imu_ray.scopes.base import Parameters, Part, Record, Scope
 from imu_ray.scopes.features import FeatureStore
-from imu_ray.scopes.head import Head, HeadScope
+from imu_ray.scopes.layers import Layers
 from imu_ray.scopes.workers import Workers
 from imu_ray.updates import UPDATES
 from imu_ray.updates.base import UpdateOutcome, UpdateProblem
@@ -39,7 +40,7 @@ class Job:
     """What travels to every worker; the features stay in the object store until a worker reads them."""
 
     problem: UpdateProblem
-    head: Head
+    part: Part
     sets: Mapping[str, list[Any]]
     run_dir: str
     threads: int
@@ -52,7 +53,7 @@ def _ignore(record: Record) -> None:
 
 def update(
     problem: UpdateProblem,
-    head: Head,
+    part: Part,
     features: Mapping[str, FeatureSet],
     resources: ResourcesConfig,
     run: RunDirectory,
@@ -62,7 +63,7 @@ def update(
 
     Args:
         problem: what is to be done.
-        head: the scope that moves.
+        part: the layers that move.
         features: of the forget set and of the sets that are measured.
         resources: workers and what each has.
         run: where state is kept; a shared path when workers run on several machines.
@@ -72,12 +73,13 @@ def update(
         StageFailedError: the worker group failed more often than ``resources.max_retries``.
     """
     workers = resources.ascent_workers
-    here = workers == 1 and not resources.gpus_per_worker
+    layers = part if isinstance(part, Layers) and problem.config.update == "one_step" else None
+    here = layers is not None or (workers == 1 and not resources.gpus_per_worker)
     report = _ignore if trial is None else trial.report if here else train.report
     sets = {name: made.refs for name, made in features.items()}
-    job = Job(problem, head, sets, str(run.location), resources.cpus_per_worker, report)
+    job = Job(problem, part, sets, str(run.location), resources.cpus_per_worker, report)
     if here:
-        return _run(job, Workers())
+        return _run(job, Workers(), None if layers is None else TaskScope(layers, features))
     # A name of its own each time: under a known name, Train would go on with a stale run.
     name, storage = f"update-{uuid.uuid4().hex[:8]}", f"{run.storage.root}/state/train"
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
@@ -112,9 +114,10 @@ def _run_as_worker(arguments: Mapping[str, Any]) -> UpdateOutcome:
     return _run(arguments["job"], Workers(context.get_world_rank(), context.get_world_size(), device))
 
 
-def _run(job: Job, workers: Workers) -> UpdateOutcome:
+def _run(job: Job, workers: Workers, scope: Scope | None = None) -> UpdateOutcome:
     with _threads(job.threads):
-        scope = HeadScope(job.head, {name: FeatureStore(fetch(refs)) for name, refs in job.sets.items()}, workers)
+        if scope is None:
+            scope = job.part.scope({name: FeatureStore(fetch(refs)) for name, refs in job.sets.items()}, workers)
         run = RunDirectory(job.run_dir)
         resume = workers.agree(run.load_state() if workers.rank == 0 else None)
         run_update = UPDATES[job.problem.config.update]
@@ -154,6 +157,7 @@ def _explain(error: BaseException) -> ImuError:
     # When a worker ends, the sums of the others fail in gloo or nccl: that tells of the first failure, not of its cause.
     causes.sort(key=lambda cause: isinstance(cause, RuntimeError))
     return StageFailedError(
-        f"ascent failed: {type(causes[0]).__name__}: {causes[0]}; the last good state is kept in the run directory; the same call "
+        f"ascent failed: {type(causes[0]).__name__}: {causes[0]}; the last good state is kept in the run directory; "
+        "the same call "
         "takes it up from there"
     )

@@ -23,7 +23,7 @@ DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "choice", "randint")
 FIXED = (
     "forget_set.", "influence.block_rows", "influence.blocks_per_shard", "influence.features",
     "influence.feature_dtype", "influence.autocast", "influence.channels_last", "influence.compile",
-    "resources.", "audit.", "recipe", "log",
+    "ascent.scope", "ascent.views", "ascent.view_transform", "resources.", "audit.", "recipe", "log",
 )  # fmt: skip
 
 
@@ -41,12 +41,14 @@ def make_trials(axes: Mapping[str, Any], base: UnlearnConfig, settings: SweepCon
         if key not in valid:
             reason = "all trials share it" if key in settings_of(UnlearnConfig) else nearest(key, valid)
             raise ConfigError(f"{key!r} cannot be an axis of a sweep: {reason}")
+        if key == "seed" and base.ascent.views:
+            raise ConfigError("'seed' cannot be an axis of a sweep with ascent.views: all trials share the views")
         if not isinstance(values, Domain) and (not isinstance(values, list | tuple) or not values):
             raise ConfigError(f"axis {key} is {values!r}; expected a list of values, or a distribution of ray.tune")
     if settings.scheduler == "asha" and len(axes.get(SIZE, [None])) > 1:
         raise ConfigError(
-            f"sweep.scheduler is 'asha' with {len(axes[SIZE])} values of {SIZE}; expected one, because trials of different "
-            "sizes answer different questions; use grid, or a sweep per size"
+            f"sweep.scheduler is 'asha' with {len(axes[SIZE])} values of {SIZE}; expected one, because trials of "
+            "different sizes answer different questions; use grid, or a sweep per size"
         )
     listed = {key: values for key, values in axes.items() if not isinstance(values, Domain)}
     drawn = {key: domain for key, domain in axes.items() if isinstance(domain, Domain)}

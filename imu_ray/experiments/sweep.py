@@ -1,7 +1,6 @@
 """Many runs that share one forward pass: Ray Tune over any setting, the size of the forget set first."""
 
 import collections
-import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import resolve_settings
 from imu_ray.run.directory import RunDirectory, default_run_dir
+from imu_ray.run.record import now
 
 RECORD = "sweep.json"
 MET = ("reached", "already_met")  # statuses of trials that meet their target
@@ -86,7 +86,7 @@ def sweep(
     stop = base.ascent.stop  # its limits are not part of what makes two runs the same
     settled = [base.identity(), stop.max_epochs, stop.max_steps, trials, settings.scheduler]
     record = {
-        "created": _now(),
+        "created": now(),
         "resumed": [],
         "identity": hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest(),
         "axes": {key: str(value) for key, value in axes.items()},
@@ -108,9 +108,8 @@ def sweep(
                 # Trials run side by side, so that each needs one worker unless told otherwise.
                 each = 1 if base.resources.workers == "auto" else base.resources.workers
                 shared_settings = base.with_overrides({"resources.workers": each})
-                shared = Shared(
-                    inputs.without_sources(), shared_settings, str(run.location), settings.scheduler == "asha"
-                )
+                stops_early = settings.scheduler == "asha"
+                shared = Shared(inputs.without_sources(), shared_settings, str(run.location), stops_early)
                 run_trials(pending, shared, settings, run)
         return _collect(run, record, list(evaluation or {}))
 
@@ -119,14 +118,9 @@ def _choice(choose_by: str, evaluation: Mapping[str, Any]) -> str:
     if choose_by == "auto" and "retain" in evaluation:
         return "retain"
     if choose_by in set(SETS) - set(evaluation):
-        raise ConfigError(
-            f"sweep.choose_by is {choose_by!r}; there is no such evaluation set; give it, or use output_change"
-        )
+        reason = "there is no such evaluation set; give it, or use output_change"
+        raise ConfigError(f"sweep.choose_by is {choose_by!r}; {reason}")
     return choose_by
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _begin(run: RunDirectory, record: dict[str, Any], pending: int, resume: bool) -> dict[str, Any]:
@@ -146,10 +140,10 @@ def _begin(run: RunDirectory, record: dict[str, Any], pending: int, resume: bool
         return begun
     if not resume:
         raise CheckpointError(
-            f"sweep_dir {run.location} holds this sweep, of which {pending} trials are left; expected resume=True (--resume) to "
-            "continue it, or a new directory"
+            f"sweep_dir {run.location} holds this sweep, of which {pending} trials are left; expected resume=True "
+            "(--resume) to continue it, or a new directory"
         )
-    begun = {**begun, "resumed": [*begun["resumed"], _now()]}
+    begun = {**begun, "resumed": [*begun["resumed"], now()]}
     run.write_json(RECORD, begun)
     return begun
 
@@ -166,16 +160,16 @@ def _same_inputs(run: RunDirectory, record: dict[str, Any], inputs: Inputs) -> d
 
 def _collect(run: RunDirectory, record: Mapping[str, Any], sets: list[str]) -> SweepResult:
     """Rows of all trials, the best of each size, and the page."""
-    rows = [read_row(run, name) or {"trial": name, **overrides, **dict.fromkeys(COLUMNS), "status": "not_run"}
-            for name, overrides in record["trials"].items()]  # fmt: skip
+    unread = {**dict.fromkeys(COLUMNS), "status": "not_run"}
+    trials = record["trials"].items()
+    rows = [read_row(run, name) or {"trial": name, **overrides, **unread} for name, overrides in trials]
     measured = {name: metric_of(name) for name in ("forget", *sets)}
     columns = list(dict.fromkeys(["trial", *record["axes"], *COLUMNS, *measured.values(), "run_dir"]))
     axis_text = {SIZE} & set(record["axes"])  # counts, shares and lists of classes in one column are text
     rows = [{key: row.get(key) for key in columns} | {key: json.dumps(row[key]) for key in axis_text} for row in rows]
     best = {}
     for size in dict.fromkeys(row.get(SIZE) for row in rows):
-        name = best_trial([row for row in rows if row.get(SIZE) == size], record["choose_by"])
-        if name is not None:
+        if name := best_trial([row for row in rows if row.get(SIZE) == size], record["choose_by"]):
             best[str(size)] = name
     table = pa.Table.from_pylist(rows)
     run.write_table("results.parquet", table)
@@ -187,8 +181,8 @@ def _collect(run: RunDirectory, record: Mapping[str, Any], sets: list[str]) -> S
 def best_trial(rows: Sequence[Mapping[str, Any]], choose_by: str) -> str | None:
     """Name of the best among the trials that reached their target; the first of equals; None when none did.
 
-    ``auto`` is what agreed with the retain accuracy in tests/benchmarks/results/selection-2026-11-21.json: least change of the outputs
-    where the forget set holds fewer than half of the classes, least drift of the head where it holds more.
+    ``auto`` is what agreed with the retain accuracy (tests/benchmarks/results/selection-2026-11-21.json): least change
+    of the outputs where the forget set holds fewer than half of the classes, least drift of the head otherwise.
     """
     met = [row for row in rows if row["status"] in MET]
     if choose_by == "auto" and met:

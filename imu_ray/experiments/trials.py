@@ -1,6 +1,7 @@
 """The trials of a sweep on Ray Tune: how many at a time, what each does, and the row that it leaves."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,19 +29,9 @@ def metric_of(name: str, metric: str = "accuracy") -> str:
 AFTER, LOSS = metric_of("forget"), metric_of("forget", "loss")
 BEFORE = f"{AFTER}_before"
 COLUMNS = (
-    "rows",
-    "label_share",
-    "status",
-    "reason",
-    "steps",
-    BEFORE,
-    AFTER,
-    LOSS,
-    "membership",
-    "output_change",
-    "parameter_drift",
-    "seconds",
-)
+    "rows", "label_share", "status", "reason", "steps", BEFORE, AFTER, LOSS, "membership", "output_change",
+    "parameter_drift", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,9 @@ class Shared:
 
 def run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings: SweepConfig, run: RunDirectory) -> None:
     """Run trials to their rows, as many at a time as fit; ``KeyboardInterrupt`` after Ctrl-C."""
+    # Tune's box and its advice to restore a trial would stand between our lines. It reads both when it runs.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)
     asha = ASHAScheduler(metric=AFTER, mode="min", grace_period=2, max_t=10**6) if shared.stops_early else None
     # A trial itself waits for its tasks and takes no room (Tune wants some resource: a byte), so that a worker group of
     # all CPUs still fits beside it; more trials at a time than fit would starve each other.
@@ -116,19 +110,14 @@ def _run_trial(config: Mapping[str, Any], shared: Shared) -> None:
 
 def _figures(manifest: Mapping[str, Any], metrics: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     """What the row of a finished trial says of its run."""
-    after = metrics["after"]
-    sets = {metric_of(name): figures["accuracy"] for name, figures in after.items() if name != "membership"}
+    after, ascent = metrics["after"], manifest["ascent"]
     return {
-        "status": manifest["ascent"]["status"],
-        "reason": manifest["ascent"]["reason"],
+        **{key: ascent[key] for key in ("status", "reason", "steps", "output_change", "parameter_drift")},
+        **{metric_of(name): figures["accuracy"] for name, figures in after.items() if name != "membership"},
         "label_share": len(manifest["forget_set"]["label_counts"]) / num_classes,
-        "steps": manifest["ascent"]["steps"],
         BEFORE: metrics["before"]["forget"]["accuracy"],
         LOSS: after["forget"]["loss"],
-        **sets,
         "membership": after["membership"].get("balanced_accuracy"),
-        "output_change": manifest["ascent"]["output_change"],
-        "parameter_drift": manifest["ascent"]["parameter_drift"],
         "seconds": round(sum(manifest["seconds"].values()), 3),
     }
 

@@ -14,7 +14,10 @@ HEAD_DTYPE = torch.float64
 
 @dataclass(frozen=True)
 class LayerIO:
-    """What one linear layer saw: inputs ``[B, T, D]`` and gradients of the loss with respect to its outputs ``[B, T, C]``."""
+    """What one linear layer saw: inputs ``[B, T, D]`` and gradients of the loss with respect to its outputs ``[B, T, C]``.
+
+    Of a convolution with G groups, ``[G, B, T, D]`` and ``[G, B, T, C / G]``.
+    """
 
     inputs_BTD: Tensor
     output_grads_BTC: Tensor
@@ -55,14 +58,9 @@ def probabilities(output_grads_BTC: Tensor) -> Tensor:
     return torch.where(output_grads_BTC < 0, 1 + output_grads_BTC, output_grads_BTC)
 
 
-def classifier_io(inputs_BD: Tensor, logits_BC: Tensor, labels_B: Tensor) -> LayerIO:
-    """The ``LayerIO`` of a classifier head: one position per sample."""
-    return LayerIO(inputs_BD.unsqueeze(1), output_gradient(logits_BC, labels_B).unsqueeze(1))
-
-
 def gradient_sum(layer_io: LayerIO) -> Tensor:
     r""":math:`\sum_i g_i = \sum_{i,t} r_{it} h_{it}^\top`, ``[C, D]``."""
-    return torch.einsum("btc,btd->cd", layer_io.output_grads_BTC, layer_io.inputs_BTD)
+    return torch.einsum("...btc,...btd->...cd", layer_io.output_grads_BTC, layer_io.inputs_BTD).flatten(0, -2)
 
 
 def squared_gradient_sum(layer_io: LayerIO) -> Tensor:
@@ -72,20 +70,20 @@ def squared_gradient_sum(layer_io: LayerIO) -> Tensor:
     separable, so it is accumulated one sample at a time into one buffer (memory ``2 C D``).
     """
     inputs, grads = layer_io.inputs_BTD, layer_io.output_grads_BTC
-    if inputs.shape[1] == 1:
+    if inputs.ndim == 3 and inputs.shape[1] == 1:
         return grads[:, 0].square().T @ inputs[:, 0].square()
-    total = inputs.new_zeros(grads.shape[2], inputs.shape[2])
-    for sample_inputs, sample_grads in zip(inputs, grads, strict=True):
-        total += (sample_grads.T @ sample_inputs).square_()
-    return total
+    total = inputs.new_zeros(*grads.shape[:-3], grads.shape[-1], inputs.shape[-1])
+    for sample_inputs, sample_grads in zip(inputs.unbind(-3), grads.unbind(-3), strict=True):
+        total += (sample_grads.mT @ sample_inputs).square_()
+    return total.flatten(0, -2)
 
 
 def gradient_norms(layer_io: LayerIO) -> Tensor:
     r"""Norm of each sample's gradient, ``[B]``; :math:`\|r_i\| \, \|h_i\|` where T is 1."""
-    if layer_io.inputs_BTD.shape[1] == 1:
+    if layer_io.inputs_BTD.ndim == 3 and layer_io.inputs_BTD.shape[1] == 1:
         outputs, inputs = layer_io.output_grads_BTC.flatten(1), layer_io.inputs_BTD.flatten(1)
         product: Tensor = torch.linalg.vector_norm(outputs, dim=1) * torch.linalg.vector_norm(inputs, dim=1)
         return product
-    gradients = torch.einsum("btc,btd->bcd", layer_io.output_grads_BTC, layer_io.inputs_BTD)
+    gradients = torch.einsum("...btc,...btd->b...cd", layer_io.output_grads_BTC, layer_io.inputs_BTD)
     norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
     return norms

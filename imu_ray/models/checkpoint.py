@@ -19,32 +19,27 @@ def read_state_dict(location: str | Path) -> dict[str, Tensor]:
     try:
         with open_storage(location).fetch("") as path:
             if path is None:
-                raise CheckpointError(
-                    f"checkpoint {location} does not exist; expected a .safetensors file or a torch state dict"
-                )
+                expected = "expected a .safetensors file or a torch state dict"
+                raise CheckpointError(f"checkpoint {location} does not exist; {expected}")
             is_safe = path.suffix == ".safetensors"
             loaded = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"checkpoint {location} holds pickled code, which is never run, or is no checkpoint; expected tensors only; save "
-            "model.state_dict() with safetensors.torch.save_file or torch.save"
+            f"checkpoint {location} holds pickled code, which is never run, or is no checkpoint; expected tensors "
+            "only; save model.state_dict() with safetensors.torch.save_file or torch.save"
         ) from None
     except ImuError:
         raise
     except Exception as error:  # a broken file can raise anything
-        raise CheckpointError(
-            f"checkpoint {location} cannot be read: {error}; expected a whole file; save it again"
-        ) from None
+        why = f"{error}; expected a whole file; save it again"
+        raise CheckpointError(f"checkpoint {location} cannot be read: {why}") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and not unusable(value) for key, value in loaded.items()
-    ):
-        raise CheckpointError(
-            f"checkpoint {location} holds no state dict; expected a mapping from parameter names to dense tensors"
-        )
-    return loaded
+    if isinstance(loaded, dict) and all(isinstance(key, str) and not unusable(loaded[key]) for key in loaded):
+        return loaded
+    expected = "expected a mapping from parameter names to dense tensors"
+    raise CheckpointError(f"checkpoint {location} holds no state dict; {expected}")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -55,30 +50,24 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     check_state(model)
     own = model.state_dict()
     state = _renamed(read_state_dict(path), own)
+    shared = sorted(name for name in own.keys() & state.keys() if _form(state[name]) != _form(own[name]))
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
-        "misshapen": [
-            f"{name} {_form(state[name])} instead of {_form(own[name])}"
-            for name in sorted(own.keys() & state.keys())
-            if _form(state[name]) != _form(own[name])
-        ],
+        "misshapen": [f"{name} {_form(state[name])} instead of {_form(own[name])}" for name in shared],
     }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{kind}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-            for kind, names in problems.items()
-            if names
-        )
-        raise CheckpointError(
-            f"checkpoint {path} does not fit {type(model).__name__}: {listed}; expected the same architecture"
-        )
+    listed = [
+        f"{kind}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    fits = f"checkpoint {path} does not fit {type(model).__name__}"
+    if listed:
+        raise CheckpointError(f"{fits}: {'; '.join(listed)}; expected the same architecture")
     try:
         model.load_state_dict(state)
     except Exception as error:  # hooks of the model
-        raise CheckpointError(
-            f"checkpoint {path} does not load into {type(model).__name__}: {error}; expected its own state dict"
-        ) from None
+        raise CheckpointError(f"{fits}: {error}; expected its own state dict") from None
 
 
 def _renamed(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:

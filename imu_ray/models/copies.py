@@ -32,18 +32,31 @@ def plain_copy(model: nn.Module) -> nn.Module:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); expected a model that copy.deepcopy "
-            "takes, without open files, locks and computed tensors; remove them"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); expected a model that "
+            "copy.deepcopy takes, without open files, locks and computed tensors; remove them"
         ) from None
+
+
+def to_eval(model: nn.Module) -> nn.Module:
+    """The model on the CPU, in eval mode."""
+    try:
+        model = model.cpu()
+        model.eval()
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.eval() raised {type(error).__name__}: {error}; expected a model that can be put "
+            "in "
+            "eval mode; mend it"
+        ) from None
+    return model
 
 
 def check_state(model: nn.Module) -> None:
     """``UnsupportedModelError`` when a model's state is not all dense tensors with values."""
     for name, value in [*model.named_parameters(), *model.named_buffers(), *model.state_dict().items()]:
         if reason := unusable(value):
-            raise UnsupportedModelError(
-                f"{name} of {type(model).__name__} is {reason}; expected a dense tensor with values; load or convert the model first"
-            )
+            expected = "expected a dense tensor with values; load or convert the model first"
+            raise UnsupportedModelError(f"{name} of {type(model).__name__} is {reason}; {expected}")
 
 
 def unusable(value: object) -> str | None:

@@ -47,7 +47,8 @@ def forward_errors(model: nn.Module, inputs: Tensor, kind: type[ImuError]) -> It
         raise
     except Exception as error:
         raise kind(
-            f"{type(model).__name__} cannot take {len(inputs)} samples of shape {list(inputs.shape[1:])}: {type(error).__name__}: {error}; "
+            f"{type(model).__name__} cannot take {len(inputs)} samples of shape {list(inputs.shape[1:])}: "
+            f"{type(error).__name__}: {error}; "
             "expected inputs as the model was trained on; see forget_set.image_mode and forget_set.image_size"
         ) from error
 
@@ -99,13 +100,16 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
         matches = [key for key in matches if key == name]
     if len(matches) != 1:
         raise UnsupportedModelError(
-            f"{'no' if not matches else len(matches)} linear layer gives the output of {type(model).__name__} itself; expected one "
-            f"head whose output is the logits, with nothing after it; linear layers: {listed}; name one in model.head if it is such a head"
+            f"{'no' if not matches else len(matches)} linear layer gives the output of {type(model).__name__} itself; "
+            "expected one "
+            f"head whose output is the logits, with nothing after it; linear layers: {listed}; name one in model.head "
+            "if it is such a head"
         )
     head = layers[matches[0]]
     if head.in_features < 1 or head.out_features < 2:
         raise UnsupportedModelError(
-            f"the head {matches[0]!r} has {head.in_features} inputs and {head.out_features} outputs; expected features, and 2 classes or more"
+            f"the head {matches[0]!r} has {head.in_features} inputs and {head.out_features} outputs; expected "
+            "features, and 2 classes or more"
         )
     _refuse_shared(model, matches[0], head)
     return matches[0]
@@ -120,6 +124,7 @@ def _refuse_shared(model: nn.Module, name: str, head: nn.Linear) -> None:
     ]
     if others or not isinstance(head.weight, nn.Parameter):
         raise UnsupportedModelError(
-            f"the head {name!r} {'shares its weight with ' + ', '.join(others) if others else 'has a computed weight'}; expected a "
+            f"the head {name!r} "
+            f"{'shares its weight with ' + ', '.join(others) if others else 'has a computed weight'}; expected a "
             "weight of its own, because changing it must change nothing else; untie it or remove the parametrization"
         )

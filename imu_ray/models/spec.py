@@ -14,6 +14,7 @@ from torch import nn
 
 from imu_ray.errors import ConfigError, ImuError, nearest
 from imu_ray.models.checkpoint import load_checkpoint
+from imu_ray.models.copies import to_eval
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class ModelSpec:
             raise
         except Exception as error:
             raise ConfigError(
-                f"model.factory {self._name!r} refused kwargs {dict(self.kwargs)}: {type(error).__name__}: {error}; expected those that it "
+                f"model.factory {self._name!r} refused kwargs {dict(self.kwargs)}: {type(error).__name__}: {error}; "
+                "expected those that it "
                 "takes; see model.kwargs"
             ) from error
         if not isinstance(model, nn.Module):
@@ -66,8 +68,7 @@ class ModelSpec:
             )
         if self.checkpoint is not None:
             load_checkpoint(model, self.checkpoint)
-        model.eval()
-        return model
+        return to_eval(model)
 
     def describe(self) -> dict[str, Any]:
         """The spec as plain values, for the record."""
@@ -88,22 +89,34 @@ class ModelSpec:
         return f"{defined.__module__}:{defined.__qualname__}"
 
     def _factory(self) -> Any:
-        module, colon, name = str(self.factory).partition(":")
-        if not colon:
-            import torchvision  # here, because it takes longer to import than torch, in every worker process
+        name = str(self.factory)
+        if ":" in name:
+            return import_path("model.factory", name)
+        import torchvision  # here, because it takes longer to import than torch, in every worker process
 
-            names = torchvision.models.list_models(module=torchvision.models)
-            if module not in names:
-                raise ConfigError(
-                    f"model.factory is {module!r}; expected 'package.module:callable' or a torchvision classifier: {nearest(module, names)}"
-                )
-            return lambda **kwargs: torchvision.models.get_model(module, **{"weights": None, **kwargs})
-        if os.getcwd() not in sys.path:  # an installed command does not look there
-            sys.path.append(os.getcwd())
-        try:
-            return operator.attrgetter(name)(importlib.import_module(module))
-        except Exception as error:  # importing runs the caller's code
+        names = torchvision.models.list_models(module=torchvision.models)
+        if name not in names:
             raise ConfigError(
-                f"model.factory {self.factory!r} cannot be imported ({type(error).__name__}: {error}); expected 'package.module:callable' "
-                "on the import path or in the working directory"
-            ) from error
+                f"model.factory is {name!r}; expected 'package.module:callable' or a torchvision classifier: "
+                f"{nearest(name, names)}"
+            )
+        return lambda **kwargs: torchvision.models.get_model(name, **{"weights": None, **kwargs})
+
+
+def import_path(setting: str, path: str) -> Any:
+    """What ``"package.module:name"`` names; the module is also looked for in the working directory.
+
+    Raises:
+        ConfigError: it cannot be imported; the message names the setting.
+    """
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:  # an installed command does not look there
+        sys.path.append(os.getcwd())
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except Exception as error:  # importing runs the caller's code
+        raise ConfigError(
+            f"{setting} {path!r} cannot be imported ({type(error).__name__}: {error}); expected "
+            "'package.module:callable' "
+            "on the import path or in the working directory"
+        ) from error

@@ -28,8 +28,6 @@ MANIFEST = "manifest.json"
 INTENSITIES = "intensities.parquet"
 MODEL = "model.safetensors"
 STATE = "state/ascent.safetensors"
-
-
 Limits = Mapping[str, int | None]  # ``max_epochs`` and ``max_steps``; None: any number
 
 
@@ -86,8 +84,8 @@ class RunDirectory:
         manifest = self.read_manifest()
         if (manifest.get("stage"), manifest.get("config_identity")) != (stage, identity):
             raise CheckpointError(
-                f"run_dir {self.location} holds a run of {manifest.get('stage')} with other settings; expected {stage} with "
-                "the same settings, or a new directory"
+                f"run_dir {self.location} holds a run of {manifest.get('stage')} with other settings; expected {stage} "
+                "with the same settings, or a new directory"
             )
         begun, limits = manifest.get("limits", {}), dict(limits or {})
         for name, limit in limits.items():
@@ -105,8 +103,8 @@ class RunDirectory:
             begun = manifest.get("inputs", {}).get(name)
             if begun != digest:
                 raise CheckpointError(
-                    f"run_dir {self.location} holds a run on another {name} (digest {str(begun)[:12]}, now {digest[:12]}); "
-                    "expected the same, or a new directory"
+                    f"run_dir {self.location} holds a run on another {name} (digest {str(begun)[:12]}, now "
+                    f"{digest[:12]}); expected the same, or a new directory"
                 )
 
     def read_manifest(self) -> dict[str, Any]:
@@ -117,11 +115,12 @@ class RunDirectory:
             manifest = None
         if not isinstance(manifest, dict):
             raise CheckpointError(
-                f"{self.location} holds files but no {MANIFEST} of a run; expected an empty or new directory, or one of a run"
+                f"{self.location} holds files but no {MANIFEST} of a run; expected an empty or new directory, or "
+                "that of a run"
             )
         return manifest
 
-    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+    def write(self, name: str, fill: Callable[[Path], object]) -> None:
         """Write one artifact: ``fill`` gets a temporary path, which is renamed to ``name`` when complete."""
         if self._lost is not None and self._lost.is_set():
             raise StageFailedError(
@@ -132,16 +131,13 @@ class RunDirectory:
             self.storage.write(name, fill)
         except (OSError, SafetensorError) as error:
             raise StageFailedError(
-                f"{self.location}/{name} cannot be written: {error}; make room or choose another run_dir; what was there before is intact"
+                f"{self.location}/{name} cannot be written: {error}; make room or choose another run_dir; what was "
+                "there before is intact"
             ) from error
 
     def write_text(self, name: str, text: str) -> None:
         """A text artifact."""
-
-        def fill(path: Path) -> None:
-            path.write_text(text)
-
-        self.write(name, fill)
+        self.write(name, lambda path: path.write_text(text))
 
     def write_json(self, name: str, values: Any) -> None:
         """A JSON artifact; NaN is refused."""
@@ -214,7 +210,7 @@ class RunDirectory:
                     tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{self.location}/{STATE} cannot be read: {error}; delete the state folder to start the ascent again"
+                    f"{self.location}/{STATE} cannot be read: {error}; delete the state folder to start the ascent anew"
                 ) from None
         return UpdateState(int(metadata["step"]), tensors, json.loads(metadata["trajectory"]))
 

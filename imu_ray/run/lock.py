@@ -25,7 +25,8 @@ RENEW_SECONDS, DEAD_SECONDS = 10.0, 45.0
 def in_use(place: object, owner: str) -> CheckpointError:
     """The error for a place that another run holds."""
     return CheckpointError(
-        f"run_dir {place} is in use by {owner}; expected one run at a time in a directory; wait until it has ended, or choose another"
+        f"run_dir {place} is in use by {owner}; expected one run at a time in a directory; wait until it has ended, or "
+        "choose another"
     )
 
 

@@ -1,4 +1,4 @@
-"""The record of a run: settings, fingerprints, model hashes, versions, hardware, seconds, status. ``manifest.json`` holds it."""
+"""The record of a run, which ``manifest.json`` holds: settings, fingerprints, hashes, versions, seconds, status."""
 
 import datetime
 import os
@@ -37,7 +37,7 @@ class ModelRecord(Part):
 
 
 class SamplesRecord(Part):
-    """A sample set: how many rows were given, read and used, and a fingerprint of their content; never the content itself."""
+    """A sample set: rows given, read and used, and a fingerprint of their content; never the content itself."""
 
     name: str
     rows_given: int
@@ -49,6 +49,14 @@ class SamplesRecord(Part):
     forward_seconds: float
     feature_bytes: int
     label_counts: dict[int, int] | None = None
+
+
+class CurvatureRecord(Part):
+    """The curvature that steered an update: rows that it was summed over, by sample set, or of a bundle, with its digest."""
+
+    kind: str
+    rows: dict[str, int]
+    bundle: str | None = None
 
 
 class TargetRecord(Part):
@@ -97,6 +105,7 @@ class RunRecord(Part):
     forget_set: SamplesRecord | None = None
     evaluation: dict[str, SamplesRecord] = {}
     influence: dict[str, Any] | None = None
+    curvature: CurvatureRecord | None = None
     ascent: AscentRecord | None = None
 
     @classmethod

@@ -33,7 +33,7 @@ class UnlearnResult:
 
     @property
     def status(self) -> str:
-        """``reached``, ``already_met``, ``not_reached``, ``stopped_by_guard``, or ``epochs_done`` where there was no target."""
+        """``reached``, ``already_met``, ``not_reached``, ``stopped_by_guard``; without a target ``epochs_done``."""
         return _ascent_of(self.record).status
 
     @property
@@ -50,8 +50,8 @@ class UnlearnResult:
     def intensities(self) -> pa.Table:
         """``sample_id, label, loss, influence, gradient_norm, outlier, intensity``, a row per sample of the forget set.
 
-        Read from the run directory when it is first asked for (of a large set it takes 60 bytes a sample and more), which must be there
-        still.
+        Read when it is first asked for, because of a large set it takes 60 bytes a sample and more, from the run
+        directory, which must be there still.
         """
         return RunDirectory(self.run_dir).read_table(INTENSITIES)
 

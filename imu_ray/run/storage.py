@@ -11,7 +11,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 from pyarrow import fs
@@ -23,32 +22,7 @@ PART = ".part-"
 PASSING = (PART, LOCK)  # names of what stands here only while something runs, or because it was killed
 
 
-class Storage(Protocol):
-    """Files by relative name below one place."""
-
-    filesystem: fs.FileSystem
-    root: str
-
-    def check_writable(self) -> None:
-        """Refuse, with ``CheckpointError``, a place that cannot be made."""
-
-    def locked(self) -> contextlib.AbstractContextManager[threading.Event]:
-        """Hold the place; the event is set when it is lost. ``CheckpointError`` when another run holds it."""
-
-    def entries(self) -> list[str]:
-        """Names directly below the place, without those of ``PASSING``; empty when there is none."""
-
-    def write(self, name: str, fill: Callable[[Path], None]) -> None:
-        """``fill`` gets a temporary path; what it wrote appears under ``name`` when complete."""
-
-    def fetch(self, name: str) -> contextlib.AbstractContextManager[Path | None]:
-        """A local path with the contents of ``name``, or None when there is no such file."""
-
-    def remove(self, name: str) -> None:
-        """Remove a folder and all below it, if it is there."""
-
-
-def open_storage(location: str | Path) -> Storage:
+def open_storage(location: str | Path) -> "Storage":
     """The storage behind a path or a URI; ``CheckpointError`` when no file system serves the URI."""
     if "://" not in str(location):
         return LocalStorage(Path(location).absolute())
@@ -56,9 +30,19 @@ def open_storage(location: str | Path) -> Storage:
         filesystem, root = fs.FileSystem.from_uri(str(location))
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(
-            f"{location} cannot be opened ({error}); expected an absolute path or a URI that pyarrow reads (s3://, gs://, hdfs://, file://)"
+            f"{location} cannot be opened ({error}); expected an absolute path or a URI that pyarrow reads (s3://, "
+            "gs://, hdfs://, file://)"
         ) from None
     return LocalStorage(Path(root)) if isinstance(filesystem, fs.LocalFileSystem) else RemoteStorage(filesystem, root)
+
+
+def open_folder(location: str | Path) -> tuple["LocalStorage | RemoteStorage", str]:
+    """The storage of the folder that a single file is in, which may be of others too, and the file's name."""
+    storage = open_storage(location)
+    folder, _, name = storage.root.rpartition("/")
+    if isinstance(storage, LocalStorage):
+        return LocalStorage(Path(folder or "/"), private=False), name
+    return RemoteStorage(storage.filesystem, folder), name
 
 
 def below(location: str | Path, *names: str) -> str:
@@ -68,15 +52,18 @@ def below(location: str | Path, *names: str) -> str:
 
 
 class LocalStorage:
-    """A directory. Directories have mode 0700 and files 0600, because sample ids stand in them."""
+    """Files by relative name below a directory.
+
+    Directories have mode 0700 (one that is not ``private`` keeps its own) and files 0600: sample ids stand in them.
+    """
 
     filesystem = fs.LocalFileSystem()
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.root = path, str(path)
+    def __init__(self, path: Path, private: bool = True) -> None:
+        self.path, self.root, self.private = path, str(path), private
 
     def check_writable(self) -> None:
-        """Refuse a place that cannot be made."""
+        """Refuse, with ``CheckpointError``, a place that cannot be made."""
         try:
             self.path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -87,13 +74,12 @@ class LocalStorage:
         ancestor = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
             reason = "not writable" if ancestor.is_dir() else "a file"
-            raise CheckpointError(
-                f"run_dir {self.path} cannot be made: {ancestor} is {reason}; expected a path under a writable directory"
-            )
+            why = f"{ancestor} is {reason}; expected a path under a writable directory"
+            raise CheckpointError(f"run_dir {self.path} cannot be made: {why}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[threading.Event]:
-        """Hold the directory by a file lock; by a claim where the mount has no locks."""
+        """Keep other runs out, by a file lock or, where there are none, a claim; the event is set when it is lost."""
         self.check_writable()
         with contextlib.ExitStack() as stack:
             try:
@@ -106,14 +92,15 @@ class LocalStorage:
             yield lost
 
     def entries(self) -> list[str]:
-        """Names directly below."""
+        """Names directly below, without those of ``PASSING``; empty when there is no such place."""
         return _lasting(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
 
-    def write(self, name: str, fill: Callable[[Path], None]) -> None:
-        """Write next to the target, sync and rename."""
+    def write(self, name: str, fill: Callable[[Path], object]) -> None:
+        """``fill`` gets a temporary path next to the target; what it wrote appears under ``name`` when complete."""
         target = self.path / name
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path.chmod(0o700)  # also when it was made beforehand
+        if self.private:
+            self.path.chmod(0o700)  # also when it was made beforehand
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Named before it is made, so that an interrupt at any moment finds it.
         temporary = target.parent / f"{PART}{uuid.uuid4().hex}"
@@ -129,17 +116,17 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def fetch(self, name: str) -> Iterator[Path | None]:
-        """The file itself."""
+        """A path with the contents of ``name``, or None when there is no such file."""
         path = self.path / name
         yield path if path.is_file() else None
 
     def remove(self, name: str) -> None:
-        """Remove a folder."""
+        """Remove a folder and all below it, if it is there."""
         shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 class RemoteStorage:
-    """A prefix on a file system that pyarrow reaches; who may read it is for the bucket's policy to say."""
+    """The same on a prefix of a file system that pyarrow reaches; who may read it is for the bucket's policy to say."""
 
     def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
         self.filesystem, self.root = filesystem, root.rstrip("/")
@@ -154,7 +141,8 @@ class RemoteStorage:
             self.filesystem.delete_file(probe)
         except OSError as error:
             raise CheckpointError(
-                f"run_dir {self.root} cannot be written: {error}; expected a URI and credentials with which every node can; check them"
+                f"run_dir {self.root} cannot be written: {error}; expected a URI and credentials with which every node "
+                "can; check them"
             ) from None
 
     @contextlib.contextmanager
@@ -169,7 +157,7 @@ class RemoteStorage:
         listing = self.filesystem.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
         return _lasting(entry.base_name for entry in listing)
 
-    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+    def write(self, name: str, fill: Callable[[Path], object]) -> None:
         """Make the file here, upload it under a temporary name and move it."""
         target = f"{self.root}/{name}"
         folder, _, last = target.rpartition("/")
@@ -201,6 +189,9 @@ class RemoteStorage:
         """Remove a folder."""
         with contextlib.suppress(OSError):
             self.filesystem.delete_dir(f"{self.root}/{name}")
+
+
+Storage = LocalStorage | RemoteStorage
 
 
 def _lasting(names: Iterable[str]) -> list[str]:

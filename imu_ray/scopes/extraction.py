@@ -20,8 +20,8 @@ from imu_ray.config import InfluenceConfig
 from imu_ray.data import Rows, Shard, Source
 from imu_ray.errors import NonFiniteError, StageFailedError, UnsupportedModelError
 from imu_ray.models.layers import evaluation_mode, forward_errors
+from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard, ShardReport, first_of
-from imu_ray.scopes.head import Head
 from imu_ray.tasks.base import BadRow, Batch, Outputs, Task
 
 READER = ThreadPoolExecutor(1, "read")  # one thread in each process: a caller's Dataset need not be safe in several
@@ -39,7 +39,7 @@ class Block:
 def extract_features(
     source: Source,
     shard: Shard,
-    task: Task,
+    part: Part,
     model: nn.Module,
     device: torch.device,
     settings: InfluenceConfig | None = None,
@@ -49,7 +49,7 @@ def extract_features(
     Args:
         source: where the samples are.
         shard: which of them.
-        task: how rows become a batch, and what the head is.
+        part: whose features are kept.
         model: on ``device``.
         device: where the forward pass runs.
         settings: ``influence.*`` as far as it says how the forward pass runs and how features are kept.
@@ -57,7 +57,7 @@ def extract_features(
     Raises:
         ForgetSetError: a row cannot be used.
         NonFiniteError: a feature is NaN, infinite or out of range; the message names the sample.
-        UnsupportedModelError: the head is not linear, or features change with the call or with the rows beside them.
+        UnsupportedModelError: outputs do not follow from the features, or features change with the call or with the rows beside them.
         StageFailedError: the model raised something.
     """
     settings = settings or InfluenceConfig()
@@ -65,14 +65,14 @@ def extract_features(
     labels, ids, digests, places = [], [], b"", []
     bad: list[BadRow] = []
     seconds = 0.0
-    head = Head.of(model, task).to(device)
+    task = part.task
 
     def forward(batch: Batch) -> Outputs:
         with (
             torch.autocast(device.type, getattr(torch, settings.autocast, None), enabled=settings.autocast != "none"),
             forward_errors(model, batch.inputs, StageFailedError),
         ):
-            return task.forward(model, batch)
+            return part.forward(model, batch)
 
     with evaluation_mode(model):
         for block in _decode_ahead(source, shard, task, device):
@@ -86,14 +86,12 @@ def extract_features(
                 batch = _to(batch, device, settings.channels_last)
                 outputs = forward(batch)
                 kept = _finite(outputs.features_BD, outputs.logits_BC, batch.ids)
-                _check_linear(head.logits(kept), outputs.logits_BC, model, settings.autocast != "none")
                 features.append(_kept(kept.cpu(), settings.feature_dtype, batch.ids))
                 seconds += time.perf_counter() - started
                 if shard.index == 0 and len(features) == 1:
-                    _check_repeatable(forward, batch, outputs, settings)
+                    _check_repeatable(forward, batch, outputs, settings, part.deep)
             digests += block.digest.result()
-    width = task.target_layers(model)[task.head].in_features
-    stacked = np.concatenate(features) if features else np.empty((0, width), np.float32)
+    stacked = np.concatenate(features) if features else np.empty((0, part.width), np.float32)
     sizes = tuple(len(part) for part in ids)
     flat = pa.array([sample_id for part in ids for sample_id in part], pa.string())
     report = ShardReport(shard.index, len(flat), sizes, digests, tuple(bad), seconds, stacked.nbytes)
@@ -149,31 +147,19 @@ def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
     if bad.any():
         named = [ids[place] for place in bad.nonzero()[:, 0].tolist()]
         raise NonFiniteError(
-            f"the model gives NaN, infinity or features beyond 3.4e38 for {len(named)} samples of a block (ids {first_of(named)}); expected "
+            f"the model gives NaN, infinity or features beyond 3.4e38 for {len(named)} samples of a block (ids "
+            f"{first_of(named)}); expected "
             "finite features and logits; check the weights and the inputs' scale"
         )
     return features_BF if features_BF.dtype == torch.float64 else features_BF.float()
 
 
-# How far logits recomputed from the features in float64 may be from the model's own, as a share of the largest.
-LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-
-
-def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module, autocast: bool) -> None:
-    """Refuse a model whose output is not the plain linear head of the cached features."""
-    tolerance = 0.05 if autocast else LOGIT_TOLERANCE.get(logits_BC.dtype, 0.05)
-    difference = (recomputed_BC - logits_BC).abs().max()
-    if difference > tolerance * max(1.0, float(logits_BC.abs().max())):
-        raise UnsupportedModelError(
-            f"the output of {type(model).__name__} differs by {float(difference):.3g} from weight x features + bias of its head; expected a "
-            "plain linear head with nothing after it; score and ascent would be those of another model"
-        )
-
-
 def _check_repeatable(
-    forward: Callable[[Batch], Outputs], batch: Batch, outputs: Outputs, settings: InfluenceConfig
+    forward: Callable[[Batch], Outputs], batch: Batch, outputs: Outputs, settings: InfluenceConfig, deep: bool
 ) -> None:
     """Refuse a model that draws random numbers in eval mode, or whose features of a row depend on the other rows.
+
+    Of layers the logits are looked at as well, because they are what the features do not tell.
 
     A part of the block is run twice. The same kernels on the same rows give the same bits, but for atomic additions on a
     GPU: 100 units in the last place are let pass. Kernels for another number of rows add in another order, which changes
@@ -184,8 +170,13 @@ def _check_repeatable(
     # A compiled model gets as many rows as before, for which it is compiled already.
     rows = torch.arange(len(batch.ids) if settings.compile else part, device=batch.inputs.device) % part
     taken = replace(batch, inputs=batch.inputs[rows], labels_B=batch.labels_B[rows])
-    first, second = forward(taken).features_BD.double(), forward(taken).features_BD.double()
-    largest = outputs.features_BD.abs().max()
+
+    def seen(outputs: Outputs) -> Tensor:
+        parts = [outputs.features_BD] + ([outputs.logits_BC] if deep else [])
+        return torch.cat([part.double() for part in parts], dim=-1)
+
+    first, second, among = seen(forward(taken)), seen(forward(taken)), seen(outputs)[rows]
+    largest = seen(outputs).abs().max()
     eps = torch.finfo(
         outputs.features_BD.dtype if settings.autocast == "none" else getattr(torch, settings.autocast)
     ).eps
@@ -198,7 +189,7 @@ def _check_repeatable(
         ),
         (
             "other rows stand beside them",
-            outputs.features_BD[rows],
+            among,
             min(1e5 * eps, 0.2),
             "BatchNorm that uses the statistics of its batch",
         ),
@@ -206,7 +197,8 @@ def _check_repeatable(
         difference = (first - expected).abs().max()
         if not difference <= tolerance * largest:
             raise UnsupportedModelError(
-                f"features of the same rows differ by {float(difference / largest):.2g} of the largest when {where}; expected a model that is "
+                f"features of the same rows differ by {float(difference / largest):.2g} of the largest when {where}; "
+                "expected a model that is "
                 f"deterministic in eval mode and takes each row by itself; look for {cause}"
             )
 
@@ -219,7 +211,8 @@ def _kept(features_BF: Tensor, dtype: str, ids: list[str]) -> npt.NDArray[np.flo
     bad = ~torch.isfinite(rounded).all(dim=1)
     if bad.any():
         raise NonFiniteError(
-            f"features of {int(bad.sum())} samples of a block (the first: {ids[int(bad.nonzero()[0])]}) are beyond the range of {dtype}; "
+            f"features of {int(bad.sum())} samples of a block (the first: {ids[int(bad.nonzero()[0])]}) are beyond the "
+            f"range of {dtype}; "
             "expected numbers up to 65504 (float16); use influence.feature_dtype=bfloat16 or float32"
         )
     return rounded.numpy() if dtype == "float16" else rounded.view(torch.uint16).numpy()

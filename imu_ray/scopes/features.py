@@ -14,8 +14,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from imu_ray.scopes.base import Positions
+from imu_ray.errors import NonFiniteError
 from imu_ray.tasks.base import BadRow
+
+Positions = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,51 @@ def take_rows(
     return part, replace(report, rows=len(part.ids), block_sizes=sizes, feature_bytes=part.features_nF.nbytes)
 
 
+SCORE_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("label", pa.int64()),
+        *((name, pa.float64()) for name in ("loss", "influence", "gradient_norm")),
+    ]
+)
+
+
+def score_table(shard: FeatureShard, *columns: npt.NDArray[np.float64]) -> pa.Table:
+    """The table of a shard (``SCORE_SCHEMA``) from loss, influence and gradient norm.
+
+    Raises:
+        NonFiniteError: one of them is NaN or infinite; the message names the samples.
+    """
+    table = pa.table([shard.ids, labels_column(shard), *columns], schema=SCORE_SCHEMA)
+    wrong = ~np.isfinite(columns).all(axis=0)
+    if wrong.any():
+        raise NonFiniteError(
+            f"loss, influence or gradient norm of {int(wrong.sum())} samples is NaN or infinite "
+            f"(ids {first_of(table.filter(pa.array(wrong))['sample_id'].to_pylist())}); expected finite numbers; check "
+            "the scale of "
+            "weights and inputs, and influence.damping"
+        )
+    return table
+
+
+def labels_column(shard: FeatureShard) -> pa.Array:
+    """Labels of a shard as a column; null where a sample has a label at each position."""
+    return pa.array(shard.labels_n) if shard.labels_n.ndim == 1 else pa.nulls(len(shard.labels_n), pa.int64())
+
+
 def first_of(ids: Sequence[str | None]) -> str:
     """The first few ids, for a message."""
     return f"{', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''}"
+
+
+def of_views(batch: Positions, views: int) -> Positions:
+    """Positions of so many views of each row of a batch, which stand together."""
+    return batch if views == 1 else (batch[:, None] * views + np.arange(views)).reshape(-1)
+
+
+def pieces_of(batch: Positions, size: int) -> list[Positions]:
+    """A batch in pieces of so many rows."""
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
 class FeatureStore:
@@ -117,14 +161,14 @@ class FeatureStore:
         features, labels = self.gather(positions)
         return FeatureShard(features.numpy().copy(), labels.numpy(), pa.nulls(len(labels), pa.string()), (len(labels),))
 
-    def gather(self, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Features ``[B, F]`` or ``[B, T, F]`` (float64) and labels ``[B]`` or ``[B, T]`` of ascending positions.
+    def gather(self, positions: Positions, dtype: npt.DTypeLike = np.float64) -> tuple[Tensor, Tensor]:
+        """Features ``[B, F]`` or ``[B, T, F]`` and labels ``[B]`` or ``[B, T]`` of ascending positions.
 
         The features lie in a buffer of the store and hold until the next call.
         """
         first = self.shards[0]
-        if len(positions) > len(self._buffer):
-            self._buffer = np.empty((len(positions), *first.features_nF.shape[1:]))
+        if len(positions) > len(self._buffer) or self._buffer.dtype != dtype:
+            self._buffer = np.empty((len(positions), *first.features_nF.shape[1:]), dtype)
         features = self._buffer[: len(positions)]
         labels = np.empty((len(positions), *first.labels_n.shape[1:]), dtype=np.int64)
         cuts = np.searchsorted(positions, self.starts)

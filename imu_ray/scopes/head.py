@@ -3,30 +3,28 @@
 Shapes: B samples (T positions each where a task has them), C outputs, D inputs with the bias input included, F without it.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from imu_ray.config import InfluenceConfig
-from imu_ray.errors import NonFiniteError
-from imu_ray.influence.curvature.base import Reduce, S, merge_tree
-from imu_ray.influence.direction import fit_direction
+from imu_ray.errors import UnsupportedModelError
+from imu_ray.influence.curvature.base import S, merge_tree
+from imu_ray.influence.direction import ReduceLayers, fit_directions
 from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, gradient_norms, layer_inputs
 from imu_ray.influence.scores import influence_scores
 from imu_ray.models.copies import plain_copy
 from imu_ray.models.layers import linear_layers
-from imu_ray.scopes.base import OutputGradient, Parameters, Positions, Record, Weights
-from imu_ray.scopes.features import FeatureShard, FeatureStore, first_of
+from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
+from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_views, pieces_of, score_table
 from imu_ray.scopes.measure import measure
 from imu_ray.scopes.workers import Workers
-from imu_ray.tasks.base import Task
+from imu_ray.tasks.base import Batch, Outputs, Task
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Head:
     matrix_CD: Tensor
     has_bias: bool
     task: Task
+    deep: ClassVar[bool] = False
 
     @classmethod
     def of(cls, model: nn.Module, task: Task) -> "Head":
@@ -51,13 +50,47 @@ class Head:
         """The matrix by the name of the layer."""
         return {self.name: self.matrix_CD}
 
+    @property
+    def width(self) -> int:
+        """Inputs of the layer, without the bias input."""
+        return self.matrix_CD.shape[1] - self.has_bias
+
     def changed(self, parameters: Mapping[str, Tensor]) -> "Head":
         """A head with a copy of other parameters, on the CPU."""
         return Head(self.name, parameters[self.name].detach().cpu().clone(), self.has_bias, self.task)
 
-    def to(self, device: torch.device) -> "Head":
-        """The same head on a device."""
-        return replace(self, matrix_CD=self.matrix_CD.to(device))
+    def of_model(self, model: nn.Module) -> "Head":
+        """The head of another model of this kind."""
+        return Head.of(model, self.task)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """A forward pass that keeps the head's input; refused when the head makes another output of it than the model."""
+        outputs = self.task.forward(model, batch)
+        features = outputs.features_BD
+        recomputed = self.logits(features, self.matrix_CD.to(features.device))
+        _check_linear(recomputed, outputs.logits_BC, model, torch.is_autocast_enabled(features.device.type))
+        return outputs
+
+    def outputs(self, shard: FeatureShard, rows: slice) -> tuple[Tensor, Tensor]:
+        """Outputs and labels of some rows."""
+        features, labels = shard.read(rows)
+        return self.logits(features), labels
+
+    def statistics(self, shard: FeatureShard, statistics: Mapping[str, Statistics]) -> ByLayer[Any]:
+        """Statistics of the head."""
+        return ByLayer({name: shard_statistics(shard, self, each) for name, each in statistics.items()})
+
+    def scores(self, shard: FeatureShard, directions: Mapping[str, Tensor]) -> pa.Table:
+        """Loss, influence and gradient norm of every sample (``score_shard``)."""
+        return score_shard(shard, self, directions[self.name])
+
+    def norms(self, shard: FeatureShard) -> Weights:
+        """Gradient norm of every sample."""
+        return norms_of(shard, self)
+
+    def scope(self, sets: Mapping[str, FeatureStore], workers: Workers) -> "HeadScope":
+        """The head on its samples."""
+        return HeadScope(self, sets, workers)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """A copy of the model with this head; every other tensor is bit-identical."""
@@ -76,7 +109,7 @@ class Head:
         # The head on the left: a third faster than features @ matrix.T where classes are few. The features are not copied.
         product = (matrix[:, : flat.shape[1]] @ flat.to(HEAD_DTYPE).T).T
         outputs = product + matrix[:, -1] if self.has_bias else product
-        return outputs.view(*features.shape[:-1], -1)
+        return outputs.view(*features.shape[:-1], len(matrix))
 
     def gradient(self, output_grads: Tensor, features: Tensor) -> Tensor:
         """Sum of the samples' gradients ``[C, D]``, without copying the features."""
@@ -98,15 +131,6 @@ def shard_statistics(shard: FeatureShard, head: Head, statistics: Callable[[Laye
     return merge_tree(statistics(head.layer_io(*block)) for block in shard.blocks())
 
 
-SCORE_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("label", pa.int64()),
-        *((name, pa.float64()) for name in ("loss", "influence", "gradient_norm")),
-    ]
-)
-
-
 def score_shard(shard: FeatureShard, head: Head, direction: Tensor) -> pa.Table:
     """Loss, influence and gradient norm of every sample of a shard (``SCORE_SCHEMA``).
 
@@ -120,26 +144,30 @@ def score_shard(shard: FeatureShard, head: Head, direction: Tensor) -> pa.Table:
         losses.append(head.task.sample_metrics(outputs, labels)["loss"])
         scores.append(influence_scores(layer_io, direction))
         norms.append(gradient_norms(layer_io))
-    columns = [torch.cat(parts).double().numpy() for parts in (losses, scores, norms)]
-    table = pa.table([shard.ids, labels_column(shard), *columns], schema=SCORE_SCHEMA)
-    wrong = ~np.isfinite(columns).all(axis=0)
-    if wrong.any():
-        raise NonFiniteError(
-            f"loss, influence or gradient norm of {int(wrong.sum())} samples is NaN or infinite "
-            f"(ids {first_of(table.filter(pa.array(wrong))['sample_id'].to_pylist())}); expected finite numbers; check the scale of "
-            "weights and inputs, and influence.damping"
-        )
-    return table
+    return score_table(shard, *(torch.cat(parts).double().numpy() for parts in (losses, scores, norms)))
 
 
-def labels_column(shard: FeatureShard) -> pa.Array:
-    """Labels of a shard as a column; null where a sample has a label at each position."""
-    return pa.array(shard.labels_n) if shard.labels_n.ndim == 1 else pa.nulls(len(shard.labels_n), pa.int64())
-
-
-def norms_of(shard: FeatureShard, head: Head) -> npt.NDArray[np.float64]:
+def norms_of(shard: FeatureShard, head: Head) -> Weights:
     """Gradient norm of every sample of a shard."""
     return np.concatenate([np.empty(0), *(gradient_norms(head.layer_io(*block)).numpy() for block in shard.blocks())])
+
+
+# How far logits recomputed from the features in float64 may be from the model's own, as a share of the largest.
+LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module, autocast: bool) -> None:
+    """Refuse a model whose output is not the plain linear head of the cached features."""
+    if not torch.isfinite(logits_BC).all():
+        return  # told with the samples' ids by who called
+    tolerance = 0.05 if autocast else LOGIT_TOLERANCE.get(logits_BC.dtype, 0.05)
+    difference = (recomputed_BC - logits_BC).abs().max()
+    if difference > tolerance * max(1.0, float(logits_BC.abs().max())):
+        raise UnsupportedModelError(
+            f"the output of {type(model).__name__} differs by {float(difference):.3g} from weight x features + bias of "
+            "its head; expected a "
+            "plain linear head with nothing after it; score and ascent would be those of another model"
+        )
 
 
 class HeadScope:
@@ -149,6 +177,8 @@ class HeadScope:
         self.head, self.sets, self.workers = head, sets, workers
         self.forget, self.metrics = sets["forget"], head.task.metrics
         self.rows, self.block_starts = len(self.forget), self.forget.block_starts
+        self.moved = sets.get(FORGET_VIEWS, self.forget)
+        self.views = len(self.moved) // self.rows
         self._start_CD = head.matrix_CD.to(workers.device)
 
     def parameters(self) -> Parameters:
@@ -158,23 +188,35 @@ class HeadScope:
     def batch_gradient(
         self, parameters: Parameters, batch: Positions, weights: Weights, objective: OutputGradient, pieces: int
     ) -> Parameters:
-        """Weighted mean of the head's gradients; a worker without rows adds zeros."""
+        """Weighted mean of the head's gradients over the batch's rows, or their views; a worker without rows adds zeros."""
         matrix = parameters[self.head.name]
         gradient = torch.zeros_like(matrix)
         if not len(batch):  # no sample of the batch was kept when it was scored again
             return {self.head.name: gradient}
-        for positions in self.workers.take(_cut(batch, pieces)):
-            features, labels = (part.to(self.workers.device) for part in self.forget.gather(positions))
+        for positions in self.workers.take(pieces_of(of_views(batch, self.views), pieces)):
+            features, labels = (part.to(self.workers.device) for part in self.moved.gather(positions))
             pull = objective(self.head.logits(features, matrix), labels, self.head.logits(features, self._start_CD))
-            pull *= torch.from_numpy(weights[positions]).to(self.workers.device).view(-1, *[1] * (pull.ndim - 1))
+            pull *= (
+                torch.from_numpy(weights[positions // self.views])
+                .to(self.workers.device)
+                .view(-1, *[1] * (pull.ndim - 1))
+            )
             gradient += self.head.gradient(pull, features)
-        return {self.head.name: self.workers.sum(gradient) / float(weights[batch].sum())}
+        return {self.head.name: self.workers.sum(gradient) / (float(weights[batch].sum()) * self.views)}
 
     def measure(self, parameters: Parameters, sets: Iterable[str] | None = None) -> Record:
         """Figures of the sets, or of some of them, under other parameters."""
         matrix = parameters[self.head.name]
         chosen = {name: self.sets[name] for name in (self.sets if sets is None else sets)}
-        return measure(chosen, functools.partial(self.head.logits, matrix_CD=matrix), self.head.task, self.workers)
+
+        def outputs_of(shard: FeatureShard, rows: slice) -> tuple[Tensor, Tensor]:
+            features, labels = (part.to(self.workers.device) for part in shard.read(rows))
+            return self.head.logits(features, matrix), labels
+
+        return measure(chosen, outputs_of, self.head.task, self.workers)
+
+    def probe(self, parameters: Parameters, sets: Iterable[str]) -> None:
+        """All rows cost one product."""
 
     def influence(
         self,
@@ -188,22 +230,16 @@ class HeadScope:
         head = self.head.changed(parameters)
         shards = self.forget.shards
         if batch is not None:
-            shards = [self.forget.shard_of(positions) for positions in _cut(batch, pieces)]
+            shards = [self.forget.shard_of(positions) for positions in pieces_of(batch, pieces)]
 
         def norm_quantile(level: float) -> float:
             return float(np.quantile(np.concatenate([norms_of(shard, head) for shard in shards]), level))
 
         fitted_on = None if curvature_set is None else _reduce(self.sets[curvature_set].shards, head)
-        direction, _ = fit_direction(settings, _reduce(shards, head), fitted_on, norm_quantile)
-        table = pa.concat_tables([score_shard(shard, head, direction) for shard in shards])
+        directions, _ = fit_directions(settings, [head.name], _reduce(shards, head), fitted_on, norm_quantile)
+        table = pa.concat_tables([head.scores(shard, directions) for shard in shards])
         return table["influence"].to_numpy(), table["loss"].to_numpy()
 
 
-def _cut(batch: Positions, size: int) -> list[Positions]:
-    return [batch[i : i + size] for i in range(0, len(batch), size)]
-
-
-def _reduce(shards: Sequence[FeatureShard], head: Head) -> Reduce[Any]:
-    return lambda statistics: merge_tree(
-        map(functools.partial(shard_statistics, head=head, statistics=statistics), shards)
-    )
+def _reduce(shards: Sequence[FeatureShard], head: Head) -> ReduceLayers:
+    return lambda statistics: {head.name: merge_tree(shard_statistics(shard, head, statistics) for shard in shards)}

@@ -1,16 +1,16 @@
 """What a check of an update measures from cached features: every metric of the task, and how well members can be told apart.
 
-Everything is a sum over blocks, so that each worker measures its share and one reduction brings all together.
+Everything is a sum over blocks, so that each worker or task measures its share and one reduction brings all together.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from imu_ray.scopes.base import Record
-from imu_ray.scopes.features import FeatureStore
+from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions
 from imu_ray.scopes.workers import Workers
 from imu_ray.tasks.base import Task
 
@@ -19,35 +19,57 @@ BINS, LOWEST, HIGHEST = 2048, -12.0, 4.0
 MEMBERSHIP = "membership.auc"
 
 
-def measure(
-    sets: Mapping[str, FeatureStore], outputs_of: Callable[[Tensor], Tensor], task: Task, workers: Workers
-) -> Record:
+# Outputs and labels of some rows of a shard, under the parameters that are measured.
+OutputsOf = Callable[[FeatureShard, slice], tuple[Tensor, Tensor]]
+
+
+def measure(sets: Mapping[str, FeatureStore], outputs_of: OutputsOf, task: Task, workers: Workers) -> Record:
     """``<set>.<metric>`` for every metric of the task, and ``membership.auc`` when there are sets ``forget`` and ``test``.
 
     Args:
         sets: features by name of set.
-        outputs_of: the target layer's outputs for the features of a block.
+        outputs_of: what the parameters make of them.
         task: whose metrics are measured.
         workers: who measures which blocks.
     """
-    names = list(task.metrics)
-    wanted = torch.from_numpy(sets["forget"].classes()) if {"test", "forget"} <= sets.keys() else None
-    sums = torch.zeros(len(sets), len(names) + BINS, dtype=torch.float64, device=workers.device)
-    for total, store in zip(sums, sets.values(), strict=True):
-        for shard, rows in workers.take(store.blocks()):
-            features, labels = (part.to(workers.device) for part in shard.read(rows))
-            found = task.sample_metrics(outputs_of(features), labels)
-            for place, name in enumerate(names):
-                total[place] += found[name].sum()
-            if wanted is not None:
-                total[len(names) :] += _histogram(found["loss"][_of_classes(labels, wanted.to(workers.device))])
+    classes = sets["forget"].classes() if {"test", "forget"} <= sets.keys() else None
+    sums = torch.stack(
+        [sum_blocks(workers.take(store.blocks()), outputs_of, task, classes, workers.device) for store in sets.values()]
+    )
     workers.sum(sums)
+    return record_of(dict(zip(sets, sums, strict=True)), {name: len(store) for name, store in sets.items()}, task)
+
+
+def sum_blocks(
+    blocks: Iterable[tuple[FeatureShard, slice]],
+    outputs_of: OutputsOf,
+    task: Task,
+    classes: Positions | None,
+    device: torch.device,
+) -> Tensor:
+    """Sum of every metric over some blocks, then the histogram of the losses of samples of ``classes``; None: of no sample."""
+    names = list(task.metrics)
+    total = torch.zeros(len(names) + BINS, dtype=torch.float64, device=device)
+    wanted = None if classes is None else torch.from_numpy(classes.copy()).to(device)
+    for shard, rows in blocks:
+        outputs, labels = outputs_of(shard, rows)
+        found = task.sample_metrics(outputs, labels)
+        for place, name in enumerate(names):
+            total[place] += found[name].sum()
+        if wanted is not None:
+            total[len(names) :] += _histogram(found["loss"][_of_classes(labels, wanted)])
+    return total
+
+
+def record_of(sums: Mapping[str, Tensor], rows: Mapping[str, int], task: Task) -> Record:
+    """The record that ``measure`` gives, from the sums over all blocks of each set."""
+    names = list(task.metrics)
     record: Record = {}
-    for (set_name, store), totals in zip(sets.items(), sums[:, : len(names)].tolist(), strict=True):
-        record |= {f"{set_name}.{name}": total / len(store) for name, total in zip(names, totals, strict=True)}
-    if wanted is not None:
-        by_name = dict(zip(sets, sums[:, len(names) :], strict=True))
-        record[MEMBERSHIP] = membership_auc(by_name["forget"], by_name["test"])
+    for set_name, totals in sums.items():
+        values = zip(names, totals[: len(names)].tolist(), strict=True)
+        record |= {f"{set_name}.{name}": total / rows[set_name] for name, total in values}
+    if {"test", "forget"} <= sums.keys():
+        record[MEMBERSHIP] = membership_auc(*(sums[name][len(names) :] for name in ("forget", "test")))
     return record
 
 

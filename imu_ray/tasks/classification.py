@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data import Rows, Source
+from imu_ray.data import Rows, Source, View
 from imu_ray.errors import ConfigError, ForgetSetError, ImuError, NonFiniteError, UnsupportedModelError
 from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.scores import margins, sample_losses
 from imu_ray.models.copies import unusable
 from imu_ray.models.layers import find_head, linear_layers
 from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs
+from imu_ray.tasks.transforms import augment
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,16 @@ class ClassificationTask:
                 break
         else:
             raise ForgetSetError(
-                f"no row of {samples.name} can be used (the last: {batch.bad_rows[0].reason}); expected at least one that decodes to finite "
+                f"no row of {samples.name} can be used (the last: {batch.bad_rows[0].reason}); expected at least one "
+                "that decodes to finite "
                 "numbers; see forget_set.image_column"
             )
         name = find_head(model, batch.inputs.to(parameter.device), head)
         outputs = linear_layers(model)[name].out_features
         if config.classes is not None and (len(config.classes) != outputs or len(set(config.classes)) != outputs):
             raise ConfigError(
-                f"forget_set.classes lists {len(config.classes)} names ({len(set(config.classes))} different) for a model with {outputs} "
+                f"forget_set.classes lists {len(config.classes)} names ({len(set(config.classes))} different) for a "
+                f"model with {outputs} "
                 "outputs; expected every class once, in the order of the outputs"
             )
         return cls(config, name, outputs, parameter.dtype, tuple(batch.inputs.shape[1:]))
@@ -99,20 +102,32 @@ class ClassificationTask:
         return {self.head: linear_layers(model)[self.head]}
 
     def collate(self, rows: Rows) -> Batch:
-        """Decode, scale to [0, 1], standardise and stack.
+        """Decode, scale to [0, 1], augment (a ``View``), standardise and stack.
 
         Raises:
+            ConfigError: the transform of the views cannot be used.
             ForgetSetError: a row does not decode, or its label is outside the classes.
             NonFiniteError: a row holds NaN or infinity.
         """
         inputs, kept, bad = [], [], []
+        decoded: dict[int, Tensor] = {}  # the last input of a view, because its views stand together
         for place, (sample_id, label, value) in enumerate(
             zip(rows.ids, rows.labels.tolist(), rows.inputs, strict=True)
         ):
             if self.num_classes and not 0 <= label < self.num_classes:
                 raise ForgetSetError(f"row {sample_id!r} has label {label}; expected 0 to {self.num_classes - 1}")
             try:
-                inputs.append(self._input(value))
+                if isinstance(value, View):
+                    if id(value.input) not in decoded:
+                        numbers = self._numbers(value.input)
+                        self._check_shape(numbers)
+                        decoded = {id(value.input): numbers}
+                    numbers = augment(decoded[id(value.input)], value.transform, value.draw)
+                else:
+                    numbers = self._numbers(value)
+                numbers = self._standardise(numbers)
+                self._check_shape(numbers)
+                inputs.append(numbers)
                 kept.append(place)
             except _UnusableRowError as error:
                 bad.append(self._leave_out(sample_id, str(error), ForgetSetError))
@@ -135,11 +150,13 @@ class ClassificationTask:
         if self.config.on_bad_row == "skip":
             return BadRow(sample_id, reason)
         raise kind(
-            f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to leave it out and list it in "
+            f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to "
+            "leave it out and list it in "
             "the manifest"
         ) from None
 
-    def _input(self, value: Any) -> Tensor:
+    def _numbers(self, value: Any) -> Tensor:
+        """An image as pixels in [0, 1], or an array, as it is given."""
         if value is None:
             raise _UnusableRowError("the input is missing")
         if isinstance(value, bytes | Image.Image):
@@ -156,12 +173,15 @@ class ClassificationTask:
         reason = unusable(value) or ("complex" if value.is_complex() else None if value.numel() else "empty")
         if reason:
             raise _UnusableRowError(f"the input is {reason}")
-        numbers = self._standardise(value.detach().to(self.dtype))
+        numbers: Tensor = value.detach().to(self.dtype)
+        return numbers
+
+    def _check_shape(self, numbers: Tensor) -> None:
         if self.shape is not None and tuple(numbers.shape) != self.shape:
             raise _UnusableRowError(
-                f"its shape is {list(numbers.shape)}, that of the first sample {list(self.shape)} (see forget_set.image_size)"
+                f"its shape is {list(numbers.shape)}, that of the first sample {list(self.shape)} (see "
+                "forget_set.image_size)"
             )
-        return numbers
 
     def _pixels(self, image: bytes | Image.Image) -> Tensor:
         """A decoded image ``[channels, height, width]`` in [0, 1]; one large enough to exhaust memory is refused."""
@@ -193,7 +213,8 @@ class ClassificationTask:
                 continue
             if numbers.ndim == 0 or len(values) not in (1, numbers.shape[0]):
                 raise ConfigError(
-                    f"forget_set.{name} has {len(values)} values for a sample of shape {list(numbers.shape)}; expected one per channel"
+                    f"forget_set.{name} has {len(values)} values for a sample of shape {list(numbers.shape)}; expected "
+                    "one per channel"
                 )
             per_channel = torch.tensor(values, dtype=self.dtype).reshape(-1, *[1] * (numbers.ndim - 1))
             numbers = numbers - per_channel if sign < 0 else numbers / per_channel
@@ -215,7 +236,8 @@ class ClassificationTask:
         shapes = [tuple(getattr(found, "shape", ())) for found in (caught[0], logits)]
         if shapes != [(rows, layer.in_features), (rows, layer.out_features)]:
             raise UnsupportedModelError(
-                f"{type(model).__name__} gave head inputs {shapes[0]} and outputs {shapes[1]} for {rows} samples; expected a row for each"
+                f"{type(model).__name__} gave head inputs {shapes[0]} and outputs {shapes[1]} for {rows} samples; "
+                "expected a row for each"
             )
         return Outputs(logits, batch.labels_B, caught[0])
 

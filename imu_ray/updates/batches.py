@@ -7,7 +7,7 @@ place in the order of the feature shards.
 import numpy as np
 
 from imu_ray.config import AscentConfig
-from imu_ray.scopes.base import Positions
+from imu_ray.scopes.features import Positions
 
 
 def epoch_batches(

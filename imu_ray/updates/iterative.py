@@ -10,7 +10,8 @@ from torch import Tensor
 
 from imu_ray.progress import Progress
 from imu_ray.run.directory import UpdateState
-from imu_ray.scopes.base import Parameters, Positions, Record, Scope, Weights, norm
+from imu_ray.scopes.base import Parameters, Record, Scope, Weights, norm
+from imu_ray.scopes.features import Positions
 from imu_ray.updates.base import UpdateOutcome, UpdateProblem, ignore_check, ignore_state
 from imu_ray.updates.batches import epoch_batches
 from imu_ray.updates.objectives import OBJECTIVES
@@ -62,6 +63,9 @@ class Iteration:
             self.parameters, batch, self.weights, objective, self.config.microbatch_rows
         )
         self.gradient_norm = norm(gradient)
+        limit = self.config.max_gradient_norm
+        if limit is not None and self.gradient_norm > limit:
+            gradient = {name: tensor * (limit / self.gradient_norm) for name, tensor in gradient.items()}
         rate = learning_rate(self.config, self.step, self.total_steps)
         if self.config.max_change:
             self._controlled_step(gradient, rate)

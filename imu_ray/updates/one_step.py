@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from imu_ray.progress import Progress
 from imu_ray.run.directory import UpdateState
@@ -11,31 +13,45 @@ from imu_ray.scopes.base import Parameters, Record, Scope, norm
 from imu_ray.updates.base import UpdateOutcome, UpdateProblem, ignore_check, ignore_state
 from imu_ray.updates.iterative import copies, drift
 from imu_ray.updates.objectives import OBJECTIVES
-from imu_ray.updates.stopping import guard_violation, verdict
+from imu_ray.updates.optimiser import part_of
+from imu_ray.updates.stopping import StopTarget, guard_violation, verdict
 
 FIRST_LENGTH = 1e-4  # of the first trial, as a share of the parameters' norm
 TRIALS = 80  # doublings of the length, then halvings of what is left
 
 
 class Line:
-    """A line of parameters: an origin and the direction in which the forget set's objective falls fastest under the curvature."""
+    """A line of parameters: an origin, a unit direction by layer, and the norm of the step that the direction comes from."""
 
-    def __init__(self, scope: Scope, problem: UpdateProblem, origin: Parameters) -> None:
+    def __init__(self, origin: Parameters, unit: Parameters, size: float) -> None:
+        self.origin, self.unit, self.size = origin, unit, size
+
+    @classmethod
+    def of(cls, scope: Scope, problem: UpdateProblem, origin: Parameters) -> "Line":
+        """In the direction in which the forget set's objective falls fastest under the curvature."""
         kept, settings = np.flatnonzero(problem.weights > 0), problem.config
         objective = OBJECTIVES[settings.objective]
         gradient = scope.batch_gradient(origin, kept, problem.weights, objective, settings.microbatch_rows)
         for name, fitted in problem.preconditioners.items():
             gradient[name] = fitted.apply_inverse(gradient[name])
-        self.origin, self.size = origin, norm(gradient)
-        self.unit = {name: -tensor / self.size for name, tensor in gradient.items()} if self.size else gradient
+        size = norm(gradient)
+        return cls(origin, {name: -tensor / size for name, tensor in gradient.items()} if size else gradient, size)
 
     def at(self, length: float) -> Parameters:
         """The parameters so far from the origin."""
         return {name: tensor + length * self.unit[name] for name, tensor in self.origin.items()}
 
+    def state(self) -> dict[str, Tensor]:
+        """What a run that is taken up begins with."""
+        size = torch.tensor(self.size, dtype=torch.float64)
+        return {"size": size, **{f"unit.{name}": tensor.cpu() for name, tensor in self.unit.items()}}
+
 
 class Search:
-    """The trials of lengths along a line, and the shortest that met a target. Every trial that stands is a check of the trajectory."""
+    """The trials of lengths along a line, and the shortest that met a target. Every trial that stands is a check of the trajectory.
+
+    Where a trial on all rows costs much, the length is first searched on a fixed part of them, and then on all.
+    """
 
     def __init__(
         self, scope: Scope, problem: UpdateProblem, checked: Callable[[Record, Parameters], None], progress: Progress
@@ -47,26 +63,60 @@ class Search:
         self.best = self._check(self.original, 0.0, 0.0)
         self.trajectory = [self.best]
 
-    def _check(self, parameters: Parameters, length: float, gradient_norm: float) -> Record:
+    @property
+    def judged(self) -> list[str]:
+        """The sample sets that targets and guards look at."""
+        named = [target.metric for target in self.problem.targets] + list(self.problem.config.guard.limits)
+        sets = {"forget", *(name.rpartition(".")[0] for name in named)} - {"membership"}
+        return sorted(sets | ({"test"} if "membership.auc" in named else set()))
+
+    def _check(
+        self, parameters: Parameters, length: float, gradient_norm: float, measured: Record | None = None
+    ) -> Record:
         weights = self.problem.weights
         return {
             "step": float(len(self.trajectory)) if length else 0.0,
             "length": length,
-            **self.scope.measure(parameters),
+            **(self.scope.measure(parameters) if measured is None else measured),
             **drift(parameters, self.original),
             "gradient_norm": gradient_norm,
             "effective_sample_size": float(weights.sum() ** 2 / (weights**2).sum()),
             "seconds": time.monotonic() - self.started,
         }
 
-    def follow(self, line: Line) -> tuple[str, str]:
-        """Find the shortest length of a line that meets a target, and keep it; status and reason."""
-        targets, config = self.problem.targets, self.problem.config
+    def begin_at(self, line: Line) -> float:
+        """A length to begin with: on a part of the rows the last before a target, where a trial on all rows costs much."""
         low, high, length = 0.0, 0.0, FIRST_LENGTH * self.scale
         for _ in range(TRIALS):
             parameters = line.at(length)
+            measured = self.scope.probe(parameters, self.judged)
+            if measured is None:
+                break
+            record = self._check(parameters, length, line.size, measured)
+            target = self._met(record)
+            self.progress.advance(note=f"forget loss {record['forget.loss']:.3f} on a part of the rows")
+            if target is not None:
+                high = length
+                if target.overshoot(record) <= target.tolerance:
+                    break
+            elif guard_violation(record, self.problem.config.guard, self.scope.metrics):
+                break
+            else:
+                low = length
+            length = (low + high) / 2 if high else 2 * length
+        return low or FIRST_LENGTH * self.scale
+
+    def _met(self, record: Record) -> StopTarget | None:
+        return next((target for target in self.problem.targets if target.reached(record)), None)
+
+    def follow(self, line: Line) -> tuple[str, str]:
+        """Find the shortest length of a line that meets a target, and keep it; status and reason."""
+        targets, config = self.problem.targets, self.problem.config
+        low, high, length = 0.0, 0.0, self.begin_at(line)
+        for _ in range(TRIALS):
+            parameters = line.at(length)
             record = self._check(parameters, length, line.size)
-            target = next((target for target in targets if target.reached(record)), None)
+            target = self._met(record)
             violation = guard_violation(record, config.guard, self.scope.metrics)
             self.progress.advance(note=f"forget loss {record['forget.loss']:.3f}")
             if not violation:
@@ -106,7 +156,8 @@ def run_one_step(
 
     with :math:`\bar g` the weighted mean gradient of the objective over the whole forget set and P the curvature. The length is doubled
     until a target is met and then bisected until the overshoot is within the target's tolerance. Where none is met the parameters are
-    left as they were. There is no learning rate and there are no epochs; a run that is taken up begins anew, because it takes seconds.
+    left as they were. There is no learning rate and there are no epochs. A run that is taken up begins anew on the head, where it takes
+    seconds; on layers it goes on with the direction that it had found.
 
     Returns:
         Status ``already_met``, ``reached``, ``not_reached`` (also when a target was jumped over), or ``stopped_by_guard``.
@@ -115,6 +166,22 @@ def run_one_step(
         search = Search(scope, problem, checked, progress)
         status, reason = verdict(problem.targets, search.best)
         if not status:
-            line = Line(scope, problem, search.kept)
+            line = take_line(scope, problem, search, resume, save)
             status, reason = search.follow(line) if line.size else ("not_reached", "no sample pulls on the parameters")
     return UpdateOutcome(copies(search.kept), search.best, status, reason, search.trajectory)
+
+
+def take_line(
+    scope: Scope,
+    problem: UpdateProblem,
+    search: Search,
+    resume: UpdateState | None,
+    save: Callable[[UpdateState], None],
+) -> Line:
+    """The line of a run that is taken up, or a new one, which is saved where it costs more than seconds."""
+    if resume is not None:
+        return Line(search.original, part_of(resume.tensors, "unit"), float(resume.tensors["size"]))
+    line = Line.of(scope, problem, search.original)
+    if problem.config.scope != "head":
+        save(UpdateState(0, line.state(), search.trajectory))
+    return line

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from imu_ray.config import InfluenceConfig, IntensityConfig
 from imu_ray.influence.intensity import SCHEMES
-from imu_ray.scopes.base import Parameters, Positions, Scope, Weights
+from imu_ray.scopes.base import Parameters, Scope, Weights
+from imu_ray.scopes.features import Positions
 
 
 @dataclass(frozen=True)

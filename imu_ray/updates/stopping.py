@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from imu_ray.config import GuardConfig, StopConfig
 from imu_ray.errors import ConfigError, nearest
+from imu_ray.scopes.base import FORGET_VIEWS
 from imu_ray.scopes.measure import MEMBERSHIP
 from imu_ray.tasks.base import Metric
 
@@ -85,20 +86,23 @@ def metric_of(name: str, metrics: Mapping[str, Metric], sets: Sequence[str], set
 
 @dataclass(frozen=True)
 class Unseen:
-    """What ``evaluation["test"]`` shows, as figures of the original model by metric, in all and ``per_class``."""
+    """What ``evaluation["test"]`` shows, as figures of the original model by metric, in all and ``per_class``; also of views of it."""
 
     figures: Mapping[str, Any]
     label_counts: Mapping[int, int]
+    views: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shares_labels(self) -> bool:
         """Whether it has samples of a label of the forget set."""
         return not self.figures["per_class"].keys().isdisjoint(map(str, self.label_counts))
 
-    def expected(self, metric: str) -> float:
-        """Mean of a metric over unseen samples with the labels of the forget set; of all where a label does not occur."""
-        per_class, rows = self.figures["per_class"], sum(self.label_counts.values())
-        means = ((per_class.get(str(label), self.figures)[metric], count) for label, count in self.label_counts.items())
+    def expected(self, name: str) -> float:
+        """Mean of ``<set>.<metric>`` over unseen samples, or views of them, of the forget set's labels; of all where one does not occur."""
+        set_name, _, metric = name.rpartition(".")
+        figures = self.views if set_name == FORGET_VIEWS else self.figures
+        per_class, rows = figures["per_class"], sum(self.label_counts.values())
+        means = ((per_class.get(str(label), figures)[metric], count) for label, count in self.label_counts.items())
         return float(sum(mean * count for mean, count in means) / rows)
 
 
@@ -123,16 +127,17 @@ def stop_targets(
         if name == MEMBERSHIP:
             targets.append(_membership_target(value, unseen, config.tolerance))
             continue
-        metric = metric_of(name, metrics, ["forget"], "ascent.stop.targets")
+        metric = metric_of(name, metrics, ["forget", FORGET_VIEWS], "ascent.stop.targets")
         threshold, reason = value, f"ascent.stop.targets.{name}"
         if value == "auto":
             if unseen is None:
                 raise ConfigError(
-                    f"ascent.stop.targets.{name} is 'auto' without unseen samples; expected evaluation['test'], whose samples show "
+                    f"ascent.stop.targets.{name} is 'auto' without unseen samples; expected evaluation['test'], whose "
+                    "samples show "
                     "what such samples are like when they were never learnt; give it, or a number"
                 )
             threshold, reason = (
-                unseen.expected(name.rpartition(".")[2]),
+                unseen.expected(name),
                 "auto: the mean over unseen samples of the same labels",
             )
         # The mean of a counted metric moves in steps of one sample, so no run can be asked to end nearer than that.
@@ -144,7 +149,8 @@ def stop_targets(
 def _membership_target(value: float | str, unseen: Unseen | None, tolerance: float) -> StopTarget:
     if unseen is None or not unseen.shares_labels:
         raise ConfigError(
-            f"ascent.stop.targets.{MEMBERSHIP} is set without unseen samples of the forgotten labels; expected evaluation['test'] "
+            f"ascent.stop.targets.{MEMBERSHIP} is set without unseen samples of the forgotten labels; expected "
+            "evaluation['test'] "
             "with some; give it"
         )
     return StopTarget(

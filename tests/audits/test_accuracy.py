@@ -25,7 +25,8 @@ def test_figures_are_those_counted_by_hand():
     per_class = figures.pop("per_class")
     bounded = pytest.approx((2 * right + np.log(2)) / 3)
     assert figures == {
-        "samples": 3, "accuracy": 2 / 3, "loss": pytest.approx((2 * right + wrong) / 3), "bounded_loss": bounded, "margin": 1.0,
+        "samples": 3, "accuracy": 2 / 3, "loss": pytest.approx((2 * right + wrong) / 3), "bounded_loss": bounded,
+        "margin": 1.0,
     }  # fmt: skip
     assert [per_class[label]["samples"] for label in "01"] == [1, 2]
     assert [per_class[label]["loss"] for label in "01"] == pytest.approx([right, (right + wrong) / 2])
@@ -37,10 +38,8 @@ def test_classes_without_samples_have_no_figures_and_samples_of_several_labels_n
     figures = set_figures(Predictions(labels, {"loss": losses}, 12))
     assert list(figures["per_class"]) == ["0", "2", "4", "6", "8"]
     assert figures["loss"] == pytest.approx(losses.mean(), rel=1e-12)
-    assert figures["per_class"]["4"] == {
-        "samples": (labels == 4).sum(),
-        "loss": pytest.approx(losses[labels == 4].mean(), rel=1e-12),
-    }
+    fours = {"samples": (labels == 4).sum(), "loss": pytest.approx(losses[labels == 4].mean(), rel=1e-12)}
+    assert figures["per_class"]["4"] == fours
     several = set_figures(Predictions(labels.reshape(250, 4), {"loss": losses[:250]}, 12))
     assert several == {"samples": 250, "loss": pytest.approx(losses[:250].mean(), rel=1e-12), "per_class": {}}
 
@@ -83,7 +82,5 @@ def test_a_head_that_lowers_the_own_logit_alone_changes_no_other_output():
     matrix = torch.arange(12, dtype=torch.float64).reshape(4, 3)
     lowered = matrix.clone()
     lowered[1] -= 5
-    changes = output_change(
-        FeatureShard(features, labels, [], (2,)), *(Head("fc", each, False, task(4)) for each in (matrix, lowered))
-    )
-    assert np.abs(changes).max() <= 1e-12
+    heads = (Head("fc", each, False, task(4)) for each in (matrix, lowered))
+    assert np.abs(output_change(FeatureShard(features, labels, [], (2,)), *heads)).max() <= 1e-12

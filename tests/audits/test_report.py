@@ -7,14 +7,12 @@ from imu_ray.audits.report import render_report
 from imu_ray.audits.sweep_report import render_sweep
 
 FIGURES = {
-    "samples": 3,
-    "accuracy": 0.5,
-    "loss": 1.25,
-    "per_class": {"7": {"samples": 3, "accuracy": 0.5, "loss": 1.25}},
-}
+    "samples": 3, "accuracy": 0.5, "loss": 1.25, "per_class": {"7": {"samples": 3, "accuracy": 0.5, "loss": 1.25}},
+}  # fmt: skip
 MANIFEST = {
-    "created": "2026-01-01", "model": {"kind": "Net", "layers": ["fc"], "hash_before": "a1"}, "seed": 0, "config_identity": "c0ffee",
-    "config": {"recipe": "paper"}, "forget_set": {"rows_used": 3, "fingerprint": "f00d", "bad_rows": []}, "seconds": {"scores": 1.0},
+    "created": "2026-01-01", "model": {"kind": "Net", "layers": ["fc"], "hash_before": "a1"}, "seed": 0,
+    "config_identity": "c0ffee", "config": {"recipe": "paper"}, "seconds": {"scores": 1.0},
+    "forget_set": {"rows_used": 3, "fingerprint": "f00d", "bad_rows": []},
     "hardware": {"processor": "P", "device": "cpu", "threads_per_worker": 1}, "versions": {"ray": "2"},
 }  # fmt: skip
 
@@ -33,7 +31,7 @@ def test_figures_stand_in_the_page_and_markup_in_them_is_escaped():
 
 def test_a_run_without_metrics_still_has_a_page():
     page = render_report(MANIFEST, {}, (np.array([-1.0, 0.5, -3.0]), np.array([1.0, 0.0, 1.0])), None)
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
     assert "the 2 kept of 3 samples" in page
     assert "f00d" in page
 
@@ -46,15 +44,13 @@ INFLUENCE = {
 
 def test_the_page_says_how_far_the_damping_dominates():
     config = {"recipe": "paper", "influence": {"curvature": "kfac", "curvature_set": "forget"}}
-    page = render_report({**MANIFEST, "config": config, "influence": INFLUENCE}, {}, None, None)
-    assert "98.7 %" in page
-    assert "50.0 %" in page
-    assert "The damping dominates" not in page
-    page = render_report(
-        {**MANIFEST, "config": config, "influence": {**INFLUENCE, "plain_gradient_share": 0.999}}, {}, None, None
-    )
-    assert "The damping dominates" in page
-    assert "kfac" not in render_report({**MANIFEST, "config": config}, {}, None, None)
+    manifest = {**MANIFEST, "config": config}
+    influences = [{**INFLUENCE, "plain_gradient_share": share} for share in (0.5, 0.999)]
+    pages = [render_report({**manifest, "influence": influence}, {}, None, None) for influence in influences]
+    assert "98.7 %" in pages[0]
+    assert "50.0 %" in pages[0]
+    assert ["The damping dominates" in page for page in pages] == [False, True]
+    assert "kfac" not in render_report(manifest, {}, None, None)
 
 
 ASCENT = {"steps": 25, "kept_samples": 3, "reason": "the accuracy is 0.5"}
@@ -68,11 +64,7 @@ ASCENT = {"steps": 25, "kept_samples": 3, "reason": "the accuracy is 0.5"}
         ({"status": "not_reached"}, "The target was not reached.", "not_reached"),
         ({"status": "stopped_by_guard"}, "A guard stopped the run before the target", "stopped_by_guard"),
         ({"status": "reached", "warnings": ["near chance: <b>?"]}, "near chance: &lt;b&gt;?", "doubtful"),
-        (
-            {"status": "reached", "recipe": "samples", "recipe_reason": "all classes"},
-            "<code>samples</code>: all classes.",
-            "reached",
-        ),
+        ({"status": "reached", "recipe": "samples", "recipe_reason": "all"}, "<code>samples</code>: all.", "reached"),
     ],
 )
 def test_the_headline_says_how_the_run_ended_and_is_green_only_when_it_is_done(ascent, shown, colour):
@@ -83,27 +75,22 @@ def test_the_headline_says_how_the_run_ended_and_is_green_only_when_it_is_done(a
 
 
 def test_what_was_resumed_is_said():
-    assert "2026-01-01, resumed 2026-01-03" in render_report(
-        {**MANIFEST, "resumed": ["2026-01-02", "2026-01-03"]}, {}, None, None
-    )
+    page = render_report({**MANIFEST, "resumed": ["2026-01-02", "2026-01-03"]}, {}, None, None)
+    assert "2026-01-01, resumed 2026-01-03" in page
 
 
 ACCURACIES = {"forget": "forget.accuracy", "test": "test.accuracy"}
 ROW = {
-    "trial": "a", "seed": 1, "rows": 30, "status": "reached", "reason": "", "steps": 5, "forget.accuracy": 0.5, "test.accuracy": 0.75,
-    "membership": None, "output_change": 0.1, "parameter_drift": 0.2, "seconds": 3.0,
+    "trial": "a", "seed": 1, "rows": 30, "status": "reached", "reason": "", "steps": 5, "forget.accuracy": 0.5,
+    "test.accuracy": 0.75, "membership": None, "output_change": 0.1, "parameter_drift": 0.2, "seconds": 3.0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("best", "shown"), [(["a"], "chosen by output change"), ([], "none was chosen")])
 def test_a_sweep_says_by_what_it_chose_only_where_it_chose(best, shown):
-    rows = [
-        ROW,
-        {**ROW, "trial": "b", "status": "failed", "rows": None, "forget.accuracy": None, "test.accuracy": None},
-    ]
-    page = render_sweep(
-        {"created": "2026-01-01", "axes": {"seed": "[1]"}, "choose_by": "output_change"}, rows, ACCURACIES, best
-    )
+    failed = {"trial": "b", "status": "failed", "rows": None, "forget.accuracy": None, "test.accuracy": None}
+    sweep = {"created": "2026-01-01", "axes": {"seed": "[1]"}, "choose_by": "output_change"}
+    page = render_sweep(sweep, [ROW, {**ROW, **failed}], ACCURACIES, best)
     assert shown in page
     assert ("chosen by" in page) == bool(best)
     assert "75.00" in page

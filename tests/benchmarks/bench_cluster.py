@@ -4,7 +4,7 @@
 
 What is timed or measured:
 
-- ``tasks``: wall-clock of ``Inputs.extract`` and of ``feature_job.score`` over ``--shards`` shards of one row and 12 features, whose
+- ``tasks``: wall-clock of ``Inputs.extract`` and of ``score_job.score`` over ``--shards`` shards of one row and 12 features, whose
   work is next to nothing, after a warm-up; the median of ``--repeat``. Tasks are one per shard and round (features, moments, scores) and
   the merges. ``driver_cpu_ms_per_task`` is the driver's own processor time, all threads, over the same span: what one driver cannot
   go below. On a machine whose cores the workers share, tasks per second are those of driver, Ray and workers together.
@@ -50,7 +50,7 @@ from samples import Pairs, tensors
 
 from imu_ray.audits.base import predict_shard
 from imu_ray.config import ForgetSetConfig, UnlearnConfig
-from imu_ray.distributed import feature_job
+from imu_ray.distributed import feature_job, score_job
 from imu_ray.influence.curvature.base import Moments
 from imu_ray.inputs import Inputs
 from imu_ray.run.record import processor
@@ -106,9 +106,9 @@ def work(model: torch.nn.Module, samples: Any, settings: UnlearnConfig) -> tuple
     begun = time.perf_counter()
     inputs = inputs.extract(settings)
     made = time.perf_counter()
-    scores = feature_job.score(inputs.features["forget"], inputs.head, settings)
+    scores = score_job.score(inputs.features["forget"], inputs.part, settings)
     seconds = time.perf_counter() - made
-    table = feature_job.intensity_table(inputs.features["forget"], inputs.head, scores, scores.influence)
+    table = score_job.intensity_table(inputs.features["forget"], scores, scores.influence)
     return made - begun, seconds, pa.concat_tables(table)
 
 
@@ -148,7 +148,7 @@ def measure_nodes(repeat: int, nodes: int) -> dict[str, Any]:
     cluster, _ = start(nodes)
     data, settings = tensors(DISTURBED_SHARDS * 16), config(nodes, rows=16)
     settings = settings.with_overrides({"resources.autoscaling": True})
-    plain = feature_job.score_shard
+    plain = score_job.score_shard
     run = functools.partial(work, Wide(2048), settings=settings)
     *_, reference = run(Pairs(*data))
     runs = []
@@ -158,9 +158,9 @@ def measure_nodes(repeat: int, nodes: int) -> dict[str, Any]:
         same = table.equals(reference)
         with tempfile.TemporaryDirectory() as folder:
             counted = CountedPairs(*data, folder)
-            feature_job.score_shard = Losing(plain, folder, MIDDLE)
+            score_job.score_shard = Losing(plain, folder, MIDDLE)
             *seconds["lost"], table = run(counted)
-            feature_job.score_shard = plain
+            score_job.score_shard = plain
             again = (Path(folder) / "reads").stat().st_size - len(data[1]) - 1
             same &= table.equals(reference) and (Path(folder) / "lost").exists()
         cluster.add_node(num_cpus=1)  # in place of the lost one; warmed by the next run
@@ -202,14 +202,14 @@ def measure_moved() -> dict[str, Any]:
     for rows in (1, 1024):
         (shard, *_) = OneRowShards(rows).shards(256, 4)
         features, report = extract_features(
-            inputs.sources["forget"], shard, inputs.task, inputs.model, torch.device("cpu")
+            inputs.sources["forget"], shard, inputs.part, inputs.model, torch.device("cpu")
         )
-        table = score_shard(features, inputs.head, *inputs.head.parameters.values())
+        table = score_shard(features, inputs.part, *inputs.part.parameters.values())
         parts = {
             "report": report,
             "ids": features.ids,
             "scores": table,
-            "predictions": predict_shard(features, inputs.head),
+            "predictions": predict_shard(features, inputs.part),
         }
         moved["shard"][rows] = {name: size(part) for name, part in parts.items()}
     one, many = moved["shard"][1], moved["shard"][1024]

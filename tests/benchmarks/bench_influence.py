@@ -45,11 +45,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from imu_ray.config import InfluenceConfig, UnlearnConfig
 from imu_ray.data import Source, open_source
 from imu_ray.influence.curvature.base import merge_tree
-from imu_ray.influence.direction import fit_direction
+from imu_ray.influence.direction import fit_directions
 from imu_ray.run.record import processor
 from imu_ray.scopes.extraction import extract_features
 from imu_ray.scopes.features import FeatureShard
-from imu_ray.scopes.head import Head, score_shard, shard_statistics
+from imu_ray.scopes.head import Head, shard_statistics
 from imu_ray.tasks.classification import ClassificationTask
 
 CLASSES, BATCH, DAMPING = 10, 256, 0.01
@@ -118,13 +118,16 @@ class Ways:
     def _extract(self, source: Source) -> list[FeatureShard]:
         shards = source.shards(BATCH, self.settings.blocks_per_shard)
         return [
-            extract_features(source, shard, self.task, self.model, self.device, self.settings)[0] for shard in shards
+            extract_features(source, shard, self.head, self.model, self.device, self.settings)[0] for shard in shards
         ]
 
     def _score(self, shards: list[FeatureShard]) -> np.ndarray:
-        reduce = lambda statistics: merge_tree(shard_statistics(shard, self.head, statistics) for shard in shards)
-        direction, _ = fit_direction(self.settings, reduce, None, lambda _: np.nan)
-        return np.concatenate([score_shard(shard, self.head, direction)["influence"].to_numpy() for shard in shards])
+        name = self.head.name
+        reduce = lambda statistics: {
+            name: merge_tree(shard_statistics(shard, self.head, statistics) for shard in shards)
+        }
+        directions, _ = fit_directions(self.settings, [name], reduce, None, lambda _: np.nan)
+        return np.concatenate([self.head.scores(shard, directions)["influence"].to_numpy() for shard in shards])
 
     def scoring(self) -> np.ndarray:
         return self._score(self._extract(self.source))

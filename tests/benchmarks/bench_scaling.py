@@ -45,7 +45,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from bench_influence import Images
 
 from imu_ray.config import ForgetSetConfig, UnlearnConfig
-from imu_ray.distributed import feature_job
+from imu_ray.distributed import score_job
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.tasks import TaskRunner
 from imu_ray.influence.intensity import SCHEMES
@@ -150,9 +150,9 @@ def load_late_imports() -> None:
 @ray.remote
 def _imported() -> int:
     """Imports what scoring imports."""
-    from imu_ray.distributed import feature_job
+    from imu_ray.distributed import score_job
 
-    assert feature_job.score is not None
+    assert score_job.score is not None
     load_late_imports()
     time.sleep(5.0)  # so that the other worker takes the other task
     return os.getpid()
@@ -210,10 +210,10 @@ def measure_sizes(sizes: list[tuple[int, int, int, int]], store: int, repeat: in
             with Peak(imported) as peak:
                 for _ in range(repeat if rows < 10**6 else 1):
                     begun = time.perf_counter()
-                    scores = feature_job.score(features, head, settings)
+                    scores = score_job.score(features, head, settings)
                     seconds.append(time.perf_counter() - begun)
                     weights = SCHEMES["imu"](scores.influence, scores.losses, settings.intensity, 0)
-                    written = sum(len(part) for part in feature_job.intensity_table(features, head, scores, weights))
+                    written = sum(len(part) for part in score_job.intensity_table(features, scores, weights))
                     assert written == rows
                     del scores, weights
             entry = {
@@ -237,7 +237,7 @@ def measure_growth(repeat: int) -> dict[str, Any]:
             seconds = {}
             for rows, features in sets.items():
                 begun = time.perf_counter()
-                feature_job.score(features, head, settings)
+                score_job.score(features, head, settings)
                 seconds[rows] = time.perf_counter() - begun
             print(json.dumps(seconds), flush=True)
             if turn:
@@ -304,7 +304,7 @@ def measure_workers(repeat: int, images: int = 16_384) -> dict[str, Any]:
                 inputs = Inputs.open(model, samples, "classification", None, settings)
                 begun = time.perf_counter()
                 inputs = inputs.extract(settings)
-                feature_job.score(inputs.features["forget"], inputs.head, settings)
+                score_job.score(inputs.features["forget"], inputs.part, settings)
                 seconds[f"workers_{workers}"] = time.perf_counter() - begun
             seconds |= {"loop": plain_loop(images), "two_loops": two_loops(images)}
             print(json.dumps(seconds), flush=True)

@@ -63,22 +63,64 @@ class PlainCNN(nn.Module):
         return self.classifier(self.body(x))
 
 
+class _Encoder(nn.Module):
+    """Attention and an MLP, each with its own linear layers, so that each can be in scope."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, w = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(attended.transpose(1, 2).reshape(n, t, w))
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+class SmallViT(nn.Module):
+    """A convolutional stem, four blocks of attention on 64 positions with LayerNorm, mean pooling and a linear head."""
+
+    def __init__(self, num_classes: int = 10, width: int = 96, depth: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, width, 3, 2, 1))
+        self.position = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.blocks = nn.Sequential(*(_Encoder(width, 3) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
 @dataclass(frozen=True)
 class Training:
-    """A net and how it is trained: rows from the start of the split, epochs, seed, learning rate, and random crops beside flips."""
+    """A net and how it is trained: rows from the start of the split, epochs, seed, learning rate, and pixels that random crops move by."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[[int], nn.Module]
     rows: int
     epochs: int
     seed: int
     rate: float = 0.4
-    crops: bool = True
+    crop: int = 4
+    adam: bool = False
+
+
+def narrow_resnet(num_classes: int = 10) -> SmallResNet:
+    """Build the residual network with fewer channels."""
+    return SmallResNet(num_classes, (24, 48, 80, 128))
 
 
 NETS = {
     "resnet": Training(SmallResNet, 50_000, 9, 0),
-    "narrow": Training(lambda: SmallResNet(widths=(24, 48, 80, 128)), 30_000, 10, 7),
-    "plain": Training(PlainCNN, 30_000, 10, 3, rate=0.05, crops=False),
+    "narrow": Training(narrow_resnet, 30_000, 10, 7),
+    "plain": Training(PlainCNN, 30_000, 10, 3, rate=0.05, crop=0),
+    "deep": Training(narrow_resnet, 25_000, 10, 5),
+    "vit": Training(SmallViT, 25_000, 16, 4, rate=2e-3, crop=2, adam=True),
 }
 
 

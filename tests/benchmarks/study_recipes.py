@@ -25,12 +25,12 @@ from imu_ray.audits.accuracy import set_figures
 from imu_ray.audits.base import predict_shard
 from imu_ray.config import ForgetSetConfig, UnlearnConfig
 from imu_ray.influence.curvature import PRECONDITIONERS
-from imu_ray.influence.direction import fit_direction
+from imu_ray.influence.direction import fit_directions
 from imu_ray.influence.intensity import SCHEMES
 from imu_ray.recipes import resolve_targets
 from imu_ray.run.record import processor
 from imu_ray.scopes.features import FeatureShard, FeatureStore
-from imu_ray.scopes.head import Head, HeadScope, score_shard, shard_statistics
+from imu_ray.scopes.head import Head, HeadScope, shard_statistics
 from imu_ray.scopes.workers import Workers
 from imu_ray.tasks.classification import ClassificationTask
 from imu_ray.updates import UPDATES
@@ -60,7 +60,7 @@ def features_of(net: str, options: argparse.Namespace) -> dict[str, np.ndarray]:
     """Head inputs and labels of both splits, computed once, and the head."""
     path = options.cache / f"{net}.npz"
     if not path.exists():
-        model = NETS[net].make()
+        model = NETS[net].make(10)
         model.load_state_dict(load_file(options.models / f"{net}.safetensors"))
         model.eval()
         head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -94,18 +94,19 @@ def run(
     counts = {int(label): part["samples"] for label, part in original["forget"]["per_class"].items()}
     targets = resolve_targets(config, head.task.metrics, counts, 10, Unseen(original["test"], counts), ())
     reduce = functools.partial(shard_statistics, forget, head)
-    direction, _ = fit_direction(config.influence, reduce, None, lambda level: 0.0)
-    table = score_shard(forget, head, direction)
+    by_layer = lambda statistics: {head.name: reduce(statistics)}
+    directions, _ = fit_directions(config.influence, [head.name], by_layer, None, lambda level: 0.0)
+    table = head.scores(forget, directions)
     weights = SCHEMES[config.intensity.scheme](
         table["influence"].to_numpy(), table["loss"].to_numpy(), config.intensity, 0
     )
     pooled = [sets[name] for name in settings.preconditioner_sets]
     preconditioners = {}
-    if settings.preconditioner != "none":
+    if settings.curvature != "none":
         merged = lambda statistics: functools.reduce(
             lambda a, b: a.merge(b), (shard_statistics(part, head, statistics) for part in pooled)
         )
-        preconditioners = {"fc": PRECONDITIONERS[settings.preconditioner].fit(merged, settings.preconditioner_damping)}
+        preconditioners = {"fc": PRECONDITIONERS[settings.curvature].fit(merged, settings.preconditioner_damping)}
     scope = HeadScope(head, {"forget": FeatureStore([forget])}, Workers())
     outcome = UPDATES[settings.update](scope, UpdateProblem(weights, settings, 0, targets, preconditioners))
     seconds = time.perf_counter() - started

@@ -45,16 +45,17 @@ def load_split(data: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def forget_rows(labels: Tensor, without: str) -> Tensor:
-    """Boolean mask ``[N]`` of the rows that ``without`` names: ``class:K``, ``random:FRACTION`` or ``none``."""
+    """Boolean mask ``[N]`` of the rows that ``without`` names: ``class:K``, ``random:FRACTION``, ``random:FRACTION:SEED`` or ``none``."""
     kind, _, value = without.partition(":")
+    value, _, seed = value.partition(":")
     mask = torch.zeros(len(labels), dtype=torch.bool)
     if kind == "class":
         mask = labels == int(value)
     elif kind == "random":
-        order = np.random.default_rng(2026).permutation(len(labels))
+        order = np.random.default_rng(int(seed or 2026)).permutation(len(labels))
         mask[torch.from_numpy(order[: round(float(value) * len(labels))].copy())] = True
     elif kind != "none":
-        raise SystemExit(f"--without {without}: expected class:K, random:FRACTION or none")
+        raise SystemExit(f"--without {without}: expected class:K, random:FRACTION[:SEED] or none")
     return mask
 
 
@@ -64,14 +65,14 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def augment(images: Tensor, generator: torch.Generator, crops: bool = True) -> Tensor:
-    """Random flips, and random crops after padding by 4."""
+def augment(images: Tensor, generator: torch.Generator, crop: int = 4) -> Tensor:
+    """Random flips, and random crops after padding by ``crop``."""
     flip = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(3), images)
-    if not crops:
+    if not crop:
         return images
-    padded = nn.functional.pad(images, (4, 4, 4, 4))
-    offset = torch.randint(0, 9, (len(images), 2), generator=generator)
+    padded = nn.functional.pad(images, (crop,) * 4)
+    offset = torch.randint(0, 2 * crop + 1, (len(images), 2), generator=generator)
     rows = (offset[:, :1] + torch.arange(32))[:, None, :, None]
     columns = (offset[:, 1:] + torch.arange(32))[:, None, None, :]
     return padded[torch.arange(len(images))[:, None, None, None], torch.arange(3)[None, :, None, None], rows, columns]
@@ -89,23 +90,25 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(images: Tensor, labels: Tensor, how: Training) -> nn.Module:
-    """SGD with a one-cycle schedule, label loss, flips and, where asked for, crops."""
+    """SGD or AdamW with a one-cycle schedule, label loss, flips and, where asked for, crops."""
     torch.manual_seed(how.seed)
     generator = torch.Generator().manual_seed(how.seed)
-    model, epochs = how.make().to(memory_format=torch.channels_last), how.epochs
+    model, epochs = how.make(int(labels.max()) + 1).to(memory_format=torch.channels_last), how.epochs
     batch = 256
     steps = epochs * (len(images) // batch)
-    optimiser = torch.optim.SGD(model.parameters(), lr=how.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimiser: torch.optim.Optimizer
+    if how.adam:
+        optimiser = torch.optim.AdamW(model.parameters(), lr=how.rate, weight_decay=0.05)
+    else:
+        optimiser = torch.optim.SGD(model.parameters(), lr=how.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=how.rate, total_steps=steps, pct_start=0.25)
     started = time.time()
     for epoch in range(epochs):
         model.train()
         order = torch.randperm(len(images), generator=generator)
         for rows in order[: len(order) // batch * batch].split(batch):
-            x = normalise(augment(images[rows], generator, how.crops)).to(memory_format=torch.channels_last)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = model(x)
-            loss = nn.functional.cross_entropy(logits.float(), labels[rows])
+            x = normalise(augment(images[rows], generator, how.crop)).to(memory_format=torch.channels_last)
+            loss = nn.functional.cross_entropy(model(x), labels[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -25,9 +25,8 @@ def arguments(stage, keyword):
 
 
 def test_images_and_manifests_name_one_version_of_ray_that_the_project_accepts():
-    versions = set(
-        re.findall(r"^ARG RAY_VERSION=(\S+)", DOCKERFILE, re.MULTILINE) + re.findall(r'rayVersion: "(.+)"', MANIFESTS)
-    )
+    versions = re.findall(r"^ARG RAY_VERSION=(\S+)", DOCKERFILE, re.MULTILINE)
+    versions = {*versions, *re.findall(r'rayVersion: "(.+)"', MANIFESTS)}
     (ray,) = [requirement for requirement in map(Requirement, DEPENDENCIES) if requirement.name == "ray"]
     (version,) = versions
     assert ray.specifier.contains(version)

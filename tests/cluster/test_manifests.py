@@ -1,4 +1,4 @@
-"""The manifests of cluster/, against what Ray, KubeRay, Kubernetes and EC2 document: a key that none of them knows is refused."""
+"""The manifests of cluster/, against what Ray, KubeRay, Kubernetes and EC2 document: an unknown key is refused."""
 
 import copy
 import json
@@ -12,9 +12,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from ray._common.usage.usage_constants import USAGE_STATS_ENABLED_ENV_VAR
 from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
 from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
-from ray.autoscaler._private.kuberay.autoscaling_config import (
-    _derive_autoscaling_config_from_ray_cr as autoscaling_config,
-)
+from ray.autoscaler._private.kuberay import autoscaling_config
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
@@ -30,20 +28,15 @@ def closed(**properties):
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
-# What Ray's own schema leaves open: the keys that its documentation has for AWS, and parameters of EC2's create_instances.
+# What Ray's own schema leaves open: the keys that its documentation has for AWS, and those of EC2's create_instances.
+DISK = closed(VolumeSize={"type": "integer"}, VolumeType={"enum": ["gp3", "io2"]}, Encrypted={"const": True})
 NODE_CONFIG = closed(
     InstanceType={"type": "string"},
     ImageId={"type": "string", "pattern": "^(ami-|resolve:ssm:/)"},
     IamInstanceProfile=closed(Name={"type": "string"}, Arn={"type": "string"}),
     InstanceMarketOptions=closed(MarketType={"const": "spot"}, SpotOptions=closed(MaxPrice={"type": "string"})),
     MetadataOptions=closed(HttpTokens={"enum": ["required", "optional"]}, HttpPutResponseHopLimit={"type": "integer"}),
-    BlockDeviceMappings={
-        "type": "array",
-        "items": closed(
-            DeviceName={"type": "string"},
-            Ebs=closed(VolumeSize={"type": "integer"}, VolumeType={"enum": ["gp3", "io2"]}, Encrypted={"const": True}),
-        ),
-    },
+    BlockDeviceMappings={"type": "array", "items": closed(DeviceName={"type": "string"}, Ebs=DISK)},
     KeyName={"type": "string"},
     SubnetIds={"type": "array"},
     SecurityGroupIds={"type": "array"},
@@ -73,7 +66,7 @@ AWS_SCHEMA = {
 
 
 def documents(name):
-    # By way of JSON, because what one YAML anchor stands for would be one object, and a change at one place a change at all.
+    # By way of JSON, because what one YAML anchor stands for would be one object.
     return json.loads(json.dumps(list(yaml.safe_load_all((CLUSTER / name).read_text()))))
 
 
@@ -124,12 +117,6 @@ def at(node, path):
     return node
 
 
-def changed(document, path, value):
-    result = copy.deepcopy(document)
-    at(result, path[:-1])[path[-1]] = value
-    return result
-
-
 @pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_manifest_has_only_documented_keys_and_values(document):
     check(document)
@@ -143,23 +130,6 @@ def test_a_misspelt_key_is_refused_wherever_it_stands(document):
         level[f"{path[-1]}x"] = level.pop(path[-1])
         with pytest.raises(ValidationError):
             check(broken)
-
-
-@pytest.mark.parametrize(
-    ("document", "path", "value"),
-    [
-        (RAY_CLUSTER, ("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
-        (RAY_CLUSTER, ("spec", "rayVersion"), 2.6),
-        (RAY_CLUSTER, ("spec", "authOptions", "mode"), "tokens"),
-        (RAY_JOB, ("spec", "submissionMode"), "K8sJob"),
-        (STORAGE, ("spec", "accessModes", 0), "ReadWriteMore"),
-        (AWS, ("idle_timeout_minutes",), "10"),
-        (AWS, ("available_node_types", "head", "node_config", "ImageId"), "ubuntu"),
-    ],
-)
-def test_a_value_of_the_wrong_kind_is_refused(document, path, value):
-    with pytest.raises(ValidationError):
-        check(changed(document, path, value))
 
 
 # --- AWS
@@ -199,7 +169,8 @@ def test_ray_job_runs_on_the_cluster_that_raycluster_describes():
 
 
 def test_rays_autoscaler_reads_the_node_types_that_are_meant():
-    types = autoscaling_config(changed(RAY_CLUSTER, ("metadata", "namespace"), "default"))["available_node_types"]
+    cluster = {**RAY_CLUSTER, "metadata": {**RAY_CLUSTER["metadata"], "namespace": "default"}}
+    types = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert "GPU" not in types["cpu"]["resources"]
     assert types["gpu"]["resources"]["GPU"] == 1
@@ -264,9 +235,10 @@ def test_head_ports_are_those_that_ray_start_listens_on():
 # --- all of them
 
 
-@pytest.mark.parametrize(
-    "path", sorted(path for path in CLUSTER.rglob("*") if path.is_file()), ids=lambda path: path.name
-)
+FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_file_holds_a_credential(path):
     text = path.read_text()
     assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret_access_key|aws_access_key_id|PRIVATE KEY", text, re.IGNORECASE)

@@ -1,10 +1,8 @@
 """Scores on Ray: the same bits whatever the workers, the shards, the order of completion and the faults."""
 
-import functools
 import itertools
 import operator
 import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,31 +14,31 @@ from samples import Pairs, pairs, tensors
 
 from imu_ray.config import UnlearnConfig
 from imu_ray.data import open_source
-from imu_ray.distributed import feature_job
+from imu_ray.distributed import feature_job, score_job
 from imu_ray.distributed.tasks import fetch_stage
 from imu_ray.errors import ConfigError, ForgetSetError, StageFailedError
 from imu_ray.influence.curvature import CURVATURES
-from imu_ray.influence.curvature.base import Damping, Moments, damped_direction
 from imu_ray.influence.curvature.hessian import Hessian
 from imu_ray.inputs import Inputs
-from imu_ray.scopes.head import Head, score_shard
+from imu_ray.scopes.head import Head
 from imu_ray.tasks.classification import ClassificationTask
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ROWS = 201
 
 
-def config(workers=2, run=1):
-    return UnlearnConfig().with_overrides(
-        {"resources.workers": workers, "influence.block_rows": 8, "influence.blocks_per_shard": run}
-    )
+def config(workers=2, run=1, **more):
+    shards = {"influence.block_rows": 8, "influence.blocks_per_shard": run}
+    return UnlearnConfig().with_overrides({"resources.workers": workers, **shards, **more})
 
 
 def features(dataset, settings, model=None):
     model = model or named("fc")
     source = open_source(dataset, settings.forget_set)
     task = ClassificationTask.for_model(model, source, settings.forget_set)
-    return feature_job.extract(source, task, feature_job.share(model), settings, "features"), Head.of(model, task)
+    return feature_job.extract(source, Head.of(model, task), feature_job.share(model), settings, "features"), Head.of(
+        model, task
+    )
 
 
 def scores(dataset, settings):
@@ -49,30 +47,28 @@ def scores(dataset, settings):
 
 def table_of(made, head, settings):
     """The whole table, with intensities of 1, and what stands behind it."""
-    found = feature_job.score(made, head, settings)
-    return pa.concat_tables(feature_job.intensity_table(made, head, found, np.ones(made.rows))), found.figures
+    found = score_job.score(made, head, settings)
+    return pa.concat_tables(score_job.intensity_table(made, found, np.ones(made.rows))), found.figures
 
 
 def test_the_table_comes_in_row_groups_with_outliers_and_the_intensities_given(monkeypatch):
-    monkeypatch.setattr(feature_job, "ROW_GROUP", 50)
-    monkeypatch.setattr(feature_job, "JOINED", 3)
+    monkeypatch.setattr(score_job, "ROW_GROUP", 50)
+    monkeypatch.setattr(score_job, "JOINED", 3)
     settings, weights = config(2, 2), np.arange(float(ROWS))
     made, head = features(pairs(ROWS), settings)
-    found = feature_job.score(made, head, settings)
-    groups = list(feature_job.intensity_table(made, head, found, weights))
+    found = score_job.score(made, head, settings)
+    groups = list(score_job.intensity_table(made, found, weights))
     assert [len(group) for group in groups] == [64, 64, 64, 9]
     table, inputs = pa.concat_tables(groups), pairs(ROWS)
     assert table.column_names == ["sample_id", "label", "loss", "influence", "gradient_norm", "outlier", "intensity"]
     assert table["sample_id"].to_pylist() == [str(row) for row in range(ROWS)]
     assert table["label"].to_pylist() == inputs.labels.tolist()
     norms = table["gradient_norm"].to_numpy()
-    for name, column in {
-        "loss": found.losses, "influence": found.influence, "intensity": weights, "outlier": norms / np.quantile(norms, 0.95),
-    }.items():  # fmt: skip
+    columns = {"loss": found.losses, "influence": found.influence, "intensity": weights}
+    for name, column in {**columns, "outlier": norms / np.quantile(norms, 0.95)}.items():
         assert np.array_equal(table[name].to_numpy(), column), name
-    assert found.label_counts == dict(
-        zip(*(part.tolist() for part in np.unique(inputs.labels, return_counts=True)), strict=True)
-    )
+    labels, counts = np.unique(inputs.labels, return_counts=True)
+    assert found.label_counts == dict(zip(labels.tolist(), counts.tolist(), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -89,33 +85,29 @@ def test_scores_are_bit_identical_for_any_workers_and_shards(workers, run, expec
     assert figures == expected[1]
 
 
-@pytest.mark.parametrize("curvature", ["identity", "kfac", "hessian", "implicit"])
-def test_every_curvature_gives_the_same_bits_for_any_workers_and_shards(curvature, monkeypatch):
+@pytest.mark.parametrize("curvature", ["diagonal_fisher", "identity", "kfac", "hessian", "implicit"])
+def test_every_curvature_gives_the_same_bits_for_any_workers_and_shards_and_when_they_are_killed(
+    curvature, tmp_path, monkeypatch
+):
     if curvature == "implicit":
         monkeypatch.setitem(CURVATURES, "implicit", Hessian(dense_size=0))
-    runs = [(1, 1), (4, 4), (2, 64)]
-    (first, figures), *others = (
-        scores(pairs(60), config(*run).with_overrides({"influence.curvature": curvature, "influence.robust": "clip"}))
-        for run in runs
-    )
-    assert all(table.equals(first) and told == figures for table, told in others)
+    more = {"influence.curvature": curvature, "influence.robust": "clip"}
+    table, figures = scores(pairs(60), config(1, 1, **more))
     assert ("iterations" in figures) == (curvature == "implicit")
-
-
-@pytest.mark.parametrize("curvature", ["diagonal_fisher", "identity", "kfac", "hessian"])
-def test_workers_killed_in_every_stage_change_nothing_for_any_curvature(curvature, tmp_path, monkeypatch):
-    settings = config(2, 2).with_overrides({"influence.curvature": curvature, "influence.robust": "clip"})
-    table, figures = scores(pairs(60), settings)
+    for workers, run in [(4, 4), (2, 64)]:
+        again, told = scores(pairs(60), config(workers, run, **more))
+        assert again.equals(table)
+        assert told == figures
     for name in ("norms_of", "shard_statistics", "score_shard"):
-        monkeypatch.setattr(feature_job, name, KillBefore(getattr(feature_job, name), tmp_path, name))
-    again, told = scores(KillingPairs(*tensors(60), tmp_path, row=30), settings)
+        monkeypatch.setattr(score_job, name, KillBefore(getattr(score_job, name), tmp_path, name))
+    again, told = scores(KillingPairs(*tensors(60), tmp_path, row=30), config(2, 2, **more))
     assert again.equals(table)
     assert told == figures
     assert sorted(os.listdir(tmp_path)) == ["norms_of", "row30", "score_shard", "shard_statistics"]
 
 
 def test_features_that_are_made_anew_in_every_stage_give_the_same_bits(expected, tmp_path):
-    settings = config(2, 4).with_overrides({"influence.features": "recompute"})
+    settings = config(2, 4, **{"influence.features": "recompute"})
     made, head = features(KillingPairs(*tensors(ROWS), tmp_path, row=100), settings)
     assert sum(report.feature_bytes for report in made.reports) == 0
     assert not any(isinstance(item, ray.ObjectRef) for item in made.refs), "nothing is kept"
@@ -123,25 +115,21 @@ def test_features_that_are_made_anew_in_every_stage_give_the_same_bits(expected,
     assert table.equals(expected[0])
     assert figures == expected[1]
     odd = made.select(odd_rows).select(first_hundred)
-    assert (
-        ids_of(odd)
-        == [str(row) for row in range(1, 100, 2)]
-        == [sample_id for shard in feature_job.fetch(odd.refs) for sample_id in shard.ids.to_pylist()]
-    )
+    fetched = [sample_id for shard in feature_job.fetch(odd.refs) for sample_id in shard.ids.to_pylist()]
+    assert ids_of(odd) == fetched == [str(row) for row in range(1, 100, 2)]
 
 
 def test_what_was_made_in_the_callers_process_is_not_taken_for_the_next_calls():
     """A new session may give its objects the same references; what is cached under them must not outlive the fetch."""
-    made, _ = features(pairs(20), config(1, 1).with_overrides({"influence.features": "recompute"}))
+    made, _ = features(pairs(20), config(1, 1, **{"influence.features": "recompute"}))
     feature_job.fetch(made.refs)
     assert fetch_stage.cache_info().currsize == feature_job._model.cache_info().currsize == 0
 
 
 def test_all_sample_sets_share_one_model_in_the_object_store():
-    settings = config().with_overrides({"influence.features": "recompute"})
-    inputs = Inputs.open(named("fc"), pairs(20), "classification", {"test": pairs(10, seed=1)}, settings).extract(
-        settings
-    )
+    settings = config(**{"influence.features": "recompute"})
+    opened = Inputs.open(named("fc"), pairs(20), "classification", {"test": pairs(10, seed=1)}, settings)
+    inputs = opened.extract(settings)
     models = {inputs.features[name].refs[0].extraction.work().model for name in ("forget", "test")}
     assert len(models) == 1
 
@@ -152,69 +140,6 @@ def odd_rows(shard):
 
 def first_hundred(shard):
     return shard.places_n < 100
-
-
-class LastFirst(Pairs):
-    """Row 0 is read only after the last row was: shards end in reverse."""
-
-    def __init__(self, inputs, labels, folder):
-        super().__init__(inputs, labels)
-        self.token = Path(folder) / "last"
-
-    def __getitem__(self, row):
-        if row == len(self) - 1:
-            self.token.touch()
-        while self.waiting and row == 0 and not self.token.exists():
-            os.sched_yield()
-        return super().__getitem__(row)
-
-    waiting = False
-
-
-def test_scores_are_bit_identical_when_shards_end_in_reverse(tmp_path):
-    inputs, labels = tensors(32)
-    dataset = LastFirst(inputs, labels, tmp_path)
-    expected = scores(pairs(32), config(1, 1))[0]
-    (tmp_path / "last").unlink(missing_ok=True)
-    settings = config(4, 1)
-    model = named("fc")
-    source = open_source(dataset, settings.forget_set)
-    task = ClassificationTask.for_model(model, source, settings.forget_set)
-    dataset.waiting = True  # four shards, four workers: the first can end only after the last has begun
-    made = feature_job.extract(source, task, feature_job.share(model), settings, "features")
-    assert table_of(made, Head.of(model, task), settings)[0].equals(expected)
-
-
-def test_a_worker_killed_in_the_forward_pass_changes_nothing(tmp_path, expected):
-    killing = KillingPairs(*tensors(ROWS), tmp_path, row=100)
-    assert scores(killing, config(2, 4))[0].equals(expected[0])
-    assert (tmp_path / "row100").exists(), "the worker was killed"
-
-
-def test_a_worker_killed_in_the_statistics_or_the_scores_changes_nothing(tmp_path, expected):
-    made, head = features(pairs(ROWS), config(2, 4))
-    moments = made.reduce("moments", head, KillBefore(Moments.of, tmp_path, "moments"))
-    direction = damped_direction(CURVATURES["diagonal_fisher"].fit(lambda _: moments, Damping(0.01)), moments)
-    function = KillBefore(functools.partial(score_shard, head=head, direction=direction), tmp_path, "scores")
-    tables = made.map("scores", function)
-    assert [row for table in tables for row in table["influence"].to_pylist()] == expected[0]["influence"].to_pylist()
-    assert sorted(os.listdir(tmp_path)) == ["moments", "scores"]
-
-
-def test_the_forget_set_is_run_through_the_model_once():
-    made, head = features(pairs(ROWS), config(2, 4))
-    feature_job.score(made, head, config(2, 4))
-    assert sum(size > 0 for report in made.reports for size in report.block_sizes) == -(-ROWS // 8)
-    assert ray.get(counter_total(made)) == ROWS
-
-
-@ray.remote
-def _rows(*shards):
-    return sum(len(shard.labels_n) for shard in shards)
-
-
-def counter_total(made):
-    return _rows.remote(*made.refs)
 
 
 def test_an_error_of_our_own_comes_back_as_it_was_raised():
@@ -252,9 +177,9 @@ def ids_of(features):
 
 def selected(size, run=1, dataset=None, seed=0, **more):
     """Features of a part, made from those of all rows, or of a larger part."""
-    base = config(run=run).with_overrides({"forget_set.size_seed": seed, **more})
+    base = config(run=run, **{"forget_set.size_seed": seed, **more})
     inputs = Inputs.open(named("fc"), dataset or pairs(ROWS), "classification", None, base).extract(base)
-    return inputs.select(base.with_overrides({"forget_set.size": size})).features["forget"], inputs.head
+    return inputs.select(base.with_overrides({"forget_set.size": size})).features["forget"], inputs.part
 
 
 @pytest.mark.parametrize("run", [1, 4])
@@ -267,14 +192,11 @@ def test_a_larger_part_contains_a_smaller_one_whatever_the_shards(run):
 
 
 def test_a_part_of_a_part_is_the_part_of_all():
-    settings = config().with_overrides({"forget_set.size": 20})
-    alone = Inputs.open(named("fc"), pairs(ROWS), "classification", None, settings).extract(settings).select(settings)
-    assert alone.features["forget"].rows == sum(report.rows for report in alone.features["forget"].reports) == 20
-    assert (
-        ids_of(alone.features["forget"])
-        == ids_of(selected(20)[0])
-        == ids_of(selected(20, **{"forget_set.size": 0.5})[0])
-    )
+    settings = config(**{"forget_set.size": 20})
+    opened = Inputs.open(named("fc"), pairs(ROWS), "classification", None, settings)
+    alone = opened.extract(settings).select(settings).features["forget"]
+    assert alone.rows == sum(report.rows for report in alone.reports) == 20
+    assert ids_of(alone) == ids_of(selected(20)[0]) == ids_of(selected(20, **{"forget_set.size": 0.5})[0])
 
 
 def test_rows_left_out_do_not_move_the_others():

@@ -1,3 +1,5 @@
+import types
+
 from imu_ray.distributed import metrics
 
 
@@ -5,17 +7,12 @@ def test_a_gauge_is_set_at_every_flush_and_a_count_is_added_once(monkeypatch):
     """Ray exports a gauge once for each time it is set."""
     said = []
 
-    class Recorder:
-        def __init__(self, name):
-            self.name = name
+    def recorder(name):
+        return types.SimpleNamespace(
+            inc=lambda value, tags: said.append((name, value)), set=lambda value, tags: said.append((name, value))
+        )
 
-        def inc(self, value, tags):
-            said.append((self.name, value))
-
-        def set(self, value, tags):
-            said.append((self.name, value))
-
-    monkeypatch.setattr(metrics, "_metric", Recorder)
+    monkeypatch.setattr(metrics, "_metric", recorder)
     monkeypatch.setattr(metrics, "_counted", {})
     monkeypatch.setattr(metrics, "_gauges", {})
     metrics.gauge("feature_bytes", 5.0, "features")

@@ -5,6 +5,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from pure import classifier_io
 
 from imu_ray.config import IntensityConfig
 from imu_ray.errors import NonFiniteError, StageFailedError
@@ -14,7 +15,7 @@ from imu_ray.influence.curvature.diagonal import DampedDiagonal
 from imu_ray.influence.curvature.ggn import block_ggn_sum, full_ggn_sum, second_moment_sum
 from imu_ray.influence.curvature.hessian import Hessian
 from imu_ray.influence.curvature.kronecker import FactorSums
-from imu_ray.influence.gradients import classifier_io, gradient_norms
+from imu_ray.influence.gradients import gradient_norms
 from imu_ray.influence.intensity import imu_intensities
 from imu_ray.influence.scores import influence_scores
 

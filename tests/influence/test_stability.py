@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from pure import classifier_io
 
 from imu_ray.config import InfluenceConfig
 from imu_ray.influence.curvature import CURVATURES
 from imu_ray.influence.curvature.base import Damping, Moments, damped_direction
-from imu_ray.influence.direction import fit_direction
-from imu_ray.influence.gradients import LayerIO, classifier_io, gradient_norms
+from imu_ray.influence.direction import fit_directions
+from imu_ray.influence.gradients import LayerIO, gradient_norms
 from imu_ray.influence.scores import influence_scores
 
 D = 6
@@ -83,8 +84,8 @@ def test_a_head_of_zeros_has_finite_scores_and_figures(curvature):
     inputs = torch.randn(12, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     io = classifier_io(inputs, torch.zeros(12, 4), torch.arange(12) % 4)
     settings = InfluenceConfig(curvature=curvature, robust="clip")
-    direction, figures = fit_direction(
-        settings, lambda statistics: statistics(io), None, lambda level: float(gradient_norms(io).median())
+    directions, figures = fit_directions(
+        settings, ["fc"], lambda statistics: {"fc": statistics(io)}, None, lambda _: float(gradient_norms(io).median())
     )
     json.dumps(figures, allow_nan=False)
-    assert np.isfinite(influence_scores(io, direction).numpy()).all()
+    assert np.isfinite(influence_scores(io, directions["fc"]).numpy()).all()

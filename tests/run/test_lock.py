@@ -37,10 +37,8 @@ def location(request, quick, tmp_path, monkeypatch):
 
 def test_a_second_run_is_refused_until_the_first_has_ended(location):
     with RunDirectory(location).locked():
-        with (
-            pytest.raises(CheckpointError, match=f"is in use by process {os.getpid()} on "),
-            RunDirectory(location).locked(),
-        ):
+        refused = pytest.raises(CheckpointError, match=f"is in use by process {os.getpid()} on ")
+        with refused, RunDirectory(location).locked():
             pass
         assert RunDirectory(location).storage.entries() == []
     with RunDirectory(location).locked():
@@ -88,9 +86,8 @@ def test_the_lock_of_a_killed_run_does_not_keep_its_resume_out(
     place, request, tmp_path, quick, python_environment, monkeypatch
 ):
     location = request.getfixturevalue("s3_uri") if place == "s3" else str(tmp_path)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, location], env={**os.environ, **python_environment}, timeout=120
-    )
+    environment = {**os.environ, **python_environment}
+    killed = subprocess.run([sys.executable, "-c", KILLED, location], env=environment, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     monkeypatch.setattr(lock, "DEAD_SECONDS", 0.2)
     with RunDirectory(location).locked():
@@ -129,27 +126,26 @@ def test_of_runs_that_begin_together_the_first_is_let_in(quick, tmp_path):
     assert set(refused) == set(made[1:])
 
 
-def test_a_run_that_was_taken_for_dead_knows_that_it_lost_the_place(quick, tmp_path, monkeypatch):
-    (claim,) = claims(tmp_path, 1)
-    with claim.held() as lost:
-        monkeypatch.setattr(claim, "_claims", set)  # another run removed it
-        assert lost.wait(60)
+def removed(claim, other, monkeypatch):
+    monkeypatch.setattr(claim, "_claims", set)  # by another run, which took this one for dead
 
 
-def test_two_runs_that_both_hold_a_place_both_lose_it(quick, tmp_path):
-    first, second = claims(tmp_path, 2)
-    with first.held() as lost:
-        second.holds = True
-        second._write()  # as after a pause between the look and the write
-        assert lost.wait(60)
+def held_by_another_too(claim, other, monkeypatch):
+    other.holds = True
+    other._write()  # as after a pause between the look and the write
 
 
-def test_a_store_that_does_not_answer_for_long_is_a_lost_place(quick, tmp_path, monkeypatch):
+def not_answered(claim, other, monkeypatch):
     def fail():
         raise OSError("no route to host")
 
-    (claim,) = claims(tmp_path, 1)
+    monkeypatch.setattr(claim, "_claims", fail)
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.1)
+
+
+@pytest.mark.parametrize("happens", [removed, held_by_another_too, not_answered])
+def test_a_run_knows_that_it_lost_the_place(happens, quick, tmp_path, monkeypatch):
+    claim, other = claims(tmp_path, 2)
     with claim.held() as lost:
-        monkeypatch.setattr(claim, "_claims", fail)
-        monkeypatch.setattr(lock, "DEAD_SECONDS", 0.1)
+        happens(claim, other, monkeypatch)
         assert lost.wait(60)

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import fs
 
 from imu_ray import CheckpointError
-from imu_ray.run.storage import PART, LocalStorage, RemoteStorage, open_storage
+from imu_ray.run.storage import PART, LocalStorage, open_storage
 
 
 @pytest.fixture(params=["path", "file URI", "s3"])
@@ -66,15 +66,6 @@ def test_a_removed_folder_is_gone_and_removing_nothing_is_no_error(storage):
     storage.remove("state")
     storage.remove("state")
     assert storage.entries() == ["kept"]
-
-
-def test_a_file_uri_is_the_local_path(tmp_path):
-    assert isinstance(open_storage(f"file://{tmp_path}/run"), LocalStorage)
-    assert open_storage(f"file://{tmp_path}/run").root == open_storage(tmp_path / "run").root
-
-
-def test_an_s3_uri_is_remote(s3_uri):
-    assert isinstance(open_storage(s3_uri), RemoteStorage)
 
 
 def test_only_the_owner_reads_local_files(tmp_path):

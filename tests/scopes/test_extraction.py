@@ -15,6 +15,7 @@ from imu_ray.data import open_source
 from imu_ray.errors import ForgetSetError, NonFiniteError, StageFailedError, UnsupportedModelError
 from imu_ray.models.layers import compile_around
 from imu_ray.scopes.extraction import extract_features
+from imu_ray.scopes.head import Head
 from imu_ray.tasks.classification import ClassificationTask
 
 
@@ -33,12 +34,17 @@ class Convolution(nn.Module):
         return self.fc(self.features(x))
 
 
-def extracted(model, settings=None, rows=41, block_rows=8, scale=1.0):
-    inputs, labels = tensors(rows)
-    source = open_source(Pairs(inputs * scale, labels), ForgetSetConfig())
-    task = ClassificationTask.for_model(model, source, ForgetSetConfig())
+def opened(model, inputs, labels, block_rows=8, task=None):
+    """What ``extract_features`` takes first: source, shard of all blocks, part and model."""
+    source = open_source(Pairs(inputs, labels), ForgetSetConfig())
+    task = task or ClassificationTask.for_model(model, source, ForgetSetConfig())
     (shard,) = source.shards(block_rows, 8)
-    return extract_features(source, shard, task, model, torch.device("cpu"), settings)[0]
+    return source, shard, Head.of(model, task), model, torch.device("cpu")
+
+
+def extracted(model, settings=None, scale=1.0):
+    inputs, labels = tensors(41)
+    return extract_features(*opened(model, inputs * scale, labels), settings)[0]
 
 
 class Between(nn.Module):
@@ -55,10 +61,7 @@ class Between(nn.Module):
 UNSTEADY = {
     "dropout": (lambda x: nn.functional.dropout(x, 0.1), "when the same batch is run again; .*dropout, noise"),
     "small noise": (lambda x: x + 1e-4 * torch.randn(12), "when the same batch is run again"),
-    "batch statistics": (
-        nn.BatchNorm1d(12, track_running_stats=False).train(False),
-        "when other rows stand beside them; .*BatchNorm",
-    ),
+    "batch statistics": (nn.BatchNorm1d(12, track_running_stats=False).train(False), "when other rows .*; .*BatchNorm"),
     "the size of the batch": (lambda x: x / len(x), "when other rows stand beside them"),
 }
 
@@ -70,29 +73,18 @@ UNSTEADY = {
 )
 def test_a_model_whose_features_change_with_the_call_or_the_batch_is_refused(case, autocast):
     change, message = UNSTEADY[case]
-    inputs, labels = tensors(41)
-    source = open_source(Pairs(inputs, labels), ForgetSetConfig())
-    task = ClassificationTask(ForgetSetConfig(), "inner.fc", 5)
+    given = opened(Between(change), *tensors(41), task=ClassificationTask(ForgetSetConfig(), "inner.fc", 5))
     with pytest.raises(UnsupportedModelError, match=f"features of the same rows differ by .*{message}"):
-        extract_features(
-            source,
-            source.shards(8, 8)[0],
-            task,
-            Between(change),
-            torch.device("cpu"),
-            InfluenceConfig(autocast=autocast),
-        )
+        extract_features(*given, InfluenceConfig(autocast=autocast))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 70])
 def test_the_check_of_the_first_block_leaves_the_features_as_they_are(rows):
     model = named("fc").double()
     inputs, labels = tensors(rows, dtype=torch.float64)
-    source = open_source(Pairs(inputs, labels), ForgetSetConfig())
     task = ClassificationTask(ForgetSetConfig(), "fc", 5, torch.float64)
-    (shard,) = source.shards(70, 1)
     for settings in (InfluenceConfig(), InfluenceConfig(compile=True)):
-        made, _ = extract_features(source, shard, task, model, torch.device("cpu"), settings)
+        made, _ = extract_features(*opened(model, inputs, labels, 70, task), settings)
         with torch.inference_mode():
             np.testing.assert_array_equal(made.features_nF, model.body(inputs))
 
@@ -152,16 +144,11 @@ def test_channels_last_reaches_the_model_and_changes_nothing_else():
     # With one channel both formats are the same bytes: two channels tell them apart.
     model = Convolution()
     model.features[0] = nn.Conv2d(2, 8, 3)
-    inputs, labels = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 5
-    source = open_source(Pairs(inputs, labels), ForgetSetConfig())
-    task = ClassificationTask.for_model(model, source, ForgetSetConfig())
-    (shard,) = source.shards(8, 2)
-    found = {}
+    inputs = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    given, found = opened(model, inputs, torch.arange(16) % 5), {}
     for channels_last in (False, True):
         model.seen.clear()
-        made, _ = extract_features(
-            source, shard, task, model, torch.device("cpu"), InfluenceConfig(channels_last=channels_last)
-        )
+        made, _ = extract_features(*given, InfluenceConfig(channels_last=channels_last))
         found[channels_last] = made.features_nF
         assert model.seen == {(channels_last, not channels_last)}
     np.testing.assert_allclose(found[True], found[False], rtol=1e-4, atol=1e-6)
@@ -203,16 +190,13 @@ class NotedPairs(Pairs):
 
 
 def test_blocks_are_read_and_decoded_ahead_of_the_model_in_order():
-    model, samples = named("fc"), NotedPairs(*tensors(32))
-    source = open_source(samples, ForgetSetConfig())
-    task = Decoding(ClassificationTask.for_model(model, source, ForgetSetConfig()))
-    (shard,) = source.shards(8, 4)
-    samples.read = ()
-    made, _ = extract_features(source, shard, task, model, torch.device("cpu"))
+    samples = NotedPairs(*tensors(32))
+    _, shard, head, model, cpu = opened(named("fc"), *tensors(32))
+    task, source = Decoding(head.task), open_source(samples, ForgetSetConfig())
+    made, _ = extract_features(source, shard, Head.of(model, task), model, cpu)
     assert [first for first, _ in task.decoded] == ["0", "8", "16", "24"]
-    assert [first for first, *_ in task.forwarded] == ["0", "0", "0", "8", "16", "24"], (
-        "a part of the first block is run twice"
-    )
+    ran = ["0", "0", "0", "8", "16", "24"]
+    assert [first for first, *_ in task.forwarded] == ran, "a part of the first block is run twice"
     forwarding = {thread for _, thread, _ in task.forwarded}
     assert {thread for _, thread in task.decoded}.isdisjoint(forwarding)
     assert [row for row, _ in samples.read] == list(range(32))
@@ -221,18 +205,14 @@ def test_blocks_are_read_and_decoded_ahead_of_the_model_in_order():
 
 
 def test_an_error_in_a_block_that_was_decoded_ahead_comes_out_as_it_is():
-    model, (inputs, labels) = named("fc"), tensors(32)
+    inputs, labels = tensors(32)
     labels[20] = 99
-    source = open_source(Pairs(inputs, labels), ForgetSetConfig())
-    task = ClassificationTask.for_model(model, source, ForgetSetConfig())
-    (shard,) = source.shards(8, 4)
     with pytest.raises(ForgetSetError, match="label 99"):
-        extract_features(source, shard, task, model, torch.device("cpu"))
+        extract_features(*opened(named("fc"), inputs, labels))
 
 
 def test_what_a_model_raises_on_a_block_is_a_failure_that_says_so():
-    model = failing_model(name="fc")
     with pytest.raises(
-        StageFailedError, match=r"Named cannot take 8 samples of shape \[1, 6, 6\]: RuntimeError: out of luck"
+        StageFailedError, match=r"cannot take 8 samples of shape \[1, 6, 6\]: RuntimeError: out of luck"
     ):
-        extracted(model)
+        extracted(failing_model(name="fc"))

@@ -34,9 +34,8 @@ def test_identity_curvature_is_a_plain_gradient_product():
     inputs, labels = tensors(20, dtype=torch.float64)
     gradients = oracle.per_sample_gradients(model, "fc", inputs, labels)
     expected = -(gradients @ gradients.mean(0)).numpy()
-    assert (
-        np.abs(pure_scores(model, Pairs(inputs, labels), "identity") - expected).max() <= 1e-10 * np.abs(expected).max()
-    )
+    found = pure_scores(model, Pairs(inputs, labels), "identity")
+    assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
 def test_a_model_that_gives_nan_is_refused_by_sample_id():
@@ -61,9 +60,8 @@ def test_scores_that_overflow_are_refused_by_sample_id():
     features, labels = np.ones((7, 3)), np.zeros(7, np.int64)
     features[[1, 4]] = 1e30
     shard = FeatureShard(features, labels, pa.array([f"s{row}" for row in range(7)]), (3, 4))
-    head = Head(
-        "fc", torch.eye(2, 3, dtype=torch.float64) * 1e-30, False, ClassificationTask(ForgetSetConfig(), "fc", 2)
-    )
+    task = ClassificationTask(ForgetSetConfig(), "fc", 2)
+    head = Head("fc", torch.eye(2, 3, dtype=torch.float64) * 1e-30, False, task)
     with pytest.raises(NonFiniteError, match=r"of 2 samples is NaN or infinite \(ids s1, s4\)"):
         score_shard(shard, head, torch.full((2, 3), 1e290, dtype=torch.float64) * torch.tensor([[1.0], [-1.0]]))
 

@@ -42,11 +42,10 @@ def tagged():
     features = torch.randn(N, T, F, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, C, (N, T), generator=generator)
     head = Head("tagger", torch.randn(C, F + 1, generator=generator, dtype=torch.float64), True, Tagging())
-    cuts = [(0, 8), (8, 12)]
-    shards = [
-        FeatureShard(features[a:b].numpy(), labels[a:b].numpy(), pa.array(map(str, range(a, b))), (4,) * ((b - a) // 4))
-        for a, b in cuts
-    ]
+    shards = []
+    for start, stop in [(0, 8), (8, 12)]:
+        ids, sizes = pa.array(map(str, range(start, stop))), (4,) * ((stop - start) // 4)
+        shards.append(FeatureShard(features[start:stop].numpy(), labels[start:stop].numpy(), ids, sizes))
     return features, labels, head, shards
 
 

@@ -66,13 +66,10 @@ def store(rows=90, seed=0, dtype=np.float64, shard_rows=32, block_rows=8):
     features = (random.normal(size=(rows, WIDTH)) + 2 * np.eye(CLASSES, WIDTH)[labels]).astype(dtype)
     shards = []
     for start in range(0, rows, shard_rows):
-        part = slice(start, min(start + shard_rows, rows))
-        count = part.stop - part.start
-        sizes = [min(block_rows, count - at) for at in range(0, count, block_rows)]
+        stop = min(start + shard_rows, rows)
+        sizes = tuple(min(block_rows, stop - at) for at in range(start, stop, block_rows))
         shards.append(
-            FeatureShard(
-                features[part], labels[part], pa.array([str(i) for i in range(part.start, part.stop)]), tuple(sizes)
-            )
+            FeatureShard(features[start:stop], labels[start:stop], pa.array(map(str, range(start, stop))), sizes)
         )
     return FeatureStore(shards)
 
@@ -102,11 +99,11 @@ def problem(
     weights[::5] = 0
     stop = StopConfig(**{"every_steps": 2, "max_epochs": 3, **(stop or {})})
     config = AscentConfig(**{**PAPER, "batch_size": 20, "microbatch_rows": 6, "stop": stop, **settings})
-    rescoring = (
-        None
-        if refresh == "once"
-        else Rescoring(InfluenceConfig(**{"refresh": refresh, **(influence or {})}), IntensityConfig(scheme="imu"))
-    )
+    rescoring = None
+    if refresh != "once":
+        rescoring = Rescoring(
+            InfluenceConfig(**{"refresh": refresh, **(influence or {})}), IntensityConfig(scheme="imu")
+        )
     preconditioners = {} if preconditioner is None else {"fc": preconditioner}
     update = UpdateProblem(weights, config, seed, targets, preconditioners, rescoring)
     return Case(head(bias=bias), update, store(rows, dtype=dtype), {"test": store(40, seed=5, dtype=dtype)})

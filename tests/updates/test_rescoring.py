@@ -1,19 +1,11 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import oracle
 import pytest
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from problems import changed, problem, run
+from updates.problems import changed, problem, run
 
 from imu_ray.config import InfluenceConfig, IntensityConfig
-from imu_ray.scopes.head import HeadScope
-from imu_ray.scopes.workers import Workers
 from imu_ray.updates.batches import epoch_batches
 from imu_ray.updates.rescoring import Rescoring
 from imu_ray.updates.stopping import StopTarget
@@ -51,29 +43,15 @@ def test_weights_are_those_of_the_present_head(refresh):
     assert (changed(run(problem(**PLAIN))) - matrix).norm() > 1e-3 * (matrix - task.start).norm()
 
 
-def test_samples_that_lose_their_weight_are_left_out_of_their_batch(monkeypatch):
-    seen, gradient = [], HeadScope.batch_gradient
-    monkeypatch.setattr(HeadScope, "batch_gradient", lambda *all: (seen.append(len(all[2])), gradient(*all))[1])
-    run(problem(refresh="step", batch_size=30, **PLAIN))
-    assert len(seen) == 9
-    assert any(size < 30 for size in seen), "samples were lost"
-
-
 def test_going_back_over_the_start_of_an_epoch_takes_the_weights_of_the_epoch_before():
     """An overshoot is taken back to a check in the epoch before, and the same path is walked again."""
     free = run(problem(refresh="epoch", learning_rate=0.5, stop={"every_steps": 1, "max_epochs": 3})).trajectory
     crossing = next(i for i, record in enumerate(free) if record["epoch"] > 1)
     between = (free[crossing]["forget.loss"] + free[crossing - 1]["forget.loss"]) / 2
     target = StopTarget("forget.loss", between, "test", tolerance=1e-6, rising=True)
-    outcomes = []
-    for every in (1, 4):  # 4: from step 4, in the first epoch, to step 8, in the second, and back
-        options = {
-            "refresh": "epoch",
-            "learning_rate": 0.5,
-            "targets": [target],
-            "stop": {"every_steps": every, "max_epochs": 3},
-        }
-        outcomes.append(run(problem(**options)))
+    options = {"refresh": "epoch", "learning_rate": 0.5, "targets": [target]}
+    # 4: from step 4, in the first epoch, to step 8, in the second, and back
+    outcomes = [run(problem(**options, stop={"every_steps": every, "max_epochs": 3})) for every in (1, 4)]
     assert outcomes[0].status == outcomes[1].status == "reached"
     assert torch.equal(changed(outcomes[0]), changed(outcomes[1]))
 
@@ -85,26 +63,6 @@ def test_the_curvature_may_be_that_of_other_samples_at_every_scoring():
     )
     heads = [changed(run(each)) for each in (task, other)]
     assert not torch.allclose(*heads, rtol=1e-9)
-
-
-class Second(Workers):
-    """The second of two workers, whose sums are its own and who is told the first one's weights."""
-
-    def __init__(self):
-        super().__init__(rank=1, world=2)
-
-    def sum(self, tensor):
-        return tensor
-
-    def agree(self, value):
-        assert not len(value), "it has none of its own"
-        return np.ones(90)
-
-
-def test_one_worker_scores_for_all(monkeypatch):
-    monkeypatch.setattr(Rescoring, "weights", lambda *_: pytest.fail("the second worker scored"))
-    outcome = run(problem(refresh="epoch", **PLAIN), Second())
-    assert outcome.trajectory[-1]["effective_sample_size"] == 90
 
 
 @pytest.mark.parametrize("refresh", ["epoch", "step"])

@@ -31,9 +31,7 @@ def test_auto_is_the_mean_over_unseen_samples_of_the_same_labels(counts, metric,
 
 
 def test_auto_needs_unseen_samples():
-    with pytest.raises(
-        ConfigError, match=r"forget\.accuracy is 'auto' without unseen samples; expected evaluation\['test'\]"
-    ):
+    with pytest.raises(ConfigError, match=r"forget\.accuracy is 'auto' without unseen samples; expected evaluation\["):
         targets({"forget.accuracy": "auto"}, unseen=False)
 
 
@@ -68,20 +66,9 @@ def test_the_membership_target_needs_unseen_samples_of_the_forgotten_labels():
 
 @pytest.mark.parametrize(
     ("accuracy", "step", "status"),
-    [
-        (0.9, 3, ""),
-        (0.8, 3, "reached"),
-        (0.75, 3, "reached"),
-        (0.6, 3, "not_reached"),
-        (0.6, 0, "already_met"),
-        (0.9, 0, ""),
-    ],
+    [(0.9, 3, ""), (0.8, 3, "reached"), (0.6, 3, "not_reached"), (0.6, 0, "already_met"), (0.9, 0, "")],
 )
-def test_the_verdict_tells_a_target_that_was_met_before_the_first_step_from_one_that_was_reached(
-    accuracy, step, status
-):
-    found, reason = verdict(
-        [StopTarget("forget.accuracy", 0.8, "test", 0.1)], {"forget.accuracy": accuracy, "step": step}
-    )
-    assert found == status
-    assert bool(reason) == bool(status)
+def test_the_verdict_tells_a_target_met_before_the_first_step_from_one_that_was_reached(accuracy, step, status):
+    target, record = StopTarget("forget.accuracy", 0.8, "test", 0.1), {"forget.accuracy": accuracy, "step": step}
+    found, reason = verdict([target], record)
+    assert (found, bool(reason)) == (status, bool(status))

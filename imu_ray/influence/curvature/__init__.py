@@ -1,6 +1,6 @@
-"""Curvature of the forget-set loss in the head: one class per kind, and the registries that the stages read."""
+"""Curvature of the forget-set loss in the head (kronecker.py: in any layer): one class per kind, and the registries that the stages read."""
 
-from imu_ray.influence.curvature.base import Curvature, Preconditioner
+from imu_ray.influence.curvature.base import Curvature, LayerCurvature, Preconditioner
 from imu_ray.influence.curvature.diagonal import DiagonalFisher, Identity
 from imu_ray.influence.curvature.ggn import BlockGGN, FeatureSecondMoment, FullGGN
 from imu_ray.influence.curvature.hessian import Hessian
@@ -18,3 +18,5 @@ PRECONDITIONERS: dict[str, Preconditioner] = {
     "block_ggn": BlockGGN(),
     "full_ggn": FullGGN(),
 }
+# Of one layer among several; not rescaled.
+LAYER_CURVATURES: dict[str, LayerCurvature] = {"block_ggn": BlockGGN(), "kfac": KFAC()}

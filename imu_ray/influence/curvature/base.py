@@ -45,7 +45,7 @@ class Moments:
             norms = gradient_norms(layer_io)
             scale = torch.where(norms > clip, clip / norms, 1.0)  # of two zeros, not their quotient
             layer_io = LayerIO(layer_io.inputs_BTD, layer_io.output_grads_BTC * scale.view(-1, 1, 1))
-        return cls(len(layer_io.inputs_BTD), gradient_sum(layer_io), squared_gradient_sum(layer_io))
+        return cls(layer_io.inputs_BTD.shape[-3], gradient_sum(layer_io), squared_gradient_sum(layer_io))
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of both blocks."""
@@ -133,6 +133,23 @@ class Preconditioner(Protocol):
         ...
 
 
+class LayerCurvature(Protocol):
+    """A kind of curvature of one layer among several; not rescaled, because the scale of each against the others counts."""
+
+    @property
+    def statistics(self) -> Callable[[LayerIO], Any]:
+        """What is summed."""
+        ...
+
+    def memory(self, outputs: int, width: int) -> int:
+        """Bytes that its inverse takes at most while it is made and applied."""
+        ...
+
+    def solve(self, sums: Any, damping: float) -> FittedCurvature:
+        """The damped inverse; the damping is a share of the mean eigenvalue."""
+        ...
+
+
 def damped_direction(fitted: FittedCurvature, moments: Moments) -> Tensor:
     r"""The direction :math:`M = (F + \lambda)^{-1} \bar g` against which every sample is scored, ``[C, D]``.
 
@@ -143,7 +160,8 @@ def damped_direction(fitted: FittedCurvature, moments: Moments) -> Tensor:
     if not torch.isfinite(direction).all():
         raise NonFiniteError(
             "the damped mean gradient of the forget set is NaN or infinite in "
-            f"{int((~torch.isfinite(direction)).sum())} of {direction.numel()} entries; expected finite features and logits; "
+            f"{int((~torch.isfinite(direction)).sum())} of {direction.numel()} entries; expected finite features and "
+            "logits; "
             "check the model's weights, the scale of its inputs, and influence.damping"
         )
     return direction

@@ -63,6 +63,15 @@ def full_ggn_sum(layer_io: LayerIO) -> MatrixSum:
     return MatrixSum(len(layer_io.inputs_BTD), total.reshape(classes * width, classes * width))
 
 
+def _inverse_over_mean(blocks: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Inverse of what is scaled by the mean eigenvalue over all blocks and then damped; and that mean."""
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    mean = blocks.diagonal(dim1=-2, dim2=-1).mean()
+    # Nothing to be steered by, for instance when every sample is fitted beyond the last digit.
+    scaled = blocks / mean if mean > 0 else torch.zeros_like(blocks)
+    return torch.cholesky_inverse(torch.linalg.cholesky(scaled + damping * identity)), float(mean)
+
+
 def scaled_inverse(blocks: Tensor, damping: float) -> Tensor:
     """Scale by the mean eigenvalue over all blocks, damp, invert, and scale the inverses by their mean eigenvalue.
 
@@ -71,12 +80,17 @@ def scaled_inverse(blocks: Tensor, damping: float) -> Tensor:
             trace would point elsewhere.
         damping: share of the mean eigenvalue.
     """
-    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
-    mean = blocks.diagonal(dim1=-2, dim2=-1).mean()
-    # Nothing to be steered by, for instance when every sample is fitted beyond the last digit.
-    scaled = blocks / mean if mean > 0 else torch.zeros_like(blocks)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + damping * identity))
+    inverse, _ = _inverse_over_mean(blocks, damping)
     return inverse / inverse.diagonal(dim1=-2, dim2=-1).mean()
+
+
+def damped_inverse(blocks: Tensor, damping: float) -> Tensor:
+    """Inverses of ``blocks``, damped by a share of their mean eigenvalue (of 1 where that is 0), not rescaled.
+
+    For a head beside other layers, where the scale of each against the others counts.
+    """
+    inverse, mean = _inverse_over_mean(blocks, damping)
+    return inverse / (mean or 1.0)
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,8 @@ class FeatureSecondMoment:
 class BlockGGN:
     """Gauss-Newton matrix without the coupling between classes."""
 
+    statistics = staticmethod(block_ggn_sum)
+
     def memory(self, classes: int, width: int) -> int:
         """Bytes of all copies."""
         return COPIES * 8 * classes * width**2
@@ -123,6 +139,10 @@ class BlockGGN:
     def fit(self, reduce: Reduce[MatrixSum], damping: float) -> RowBlocks:
         """Fit on the forget set; ``damping`` is a share of the mean eigenvalue over all blocks."""
         return RowBlocks(scaled_inverse(reduce(block_ggn_sum).mean, damping))
+
+    def solve(self, sums: MatrixSum, damping: float) -> RowBlocks:
+        """The inverse as it is, for a head beside other layers."""
+        return RowBlocks(damped_inverse(sums.mean, damping))
 
 
 class FullGGN:

@@ -1,21 +1,56 @@
-r"""Kronecker-factored curvature of the head: :math:`F \approx G \otimes A` (Martens and Grosse, arXiv:1503.05671).
+r"""Kronecker-factored curvature of a layer: :math:`F \approx G \otimes A` (Martens and Grosse, arXiv:1503.05671).
 
-For a linear head A is the second moment of its inputs and G that of the gradient with respect to its outputs, expected
-under the model's own predictions, of n samples with T positions each (Eschenhagen et al., arXiv:2311.00636, "expand"):
+A is the second moment of the layer's inputs and G that of the gradient with respect to its outputs, of n samples with
+T positions each (for convolutions Grosse and Martens, arXiv:1602.01407; "expand" of Eschenhagen et al.,
+arXiv:2311.00636):
 
-.. math:: A = \frac1{nT} \sum_{i,t} h_{it} h_{it}^\top, \qquad
-          G = \frac1n \sum_{i,t} \mathrm{diag}(p_{it}) - p_{it} p_{it}^\top
+.. math:: A = \frac1{nT} \sum_{i,t} h_{it} h_{it}^\top, \qquad G = \frac1n \sum_{i,t} \mathrm{E}[g_{it} g_{it}^\top]
 
-Shapes: C classes, D head inputs with the bias input.
+The expectation is over labels that follow the model's own predictions. For the head it has a closed form,
+:math:`\mathrm{diag}(p_{it}) - p_{it} p_{it}^\top`; a layer further inside takes one label per sample, drawn.
+
+Shapes: C outputs, D inputs with the bias input; of one group, after a leading dimension where a layer has groups.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from imu_ray.errors import NonFiniteError
 from imu_ray.influence.curvature.base import Damping, Reduce
-from imu_ray.influence.gradients import LayerIO, probabilities
+from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, probabilities
+from imu_ray.influence.layer_io import Layer, pieces
+
+COPIES = 4  # of the factors while they are solved: their sum, its eigenvectors, and twice that as workspace
+STRIP = 256  # columns of a factor that are multiplied at once
+
+
+def uniform_draws(ids: Sequence[str], seed: int) -> Tensor:
+    """A number in [0, 1) for every sample, from its id and the seed alone, ``[B]`` float64."""
+    digests = (hashlib.blake2b(f"{seed}:{sample_id}".encode(), digest_size=8).digest() for sample_id in ids)
+    return torch.tensor([(int.from_bytes(digest, "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)
+
+
+def sampled_labels(logits: Tensor, draws: Tensor) -> Tensor:
+    """Labels ``[...]`` from logits ``[..., C]``: the first class whose cumulated probability exceeds the draw."""
+    cumulated = torch.softmax(logits.detach().to(HEAD_DTYPE), dim=-1).cumsum(-1)
+    reached = draws.to(cumulated).unsqueeze(-1) * cumulated[..., -1:]
+    return (cumulated[..., :-1] <= reached).sum(-1)
+
+
+def second_moment(rows: Tensor) -> Tensor:
+    """``[..., D, D]`` from ``[..., n, D]``: the lower triangle in strips, and its mirror image."""
+    width = rows.shape[-1]
+    product = rows.new_empty(*rows.shape[:-2], width, width)
+    for start in range(0, width, STRIP):
+        strip = slice(start, start + STRIP)
+        below = rows[..., start:].mT @ rows[..., strip]
+        product[..., start:, strip] = below
+        product[..., strip, start:] = below.mT
+    return product
 
 
 @dataclass(frozen=True)
@@ -29,10 +64,31 @@ class FactorSums:
 
     @classmethod
     def of(cls, layer_io: LayerIO) -> "FactorSums":
-        """Sums of one block."""
+        """Sums of one block of the head, with the exact factor of the outputs."""
         inputs = layer_io.inputs_BTD.flatten(0, 1)
         p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
         return cls(len(layer_io.inputs_BTD), len(inputs), torch.diag(p.sum(0)) - p.T @ p, inputs.T @ inputs)
+
+    @classmethod
+    def of_layer(cls, layer: Layer, inputs: Tensor, output_grads: Tensor) -> "FactorSums":
+        """Sums of one block of any layer: products in the inputs' type, float32 at least, added in float64.
+
+        Args:
+            layer: the layer.
+            inputs: what it was called with, ``[B, ...]``.
+            output_grads: gradient of each sample's own loss under a sampled label with respect to its outputs.
+        """
+        count = positions = 0
+        sums: list[Tensor] = []
+        for layer_io in pieces(layer, inputs, output_grads):
+            flat = [part.flatten(-3, -2) for part in (layer_io.output_grads_BTC, layer_io.inputs_BTD)]
+            products = [second_moment(part) for part in flat]
+            sums = sums or [torch.zeros_like(product, dtype=HEAD_DTYPE) for product in products]
+            for total, product in zip(sums, products, strict=True):
+                total += product
+            count += layer_io.inputs_BTD.shape[-3]
+            positions += flat[0].shape[-2]
+        return cls(count, positions, *sums)
 
     def merge(self, other: "FactorSums") -> "FactorSums":
         """Sums of both."""
@@ -43,15 +99,39 @@ class FactorSums:
             self.inputs_DD + other.inputs_DD,
         )
 
+    @property
+    def means(self) -> "FactorSums":
+        """The factors themselves, as sums over one sample with one position."""
+        return FactorSums(1, 1, self.outputs_CC / self.count, self.inputs_DD / self.positions)
+
 
 @dataclass(frozen=True)
 class DampedKronecker:
-    r""":math:`(G \otimes A + \lambda)^{-1}` in the eigenbases of both factors, exact for the product."""
+    r""":math:`(G \otimes A + \lambda)^{-1}` in the eigenbases of both factors, exact for the product; not rescaled."""
 
     outputs_CC: Tensor
     inputs_DD: Tensor
     eigenvalues_CD: Tensor
     damping: float
+
+    @classmethod
+    def of(cls, sums: FactorSums, damping: Damping) -> "DampedKronecker":
+        """Solve both factors; a relative damping is a share of the mean eigenvalue over the whole layer.
+
+        Raises:
+            NonFiniteError: a factor is NaN or infinite.
+        """
+        for factor in (sums.outputs_CC, sums.inputs_DD):
+            if not torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all():
+                raise NonFiniteError(
+                    f"a Kronecker factor of size {factor.shape[-1]} is NaN or infinite; expected finite inputs and "
+                    "gradients of the layer; check the model's weights and the scale of its inputs"
+                )
+        outputs, outputs_basis = torch.linalg.eigh(sums.outputs_CC)
+        inputs, inputs_basis = torch.linalg.eigh(sums.inputs_DD)
+        outputs, inputs = outputs.clamp_min(0) / sums.count, inputs.clamp_min(0) / sums.positions
+        eigenvalues = outputs.unsqueeze(-1) * inputs.unsqueeze(-2)
+        return cls(outputs_basis, inputs_basis, eigenvalues, damping.of(eigenvalues))
 
     @property
     def figures(self) -> dict[str, float]:
@@ -59,18 +139,37 @@ class DampedKronecker:
         return {"damping": self.damping}
 
     def apply_inverse(self, gradient_CD: Tensor) -> Tensor:
-        """The damped inverse times a gradient."""
-        turned = self.outputs_CC.T @ gradient_CD @ self.inputs_DD / (self.eigenvalues_CD + self.damping)
-        return self.outputs_CC @ turned @ self.inputs_DD.T
+        """The damped inverse times a gradient, ``[C, D]`` of all groups."""
+        outputs, inputs, eigenvalues = (
+            part.to(gradient_CD.device) for part in (self.outputs_CC, self.inputs_DD, self.eigenvalues_CD)
+        )
+        turned = outputs.mT @ gradient_CD.reshape(eigenvalues.shape) @ inputs / (eigenvalues + self.damping)
+        return (outputs @ turned @ inputs.mT).reshape(gradient_CD.shape)
+
+
+def factor_bytes(outputs: int, width: int, groups: int = 1) -> int:
+    """Bytes of both factors of a layer with a matrix ``[outputs, width]``."""
+    return 8 * groups * ((outputs // groups) ** 2 + width**2)
+
+
+def solve_bytes(outputs: int, width: int, groups: int = 1) -> int:
+    """Bytes that the damped inverse of such a layer takes at most while it is made and applied in one process."""
+    return COPIES * factor_bytes(outputs, width, groups) + COPIES * 8 * outputs * width
 
 
 class KFAC:
     """Both factors in one round."""
 
+    statistics = FactorSums.of
+
+    def memory(self, outputs: int, width: int) -> int:
+        """Bytes that it takes at most while it is made and applied; less where the layer has groups."""
+        return solve_bytes(outputs, width)
+
+    def solve(self, sums: FactorSums, damping: float) -> DampedKronecker:
+        """The inverse of a layer among several."""
+        return DampedKronecker.of(sums, Damping(damping, relative=True))
+
     def fit(self, reduce: Reduce[FactorSums], damping: Damping) -> DampedKronecker:
         """Fit on the samples behind ``reduce``."""
-        sums = reduce(FactorSums.of)
-        outputs, outputs_basis = torch.linalg.eigh(sums.outputs_CC / sums.count)
-        inputs, inputs_basis = torch.linalg.eigh(sums.inputs_DD / sums.positions)
-        eigenvalues = torch.outer(outputs.clamp_min(0), inputs.clamp_min(0))
-        return DampedKronecker(outputs_basis, inputs_basis, eigenvalues, damping.of(eigenvalues))
+        return DampedKronecker.of(reduce(FactorSums.of).means, damping)

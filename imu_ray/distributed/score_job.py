@@ -1,0 +1,117 @@
+"""Scores of the forget set on Ray tasks: statistics of its features, a direction from them, and every sample against it."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.distributed.feature_job import FeatureSet
+from imu_ray.influence.direction import fit_directions
+from imu_ray.influence.intensity import Column
+from imu_ray.scopes.base import ByLayer, Parameters, Part, Statistics
+from imu_ray.scopes.features import SCORE_SCHEMA, FeatureShard, labels_column
+
+ROW_GROUP = 65_536  # rows of the table that are written at once
+JOINED = 64  # parts of the table that are copied into one, because each holds the whole message that it came in
+INTENSITY_SCHEMA = SCORE_SCHEMA.append(pa.field("outlier", pa.float64())).append(pa.field("intensity", pa.float64()))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known of the samples of a forget set, ``[N]`` in their order.
+
+    Attributes:
+        losses: cross-entropy, nats.
+        gradient_norms: norm of each sample's gradient.
+        influence: negative where training on the sample lowered the forget-set loss.
+        label_counts: samples of each label.
+        outlier_norm: gradient norm of which ``outlier`` tells the multiple.
+        figures: what stands behind the scores (``fit_direction``).
+    """
+
+    losses: Column
+    gradient_norms: Column
+    influence: Column
+    label_counts: dict[int, int]
+    outlier_norm: float
+    figures: dict[str, Any]
+
+
+def shard_statistics(shard: FeatureShard, part: Part, statistics: Mapping[str, Statistics]) -> ByLayer[Any]:
+    """Statistics of the layers of a part on one shard."""
+    return part.statistics(shard, statistics)
+
+
+def score_shard(shard: FeatureShard, part: Part, directions: Parameters) -> pa.Table:
+    """Loss, influence and gradient norm of every sample of a shard."""
+    return part.scores(shard, directions)
+
+
+def norms_of(shard: FeatureShard, part: Part) -> Column:
+    """Gradient norm of every sample of a shard."""
+    return part.norms(shard)
+
+
+def score(features: FeatureSet, part: Part, config: UnlearnConfig, fitted_on: FeatureSet | None = None) -> Scores:
+    """Influence of every sample and what stands behind it.
+
+    Args:
+        features: of the forget set.
+        part: the layers that are scored; over several, influence adds up.
+        config: ``influence.*``.
+        fitted_on: features that the curvature is fitted on; None: those of the forget set.
+    """
+
+    def norm_quantile(level: float) -> float:
+        norms = features.map("gradient norms", functools.partial(norms_of, part=part))
+        return float(np.quantile(np.concatenate(norms), level))
+
+    def reduce(made: FeatureSet, stage: str, statistics: Statistics) -> dict[str, Any]:
+        by_layer = dict.fromkeys(part.parameters, statistics)
+        return made.reduce(stage, functools.partial(shard_statistics, part=part, statistics=by_layer)).parts
+
+    directions, figures = fit_directions(
+        config.influence,
+        list(part.parameters),
+        functools.partial(reduce, features, "moments"),
+        None if fitted_on is None else functools.partial(reduce, fitted_on, "curvature"),
+        norm_quantile,
+    )
+    columns = {name: np.empty(features.rows) for name in ("loss", "influence", "gradient_norm")}
+    counts, start = np.zeros(part.task.num_classes, np.int64), 0
+    for scored in features.stream("scores", functools.partial(score_shard, part=part, directions=directions)):
+        for name, column in columns.items():
+            column[start : start + len(scored)] = scored[name]
+        counts += np.bincount(scored["label"].drop_null(), minlength=len(counts))
+        start += len(scored)
+    norm = float(np.quantile(columns["gradient_norm"], config.influence.clip_quantile))
+    label_counts = {label: count for label, count in enumerate(counts.tolist()) if count}
+    return Scores(columns["loss"], columns["gradient_norm"], columns["influence"], label_counts, norm, figures)
+
+
+def _identify(shard: FeatureShard) -> tuple[pa.StringArray, pa.Array]:
+    """Ids and labels: what of the table the driver does not hold."""
+    return shard.ids, labels_column(shard)
+
+
+def intensity_table(features: FeatureSet, scores: Scores, weights: Column) -> Iterator[pa.Table]:
+    """The table of all samples (``INTENSITY_SCHEMA``), a row group at a time."""
+    start, waiting = 0, []
+    for ids, labels in features.stream("table", _identify):
+        rows = slice(start, start + len(ids))
+        norms = scores.gradient_norms[rows]
+        outlier = norms / scores.outlier_norm if scores.outlier_norm else np.zeros_like(norms)
+        columns = [ids, labels, scores.losses[rows], scores.influence[rows], norms, outlier, weights[rows]]
+        waiting.append(pa.table(columns, schema=INTENSITY_SCHEMA))
+        if len(waiting) == JOINED:
+            waiting = [pa.concat_tables(waiting).combine_chunks()]
+        if sum(map(len, waiting)) >= ROW_GROUP:
+            yield pa.concat_tables(waiting)
+            waiting = []
+        start = rows.stop
+    if waiting:
+        yield pa.concat_tables(waiting)

@@ -1,0 +1,180 @@
+"""Linear and convolutional layers inside a network: their parameters as one matrix, and what they saw.
+
+A layer's matrix ``[C, D]`` is its flattened weight with the bias as last column. In a layer with groups, block g of its
+rows sees the inputs of group g alone.
+
+Shapes: B samples, T positions of a sample (of a convolution's output, or between the first and last dimension of a
+linear layer's input), C outputs, D inputs of one output with the bias input included.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO
+
+Convolution = nn.Conv1d | nn.Conv2d
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+PIECE = 2**24  # numbers in the unfolded inputs that are held at once
+
+
+def refusal(layer: nn.Module, model: nn.Module | None = None) -> str | None:
+    """Why the layer cannot be in a scope, as the end of a sentence about it; None if it can.
+
+    With the model, a weight that another module shares is found as well.
+    """
+    if not isinstance(layer, Layer):
+        return f"is {type(layer).__name__}; expected nn.Linear, nn.Conv1d or nn.Conv2d"
+    kind = next(kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, kind))
+    if not isinstance(layer.weight, nn.Parameter) or not isinstance(layer.bias, nn.Parameter | None):
+        return "has a computed weight; expected a plain one; remove the parametrization"
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return (
+            "belongs to nn.MultiheadAttention, which reads its weight without a call; expected a layer that is called"
+        )
+    if type(layer).forward is not kind.forward:
+        return f"is {type(layer).__name__} with a forward pass of its own; expected that of nn.{kind.__name__}"
+    if not layer.weight.numel():
+        return "has no parameters; expected a weight"
+    if not layer.weight.is_floating_point():
+        return f"has a weight of {layer.weight.dtype}; expected floating point"
+    if isinstance(layer, Convolution) and layer.padding_mode != "zeros":
+        return f"has padding_mode {layer.padding_mode!r}; expected 'zeros'"
+    if model is not None:
+        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        named = [name for name, found in model.named_parameters(remove_duplicate=False) if id(found) in own]
+        if len(named) > len(own):
+            return f"shares its parameters ({', '.join(named)}); expected parameters of its own; untie them"
+    return None
+
+
+def matrix_of(layer: Layer) -> Tensor:
+    """A copy of the layer's parameters as one matrix ``[C, D]``, float64, on the layer's device."""
+    columns = [layer.weight.flatten(1)] + ([layer.bias.unsqueeze(1)] if layer.bias is not None else [])
+    return torch.cat([column.detach().to(HEAD_DTYPE) for column in columns], dim=1)
+
+
+def weights_of(layer: Layer, matrix_CD: Tensor) -> dict[str, Tensor]:
+    """``weight`` and, if there is one, ``bias`` in the layer's shapes and the matrix's type: parts of the matrix."""
+    width = layer.weight[0].numel()
+    weight = {"weight": matrix_CD[:, :width].reshape(layer.weight.shape)}
+    return weight if layer.bias is None else {**weight, "bias": matrix_CD[:, width]}
+
+
+def run_layer(layer: Layer, inputs: Tensor, matrix_CD: Tensor) -> Tensor:
+    """The layer's outputs under another matrix, in the inputs' type; no hook is called."""
+    parts = weights_of(layer, matrix_CD.to(inputs))
+    weight, bias = parts["weight"], parts.get("bias")
+    if isinstance(layer, nn.Linear):
+        return functional.linear(inputs, weight, bias)
+    convolve = functional.conv1d if isinstance(layer, nn.Conv1d) else functional.conv2d
+    outputs: Tensor = convolve(inputs, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return outputs
+
+
+def directional_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_CD: Tensor) -> Tensor:
+    r"""A layer's part of each sample's influence, without unfolding; the parts add up over layers.
+
+    .. math:: I_i = - \sum_t r_{it}^\top M h_{it}
+
+    Args:
+        layer: the layer; its own weights do not count.
+        inputs: what it was called with, ``[B, ...]``.
+        output_grads: gradient of each sample's own loss with respect to its outputs, in their shape.
+        direction_CD: damped mean gradient M, ``[C, D]``.
+
+    Returns:
+        Scores ``[B]``: products in the inputs' type, their sum in float64.
+    """
+    pull = run_layer(layer, _detached(inputs), direction_CD) * _detached(output_grads)
+    return -pull.flatten(1).sum(1, dtype=HEAD_DTYPE)
+
+
+def layer_io(layer: Layer, inputs: Tensor, output_grads: Tensor) -> LayerIO:
+    """What the layer saw, one row per position: the inputs of a convolution unfolded, with the 1 for the bias appended.
+
+    Args:
+        layer: the layer.
+        inputs: what it was called with, ``[B, ...]``.
+        output_grads: gradient of each sample's own loss with respect to its outputs, in their shape.
+
+    Returns:
+        ``[B, T, D]`` and ``[B, T, C]``; with groups ``[G, B, T, D]`` and ``[G, B, T, C / G]``. In the inputs' type,
+        float32 at least.
+    """
+    inputs, output_grads = _detached(inputs), _detached(output_grads)
+    if isinstance(layer, Convolution):
+        inputs, output_grads = (_by_group(part, layer.groups) for part in (_unfolded(layer, inputs), output_grads))
+    else:
+        inputs, output_grads = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, output_grads))
+    return LayerIO(inputs if layer.bias is None else functional.pad(inputs, (0, 1), value=1.0), output_grads)
+
+
+def pieces(layer: Layer, inputs: Tensor, output_grads: Tensor, numbers: int = 0) -> Iterator[LayerIO]:
+    """``layer_io`` of a few samples after another, so that their inputs, or ``numbers`` each, take little memory."""
+    width = layer.weight[0].numel() * (layer.groups if isinstance(layer, Convolution) else 1)
+    positions = output_grads[0].numel() // len(layer.weight)
+    rows = max(1, PIECE // max(positions * width, numbers))
+    for part in zip(torch.split(inputs, rows), torch.split(output_grads, rows), strict=True):
+        yield layer_io(layer, *part)
+
+
+def sample_gradients(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Iterator[Tensor]:
+    """Each sample's gradient ``[C, D]`` in turn, in the inputs' type, float32 at least; it holds until the next one is taken."""
+    buffer: Tensor | None = None
+    for part in pieces(layer, inputs, output_grads):
+        for grads, seen in zip(part.output_grads_BTC.unbind(-3), part.inputs_BTD.unbind(-3), strict=True):
+            buffer = torch.matmul(grads.mT, seen, out=buffer)
+            yield buffer.flatten(0, -2)
+
+
+def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Tensor:
+    r"""Squared norm of each sample's gradient, ``[B]`` float64.
+
+    .. math:: \|g_i\|^2 = \sum_{s,t} (r_{is}^\top r_{it})(h_{is}^\top h_{it})
+
+    is used where that takes less work than the gradient itself.
+    """
+    outputs, width = layer.weight.shape[0], layer.weight[0].numel()
+    positions = output_grads[0].numel() // outputs
+    if 2 * positions * (outputs + width) > outputs * width:
+        gradients = sample_gradients(layer, inputs, output_grads)
+        return torch.stack([torch.linalg.vector_norm(each, dtype=HEAD_DTYPE) ** 2 for each in gradients])
+    found = []
+    for part in pieces(layer, inputs, output_grads):
+        grams = [side.to(HEAD_DTYPE) @ side.to(HEAD_DTYPE).mT for side in (part.inputs_BTD, part.output_grads_BTC)]
+        squares = (grams[0] * grams[1]).sum((-2, -1))
+        found.append(squares.sum(0) if squares.ndim > 1 else squares)
+    return torch.cat(found)
+
+
+def _detached(part: Tensor) -> Tensor:
+    return part.detach().to(torch.promote_types(part.dtype, torch.float32))
+
+
+def _unfolded(layer: Convolution, inputs: Tensor) -> Tensor:
+    """Patches ``[B, inputs x kernel, T]``, in the order of the flattened weight."""
+    if isinstance(layer.padding, str):
+        totals = [
+            d * (k - 1) if layer.padding == "same" else 0
+            for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
+        ]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(side, side) for side in layer.padding]
+    inputs = functional.pad(inputs, [side for pair in reversed(sides) for side in pair])
+    if isinstance(layer, nn.Conv1d):
+        inputs = inputs.unsqueeze(2)
+    above = (1,) * (2 - len(layer.kernel_size))  # unfold takes images only
+    kernel, dilation, stride = ((*above, *part) for part in (layer.kernel_size, layer.dilation, layer.stride))
+    return functional.unfold(inputs, kernel, dilation, 0, stride)
+
+
+def _by_group(channels_first: Tensor, groups: int) -> Tensor:
+    batch, channels = channels_first.shape[:2]
+    positions = math.prod(channels_first.shape[2:])
+    grouped = channels_first.reshape(batch, groups, channels // groups, positions).permute(1, 0, 3, 2)
+    return grouped.squeeze(0) if groups == 1 else grouped

@@ -1,0 +1,363 @@
+"""The scope of linear and convolutional layers inside a model: a pass from the cut forward, and back through the layers.
+
+Features are what crosses the cut, the earliest point of the forward pass that the layers influence. Shapes: B samples, C outputs
+and D inputs of a layer (its bias input included), F numbers that cross the cut.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.influence.curvature.base import Moments, merge_tree
+from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
+from imu_ray.influence.gradients import output_gradient
+from imu_ray.influence.layer_io import (
+    directional_scores,
+    layer_io,
+    matrix_of,
+    squared_gradient_norms,
+    weights_of,
+)  # fmt: skip
+from imu_ray.models.copies import plain_copy
+from imu_ray.models.cut import Cut, Values
+from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
+from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_views, pieces_of, score_table
+from imu_ray.scopes.measure import measure
+from imu_ray.scopes.seen import Seen, clipped, layer_moments, layer_of, weigh
+from imu_ray.scopes.workers import Workers
+from imu_ray.tasks.base import Batch, Outputs, Task
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of a model with their parameters, ``[C, D]`` float64 on the CPU, and the two halves of its forward pass.
+
+    Attributes:
+        parameters: by layer, in order of execution.
+        cut: what runs before and after the point that the layers influence.
+        task: what a sample is.
+        seed: of the labels that are drawn from the model.
+        autocast: type that autocast runs the layers in, or ``none``.
+        device: where a pass runs.
+    """
+
+    parameters: Parameters
+    cut: Cut
+    task: Task
+    seed: int = 0
+    autocast: str = "none"
+    device: str = "cpu"
+    deep: ClassVar[bool] = True
+
+    @classmethod
+    def of_names(
+        cls, model: nn.Module, task: Task, names: Sequence[str], example: Tensor, config: UnlearnConfig
+    ) -> "Layers":
+        """Those layers of a model; the example is a batch of its inputs."""
+        device = "cuda" if config.resources.gpus_per_worker else "cpu"
+        parameters = {name: matrix_of(layer_of(model, name)) for name in names}
+        cut = Cut.of(model, example, names)
+        return cls(parameters, cut, task, config.seed, config.influence.autocast, device)
+
+    @property
+    def width(self) -> int:
+        """Numbers that cross the cut."""
+        return self.cut.width
+
+    def changed(self, parameters: Mapping[str, Tensor]) -> "Layers":
+        """The layers with a copy of other parameters, on the CPU."""
+        return replace(self, parameters={name: parameters[name].detach().cpu().clone() for name in self.parameters})
+
+    def of_model(self, model: nn.Module) -> "Layers":
+        """The same layers of another model of this kind."""
+        return self.changed({name: matrix_of(layer_of(model, name)) for name in self.parameters})
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """A copy of the model with these layers; every other tensor is bit-identical."""
+        changed = plain_copy(model)
+        with torch.no_grad():
+            for name, matrix in self.parameters.items():
+                layer = layer_of(changed, name)
+                for key, weight in weights_of(layer, matrix).items():
+                    getattr(layer, key).copy_(weight)
+        return changed
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """A forward pass that keeps what crosses the cut."""
+        self.cut.model.to(self.device)
+        values = self.cut.prefix(batch.inputs)
+        return Outputs(self.cut.suffix(values), batch.labels_B, self.cut.join(values))
+
+    def read(self, shard: FeatureShard, rows: slice) -> tuple[Values, Tensor]:
+        """What crosses the cut, and the labels, of some rows; on the device."""
+        features = torch.from_numpy(np.array(shard.features(rows), dtype=self.kept))
+        return self.values(features), torch.from_numpy(shard.labels_n[rows].copy()).to(self.device)
+
+    def values(self, features: Tensor) -> Values:
+        """Kept features as what crosses the cut, on the device."""
+        return self.cut.split(features.to(self.device, self.cut.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the model."""
+        return next(self.cut.model.parameters()).dtype
+
+    @property
+    def kept(self) -> type[np.floating[Any]]:
+        """The same as numpy names it."""
+        return np.float64 if self.dtype == torch.float64 else np.float32
+
+    def weights(self, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The layers' weights and biases as the model takes them, on the device, ready to be differentiated."""
+        found, parameters = {}, self.parameters if parameters is None else parameters
+        model = self.cut.model.to(self.device)
+        for name, matrix in parameters.items():
+            layer = layer_of(model, name)
+            for key, weight in weights_of(layer, matrix.to(self.device, layer.weight.dtype, copy=True)).items():
+                found[f"{name}.{key}"] = weight.contiguous().requires_grad_()
+        return found
+
+    def run(self, weights: Mapping[str, Tensor], values: Values) -> Tensor:
+        """Outputs from what crosses the cut."""
+        kind = getattr(torch, self.autocast, None)
+        with torch.autocast(torch.device(self.device).type, kind, enabled=self.autocast != "none"):
+            return self.cut.suffix(values, weights)
+
+    def outputs(
+        self, shard: FeatureShard, rows: slice, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs and labels of some rows; float64."""
+        if rows.stop == rows.start:  # which not every network takes
+            outputs = torch.empty(0, self.task.num_classes, dtype=torch.float64, device=self.device)
+            return outputs, torch.empty(0, dtype=torch.int64, device=self.device)
+        values, labels = self.read(shard, rows)
+        with torch.no_grad():
+            return self.run(self.weights() if weights is None else weights, values).double(), labels
+
+    def add_gradient(
+        self,
+        total: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
+        values: Values,
+        pull_of: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Add the gradient of each weight to ``total``, float32 at least, for a pull on the outputs that follows from them."""
+        with torch.enable_grad():
+            outputs = self.run(weights, values)
+            pull = pull_of(outputs.detach().double()).to(outputs.dtype)
+            grads = torch.autograd.grad(outputs, list(weights.values()), pull)
+        for name, grad in zip(weights, grads, strict=True):
+            total[name] = (
+                total[name].add_(grad) if name in total else grad.to(torch.promote_types(grad.dtype, torch.float32))
+            )
+
+    def matrices(self, total: Mapping[str, Tensor]) -> Parameters:
+        """What was added as ``[C, D]`` of each layer, float64; zeros where nothing was."""
+        if not total:
+            return {name: torch.zeros_like(matrix, device=self.device) for name, matrix in self.parameters.items()}
+        return {name: _matrix(name, total) for name in self.parameters}
+
+    def seen(self, values: Values, labels_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Seen]]:
+        """Outputs, and what each layer saw with the loss's pull on its outputs; the labels may follow from the outputs."""
+        caught: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def catch(name: str) -> Callable[..., Tensor]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                caught[name] = inputs[0].detach(), output
+                return output.clone()  # what follows may change it in place
+
+            return hook
+
+        layers = {name: layer_of(self.cut.model, name) for name in self.parameters}
+        hooks = [layer.register_forward_hook(catch(name)) for name, layer in layers.items()]
+        try:
+            with torch.enable_grad():
+                outputs = self.run(self.weights(), values)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = outputs.detach().double()
+        pull = output_gradient(found, labels_of(found)).to(outputs.dtype)
+        grads = torch.autograd.grad(outputs, [caught[name][1] for name in layers], pull)
+        seen = zip(layers.items(), grads, strict=True)
+        return found, [Seen(name, layer, caught[name][0], grad) for (name, layer), grad in seen]
+
+    def statistics(self, shard: FeatureShard, statistics: Mapping[str, Statistics]) -> ByLayer[Any]:
+        """Statistics of each block by layer, merged in a binary tree.
+
+        K-FAC's factors are those under labels drawn from the model, one for each row.
+        """
+        drawn = FactorSums.of in statistics.values()
+        limit = min((each for each in map(_limit, statistics.values()) if each is not None), default=None)
+
+        def of_block(rows: slice) -> ByLayer[Any]:
+            if rows.stop == rows.start:
+                return ByLayer({})
+            values, labels = self.read(shard, rows)
+
+            def labels_of(outputs: Tensor) -> Tensor:
+                draws = uniform_draws(shard.ids.slice(rows.start, rows.stop - rows.start).to_pylist(), self.seed)
+                return sampled_labels(outputs, draws) if drawn else labels
+
+            _, seen = self.seen(values, labels_of)
+            seen = seen if limit is None else clipped(seen, limit)
+            return ByLayer({each.name: self._statistic(each, statistics[each.name]) for each in seen})
+
+        return merge_tree(map(of_block, shard.block_rows()))
+
+    def _statistic(self, seen: Seen, statistic: Statistics) -> Any:
+        inner = seen.name != self.task.head
+        if inner and statistic == FactorSums.of:
+            return FactorSums.of_layer(seen.layer, seen.inputs, seen.output_grads)
+        if inner and getattr(statistic, "func", statistic) == Moments.of:  # clipped already, over all layers
+            return layer_moments(seen.layer, seen.inputs, seen.output_grads)
+        return statistic(layer_io(seen.layer, seen.inputs.double(), seen.output_grads.double()))
+
+    def scores(self, shard: FeatureShard, directions: Mapping[str, Tensor]) -> pa.Table:
+        """Loss, influence and gradient norm of every sample; influence and squared norms add up over the layers."""
+        columns: list[list[Tensor]] = [[torch.empty(0)], [torch.empty(0)], [torch.empty(0)]]
+        for rows in filled(shard):
+            values, labels = self.read(shard, rows)
+            outputs, found = self.seen(values, functools.partial(_given, labels))
+            influence, squares = torch.zeros(2, len(labels), dtype=torch.float64, device=labels.device)
+            for each in found:
+                influence += directional_scores(each.layer, each.inputs, each.output_grads, directions[each.name])
+                squares += squared_gradient_norms(each.layer, each.inputs, each.output_grads)
+            loss = self.task.sample_metrics(outputs, labels)["loss"]
+            for column, values_B in zip(columns, (loss, influence, squares.sqrt()), strict=True):
+                column.append(values_B.cpu())
+        return score_table(shard, *(torch.cat(parts).double().numpy() for parts in columns))
+
+    def norms(self, shard: FeatureShard) -> Weights:
+        """Gradient norm of every sample."""
+        nowhere = {name: torch.zeros_like(matrix) for name, matrix in self.parameters.items()}
+        found: Weights = self.scores(shard, nowhere)["gradient_norm"].to_numpy()
+        return found
+
+    def scope(self, sets: Mapping[str, FeatureStore], workers: Workers) -> "LayersScope":
+        """The layers on their samples."""
+        return LayersScope(self, sets, workers)
+
+
+def shard_gradient(
+    shard: FeatureShard, weights_n: Weights, part: Layers, original: Layers | None, objective: OutputGradient
+) -> ByLayer[Any]:
+    """Sum of the weighted objective's gradients over a shard; ``original`` where the parameters are not the original ones."""
+    weights = part.weights()
+
+    def of_block(rows: slice) -> ByLayer[Any]:
+        if not weights_n[rows].any():
+            return ByLayer({})
+        values, labels = part.read(shard, rows)
+        before = None if original is None else original.outputs(shard, rows)[0]
+        share = torch.from_numpy(weights_n[rows].copy()).to(labels.device)
+
+        def pull_of(outputs: Tensor) -> Tensor:
+            return weigh(objective(outputs, labels, outputs if before is None else before), share)
+
+        total: dict[str, Tensor] = {}
+        part.add_gradient(total, weights, values, pull_of)
+        return ByLayer({name: TensorSum(matrix.cpu()) for name, matrix in part.matrices(total).items()})
+
+    return merge_tree(map(of_block, shard.block_rows()))
+
+
+@dataclass(frozen=True)
+class TensorSum:
+    """A sum; additive."""
+
+    total: Tensor
+
+    def merge(self, other: "TensorSum") -> "TensorSum":
+        """The sum of both."""
+        return TensorSum(self.total + other.total)
+
+
+class LayersScope:
+    """Layers on the kept features of the forget set and the evaluation sets, as one worker sees them (``Scope``)."""
+
+    def __init__(self, part: Layers, sets: Mapping[str, FeatureStore], workers: Workers) -> None:
+        self.part, self.sets, self.workers = replace(part, device=str(workers.device)), sets, workers
+        self.metrics = part.task.metrics
+        self.rows, self.block_starts = len(sets["forget"]), sets["forget"].block_starts
+        self.moved = sets.get(FORGET_VIEWS, sets["forget"])
+        self.views = len(self.moved) // self.rows
+
+    def parameters(self) -> Parameters:
+        """Copies of the original parameters."""
+        return {name: matrix.to(self.workers.device, copy=True) for name, matrix in self.part.parameters.items()}
+
+    def batch_gradient(
+        self, parameters: Parameters, batch: Positions, weights: Weights, objective: OutputGradient, pieces: int
+    ) -> Parameters:
+        """Weighted mean over the batch's rows and their views; a worker without rows adds zeros."""
+        if not len(batch):
+            return self.part.matrices({})
+        total, moved = dict[str, Tensor](), self.part.weights(parameters)
+        original = self.part.weights() if looks_back(objective) else None
+        for positions in self.workers.take(pieces_of(of_views(batch, self.views), pieces)):
+            features, labels = self.moved.gather(positions, self.part.kept)
+            values, labels, before = self.part.values(features), labels.to(self.workers.device), None
+            if original is not None:
+                with torch.no_grad():
+                    before = self.part.run(original, values).double()
+            share = torch.from_numpy(weights[positions // self.views]).to(self.workers.device)
+
+            def pull_of(
+                outputs: Tensor, labels: Tensor = labels, before: Tensor | None = before, share: Tensor = share
+            ) -> Tensor:
+                return weigh(objective(outputs, labels, outputs if before is None else before), share)
+
+            self.part.add_gradient(total, moved, values, pull_of)
+        scale = float(weights[batch].sum()) * self.views
+        return {name: self.workers.sum(matrix).div_(scale) for name, matrix in self.part.matrices(total).items()}
+
+    def measure(self, parameters: Parameters, sets: Iterable[str] | None = None) -> Record:
+        """Figures of the sets, or of some of them, under other parameters."""
+        chosen = {name: self.sets[name] for name in (self.sets if sets is None else sets)}
+        weights = self.part.weights(parameters)
+
+        def outputs_of(shard: FeatureShard, rows: slice) -> tuple[Tensor, Tensor]:
+            return self.part.outputs(shard, rows, weights)
+
+        return measure(chosen, outputs_of, self.part.task, self.workers)
+
+    def probe(self, parameters: Parameters, sets: Iterable[str]) -> None:
+        """All rows are measured."""
+
+    def influence(self, *arguments: Any) -> tuple[Weights, Weights]:
+        """Never asked for: ``influence.refresh`` of layers is refused before an update begins."""
+        raise NotImplementedError
+
+
+def _limit(statistic: Statistics) -> float | None:
+    """The norm at which a statistic clips the gradients of samples, if it does."""
+    return statistic.keywords.get("clip") if isinstance(statistic, functools.partial) else None
+
+
+def _given(labels: Tensor, outputs: Tensor) -> Tensor:
+    return labels
+
+
+def filled(shard: FeatureShard) -> list[slice]:
+    """Rows of the blocks that hold any."""
+    return [rows for rows in shard.block_rows() if rows.stop > rows.start]
+
+
+def looks_back(objective: OutputGradient) -> bool:
+    """Whether an objective depends on the outputs before unlearning."""
+    outputs = torch.zeros(1, 2, dtype=torch.float64)
+    return bool(objective(outputs, torch.zeros(1, dtype=torch.int64), outputs + torch.nan).isnan().any())
+
+
+def _matrix(name: str, grads: Mapping[str, Tensor]) -> Tensor:
+    """A layer's gradient as a matrix with the bias as its last column."""
+    weight, bias = grads[f"{name}.weight"].flatten(1), grads.get(f"{name}.bias")
+    return (weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], dim=1)).double()

@@ -1,0 +1,50 @@
+"""What a layer inside a model saw of a block, and the statistics of its samples' gradients."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from imu_ray.influence.curvature.base import Moments
+from imu_ray.influence.layer_io import Layer, sample_gradients, squared_gradient_norms
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer was called with, and the gradient of each sample's own loss with respect to what it gave."""
+
+    name: str
+    layer: Layer
+    inputs: Tensor
+    output_grads: Tensor
+
+
+def layer_moments(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Moments:
+    """``Moments.of`` a block of any layer: products and their sums over the block in the inputs' type, float32 at least."""
+    total = squares = torch.zeros(())
+    for gradient in sample_gradients(layer, inputs, output_grads):
+        if not total.ndim:
+            total, squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        total += gradient
+        squares.addcmul_(gradient, gradient)
+    return Moments(len(inputs), total.double(), squares.double())
+
+
+def clipped(seen: Sequence[Seen], limit: float) -> list[Seen]:
+    """With no sample's gradient over all layers beyond a norm."""
+    found = [squared_gradient_norms(each.layer, each.inputs, each.output_grads) for each in seen]
+    norms = torch.stack(found).sum(0).sqrt()
+    scale = torch.where(norms > limit, limit / norms, 1.0)  # of two zeros, not their quotient
+    return [replace(each, output_grads=weigh(each.output_grads.double(), scale)) for each in seen]
+
+
+def layer_of(model: nn.Module, name: str) -> Layer:
+    """A layer by name, which was chosen for being one."""
+    return cast(Layer, model.get_submodule(name))
+
+
+def weigh(pull: Tensor, share: Tensor) -> Tensor:
+    """Each sample's pull times its share."""
+    return pull * share.view(-1, *[1] * (pull.ndim - 1))

@@ -1,0 +1,7 @@
+"""``imu-ray remember``, for ``ray job submit -- python jobs/remember.py --config job.yaml --out bundle.safetensors``."""
+
+import sys
+
+from imu_ray.cli import main
+
+sys.exit(main("remember"))

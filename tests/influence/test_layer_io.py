@@ -1,0 +1,113 @@
+"""Layers inside a network: what they saw, and their factors, against loops over samples and positions; float64."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from imu_ray.influence import layer_io as module
+from imu_ray.influence.layer_io import directional_scores, layer_io, matrix_of, refusal, run_layer, weights_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+@pytest.fixture(params=oracle.LAYERS)
+def seen(request):
+    return oracle.called_layer(request.param)
+
+
+def test_what_a_layer_saw_is_what_indexing_finds(seen):
+    io = layer_io(*seen)
+    groups = getattr(seen[0], "groups", 1)
+    for found, expected in zip((io.inputs_BTD, io.output_grads_BTC), oracle.layer_positions(*seen), strict=True):
+        assert found.ndim == (4 if groups > 1 else 3)
+        np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
+def test_rows_and_gradients_of_positions_make_the_gradients_of_autograd(seen):
+    io = layer_io(*seen)
+    gradients = (io.output_grads_BTC.mT @ io.inputs_BTD).reshape(
+        -1, 7, *io.output_grads_BTC.shape[-1:], io.inputs_BTD.shape[-1]
+    )
+    expected = oracle.layer_sample_gradients(*seen)
+    torch.testing.assert_close(gradients.transpose(0, 1).reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_directional_scores_are_products_with_the_gradients_of_autograd(seen):
+    direction = torch.randn_like(matrix_of(seen[0]))
+    expected = -(oracle.layer_sample_gradients(*seen) * direction).sum((1, 2))
+    torch.testing.assert_close(directional_scores(*seen, direction), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_matrix_holds_the_layers_parameters_and_gives_them_back(seen):
+    layer, inputs, _ = seen
+    matrix = matrix_of(layer)
+    state = layer.state_dict()
+    parts = weights_of(layer, matrix)
+    assert list(parts) == list(state)
+    assert all(torch.equal(parts[name], state[name]) for name in state)
+    assert torch.equal(run_layer(layer, inputs, matrix), layer(inputs))
+    changed = {name: part + 1 for name, part in parts.items()}
+    expected = torch.func.functional_call(layer, changed, inputs)
+    torch.testing.assert_close(run_layer(layer, inputs, matrix + 1), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(matrix, matrix_of(layer)), "a copy"
+
+
+def test_half_precision_is_raised_and_float32_is_kept():
+    layer, inputs, grads = oracle.called_layer("groups")
+    for given, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
+        io = layer_io(layer, inputs.to(given), grads.to(given))
+        assert io.inputs_BTD.dtype == io.output_grads_BTC.dtype == expected
+    assert directional_scores(layer, inputs.float(), grads.float(), matrix_of(layer)).dtype == torch.float64
+
+
+def test_pieces_hold_few_samples_and_lose_none(seen, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 1)
+    parts = list(module.pieces(*seen))
+    assert [part.inputs_BTD.shape[-3] for part in parts] == [1] * 7
+    assert torch.equal(torch.cat([part.inputs_BTD for part in parts], dim=-3), layer_io(*seen).inputs_BTD)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Named(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.BatchNorm2d(3), "is BatchNorm2d; expected nn.Linear, nn.Conv1d or nn.Conv2d"),
+        (nn.ConvTranspose2d(3, 3, 2), "is ConvTranspose2d"),
+        (nn.Conv3d(3, 3, 2), "is Conv3d"),
+        (nn.Conv2d(3, 3, 2, padding_mode="reflect"), "padding_mode 'reflect'; expected 'zeros'"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "computed weight"),
+        (nn.MultiheadAttention(4, 2).out_proj, "nn.MultiheadAttention"),
+        (Scaled(3, 3), "is Scaled with a forward pass of its own"),
+        (nn.Linear(3, 3, dtype=torch.complex64), "complex64; expected floating point"),
+    ],
+)  # fmt: skip
+def test_a_layer_that_cannot_move_is_refused_by_reason(layer, reason):
+    assert reason in refusal(layer)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_parameters_is_refused():
+    assert refusal(nn.Linear(0, 3)) == "has no parameters; expected a weight"
+
+
+def test_plain_layers_and_subclasses_are_taken(seen):
+    assert refusal(seen[0]) is None
+    assert refusal(Named(3, 3, 2)) is None
+
+
+def test_a_tied_weight_is_refused_where_the_model_is_known():
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "other": nn.Linear(3, 5)})
+    model["head"].weight = model["embedding"].weight
+    assert refusal(model["head"]) is None
+    assert "shares its parameters (embedding.weight, head.weight, head.bias)" in refusal(model["head"], model)
+    assert refusal(model["other"], model) is None
