@@ -138,11 +138,11 @@ class Inputs:
 
     def fitting(self, config: UnlearnConfig) -> UnlearnConfig:
         """With features of layers that are made again in every stage where they do not fit the object store."""
-        needed = (
-            sum(source.num_rows for source in self.sources.values()) * self.part.width * max(self.dtype.itemsize, 4)
-        )
-        room = object_store_bytes()
-        if not self.part.deep or config.influence.features == "recompute" or needed <= room:
+        if not self.part.deep or config.influence.features == "recompute":
+            return config
+        rows = sum(source.num_rows for source in self.sources.values())
+        needed, room = rows * self.part.width * max(self.dtype.itemsize, 4), object_store_bytes()
+        if needed <= room:
             return config
         event("features are made again in every stage", bytes=needed, object_store=room)
         return config.with_overrides({"influence.features": "recompute"})

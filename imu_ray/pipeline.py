@@ -71,8 +71,9 @@ class Pipeline:
         if self.begun is not None:
             self.record.resume(self.begun)
         inputs.require_sets(config)
-        self.bundle = self._open_bundle() if stage in ("unlearn", "ascend") else None
+        self.bundle = None
         if stage in ("unlearn", "ascend") and config.ascent.curvature != "none":
+            self.bundle = self._open_bundle()
             factor_job.kinds_of(self.part, config.ascent)  # whether it has room
 
     @property
@@ -251,7 +252,7 @@ class Pipeline:
 
     def _open_bundle(self) -> Bundle | None:
         settings = self.config.ascent
-        if settings.bundle is None or settings.curvature == "none":
+        if settings.bundle is None:
             return None
         bundle = Bundle.open(settings.bundle)
         bundle_job.check_bundle(bundle, self.part, settings, self.record.model.hash_before)

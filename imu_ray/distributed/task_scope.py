@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.tasks import StageRef
@@ -90,10 +89,6 @@ def _gradient(
 
 def _sums(shard: FeatureShard, part: StageRef, parameters: Parameters, classes: Positions | None) -> TensorSum:
     changed: Layers = part.work().changed(parameters)
-    weights = changed.weights()
-
-    def outputs_of(shard: FeatureShard, rows: slice) -> tuple[Tensor, Tensor]:
-        return changed.outputs(shard, rows, weights)
-
+    outputs_of = functools.partial(changed.outputs, weights=changed.weights())
     blocks, device = ((shard, rows) for rows in shard.block_rows()), torch.device(changed.device)
     return TensorSum(sum_blocks(blocks, outputs_of, changed.task, classes, device).cpu())

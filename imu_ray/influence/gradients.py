@@ -24,9 +24,14 @@ class LayerIO:
 
 
 def layer_inputs(features_BD: Tensor, has_bias: bool) -> Tensor:
-    """Features in float64, with the 1 that stands for the bias appended; the only place that does so."""
+    """Features in float64, with the bias input if there is a bias."""
     inputs = features_BD.to(HEAD_DTYPE)
-    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1) if has_bias else inputs
+    return with_bias_input(inputs) if has_bias else inputs
+
+
+def with_bias_input(inputs: Tensor) -> Tensor:
+    """Inputs with the 1 that stands for the bias appended; the only place that does so."""
+    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
 
 
 def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:

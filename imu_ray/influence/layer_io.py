@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO
+from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, with_bias_input
 
 Convolution = nn.Conv1d | nn.Conv2d
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -110,7 +110,7 @@ def layer_io(layer: Layer, inputs: Tensor, output_grads: Tensor) -> LayerIO:
         inputs, output_grads = (_by_group(part, layer.groups) for part in (_unfolded(layer, inputs), output_grads))
     else:
         inputs, output_grads = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, output_grads))
-    return LayerIO(inputs if layer.bias is None else functional.pad(inputs, (0, 1), value=1.0), output_grads)
+    return LayerIO(inputs if layer.bias is None else with_bias_input(inputs), output_grads)
 
 
 def pieces(layer: Layer, inputs: Tensor, output_grads: Tensor, numbers: int = 0) -> Iterator[LayerIO]:

@@ -17,12 +17,13 @@ from imu_ray.errors import UnsupportedModelError
 from imu_ray.influence.curvature.base import S, merge_tree
 from imu_ray.influence.direction import ReduceLayers, fit_directions
 from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, gradient_norms, layer_inputs
+from imu_ray.influence.layer_io import matrix_of
 from imu_ray.influence.scores import influence_scores
-from imu_ray.models.copies import plain_copy
 from imu_ray.models.layers import linear_layers
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
 from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_views, pieces_of, score_table
 from imu_ray.scopes.measure import measure
+from imu_ray.scopes.seen import with_parameters
 from imu_ray.scopes.workers import Workers
 from imu_ray.tasks.base import Batch, Outputs, Task
 
@@ -41,9 +42,7 @@ class Head:
     def of(cls, model: nn.Module, task: Task) -> "Head":
         """A copy of the target layer of ``model``."""
         layer = linear_layers(model)[task.head]
-        columns = [layer.weight.detach()] + ([layer.bias.detach().unsqueeze(1)] if layer.bias is not None else [])
-        matrix = torch.cat([column.cpu().to(HEAD_DTYPE) for column in columns], dim=1)
-        return cls(task.head, matrix, layer.bias is not None, task)
+        return cls(task.head, matrix_of(layer).cpu(), layer.bias is not None, task)
 
     @property
     def parameters(self) -> Parameters:
@@ -94,13 +93,7 @@ class Head:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """A copy of the model with this head; every other tensor is bit-identical."""
-        changed = plain_copy(model)
-        layer = linear_layers(changed)[self.name]
-        with torch.no_grad():
-            layer.weight.copy_(self.matrix_CD[:, : layer.in_features])
-            if layer.bias is not None:
-                layer.bias.copy_(self.matrix_CD[:, -1])
-        return changed
+        return with_parameters(model, self.parameters)
 
     def logits(self, features: Tensor, matrix_CD: Tensor | None = None) -> Tensor:
         """Outputs ``[B, C]`` or ``[B, T, C]`` for cached features, under another matrix if one is given; float64."""

@@ -25,12 +25,11 @@ from imu_ray.influence.layer_io import (
     squared_gradient_norms,
     weights_of,
 )  # fmt: skip
-from imu_ray.models.copies import plain_copy
 from imu_ray.models.cut import Cut, Values
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
 from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_views, pieces_of, score_table
 from imu_ray.scopes.measure import measure
-from imu_ray.scopes.seen import Seen, clipped, layer_moments, layer_of, weigh
+from imu_ray.scopes.seen import Seen, clipped, layer_moments, layer_of, weigh, with_parameters
 from imu_ray.scopes.workers import Workers
 from imu_ray.tasks.base import Batch, Outputs, Task
 
@@ -81,13 +80,7 @@ class Layers:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """A copy of the model with these layers; every other tensor is bit-identical."""
-        changed = plain_copy(model)
-        with torch.no_grad():
-            for name, matrix in self.parameters.items():
-                layer = layer_of(changed, name)
-                for key, weight in weights_of(layer, matrix).items():
-                    getattr(layer, key).copy_(weight)
-        return changed
+        return with_parameters(model, self.parameters)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """A forward pass that keeps what crosses the cut."""
@@ -202,11 +195,11 @@ class Layers:
                 return ByLayer({})
             values, labels = self.read(shard, rows)
 
-            def labels_of(outputs: Tensor) -> Tensor:
-                draws = uniform_draws(shard.ids.slice(rows.start, rows.stop - rows.start).to_pylist(), self.seed)
-                return sampled_labels(outputs, draws) if drawn else labels
+            def drawn_labels(outputs: Tensor) -> Tensor:
+                ids = shard.ids.slice(rows.start, rows.stop - rows.start).to_pylist()
+                return sampled_labels(outputs, uniform_draws(ids, self.seed))
 
-            _, seen = self.seen(values, labels_of)
+            _, seen = self.seen(values, drawn_labels if drawn else functools.partial(_given, labels))
             seen = seen if limit is None else clipped(seen, limit)
             return ByLayer({each.name: self._statistic(each, statistics[each.name]) for each in seen})
 
@@ -258,12 +251,8 @@ def shard_gradient(
         values, labels = part.read(shard, rows)
         before = None if original is None else original.outputs(shard, rows)[0]
         share = torch.from_numpy(weights_n[rows].copy()).to(labels.device)
-
-        def pull_of(outputs: Tensor) -> Tensor:
-            return weigh(objective(outputs, labels, outputs if before is None else before), share)
-
         total: dict[str, Tensor] = {}
-        part.add_gradient(total, weights, values, pull_of)
+        part.add_gradient(total, weights, values, functools.partial(_pull, objective, labels, before, share))
         return ByLayer({name: TensorSum(matrix.cpu()) for name, matrix in part.matrices(total).items()})
 
     return merge_tree(map(of_block, shard.block_rows()))
@@ -309,12 +298,7 @@ class LayersScope:
                 with torch.no_grad():
                     before = self.part.run(original, values).double()
             share = torch.from_numpy(weights[positions // self.views]).to(self.workers.device)
-
-            def pull_of(
-                outputs: Tensor, labels: Tensor = labels, before: Tensor | None = before, share: Tensor = share
-            ) -> Tensor:
-                return weigh(objective(outputs, labels, outputs if before is None else before), share)
-
+            pull_of = functools.partial(_pull, objective, labels, before, share)
             self.part.add_gradient(total, moved, values, pull_of)
         scale = float(weights[batch].sum()) * self.views
         return {name: self.workers.sum(matrix).div_(scale) for name, matrix in self.part.matrices(total).items()}
@@ -322,11 +306,7 @@ class LayersScope:
     def measure(self, parameters: Parameters, sets: Iterable[str] | None = None) -> Record:
         """Figures of the sets, or of some of them, under other parameters."""
         chosen = {name: self.sets[name] for name in (self.sets if sets is None else sets)}
-        weights = self.part.weights(parameters)
-
-        def outputs_of(shard: FeatureShard, rows: slice) -> tuple[Tensor, Tensor]:
-            return self.part.outputs(shard, rows, weights)
-
+        outputs_of = functools.partial(self.part.outputs, weights=self.part.weights(parameters))
         return measure(chosen, outputs_of, self.part.task, self.workers)
 
     def probe(self, parameters: Parameters, sets: Iterable[str]) -> None:
@@ -340,6 +320,11 @@ class LayersScope:
 def _limit(statistic: Statistics) -> float | None:
     """The norm at which a statistic clips the gradients of samples, if it does."""
     return statistic.keywords.get("clip") if isinstance(statistic, functools.partial) else None
+
+
+def _pull(objective: OutputGradient, labels: Tensor, before: Tensor | None, share: Tensor, outputs: Tensor) -> Tensor:
+    """The weighted pull of an objective on outputs; ``before`` are those before unlearning, None where they are the same."""
+    return weigh(objective(outputs, labels, outputs if before is None else before), share)
 
 
 def _given(labels: Tensor, outputs: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a layer inside a model saw of a block, and the statistics of its samples' gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from imu_ray.influence.curvature.base import Moments
-from imu_ray.influence.layer_io import Layer, sample_gradients, squared_gradient_norms
+from imu_ray.influence.layer_io import Layer, sample_gradients, squared_gradient_norms, weights_of
+from imu_ray.models.copies import plain_copy
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,17 @@ def clipped(seen: Sequence[Seen], limit: float) -> list[Seen]:
 def layer_of(model: nn.Module, name: str) -> Layer:
     """A layer by name, which was chosen for being one."""
     return cast(Layer, model.get_submodule(name))
+
+
+def with_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with other matrices of some layers; every other tensor is bit-identical."""
+    changed = plain_copy(model)
+    with torch.no_grad():
+        for name, matrix in parameters.items():
+            layer = layer_of(changed, name)
+            for key, weight in weights_of(layer, matrix).items():
+                getattr(layer, key).copy_(weight)
+    return changed
 
 
 def weigh(pull: Tensor, share: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,6 +48,23 @@ class Line:
         return {"size": size, **{f"unit.{name}": tensor.cpu() for name, tensor in self.unit.items()}}
 
 
+@dataclass
+class Bracket:
+    """Lengths between which a target is first met: the next one to try is doubled until one meets it, then halves what is left."""
+
+    length: float
+    low: float = 0.0
+    high: float = 0.0
+
+    def narrow(self, met: bool) -> None:
+        """Take in whether the length that was tried met a target."""
+        if met:
+            self.high = self.length
+        else:
+            self.low = self.length
+        self.length = (self.low + self.high) / 2 if self.high else 2 * self.length
+
+
 class Search:
     """The trials of lengths along a line, and the shortest that met a target. Every trial that stands is a check of the trajectory.
 
@@ -86,25 +104,21 @@ class Search:
 
     def begin_at(self, line: Line) -> float:
         """A length to begin with: on a part of the rows the last before a target, where a trial on all rows costs much."""
-        low, high, length = 0.0, 0.0, FIRST_LENGTH * self.scale
+        bracket = Bracket(FIRST_LENGTH * self.scale)
         for _ in range(TRIALS):
-            parameters = line.at(length)
+            parameters = line.at(bracket.length)
             measured = self.scope.probe(parameters, self.judged)
             if measured is None:
                 break
-            record = self._check(parameters, length, line.size, measured)
+            record = self._check(parameters, bracket.length, line.size, measured)
             target = self._met(record)
             self.progress.advance(note=f"forget loss {record['forget.loss']:.3f} on a part of the rows")
-            if target is not None:
-                high = length
-                if target.overshoot(record) <= target.tolerance:
-                    break
-            elif guard_violation(record, self.problem.config.guard, self.scope.metrics):
+            if target is None and guard_violation(record, self.problem.config.guard, self.scope.metrics):
                 break
-            else:
-                low = length
-            length = (low + high) / 2 if high else 2 * length
-        return low or FIRST_LENGTH * self.scale
+            bracket.narrow(target is not None)
+            if target is not None and target.overshoot(record) <= target.tolerance:
+                break
+        return bracket.low or FIRST_LENGTH * self.scale
 
     def _met(self, record: Record) -> StopTarget | None:
         return next((target for target in self.problem.targets if target.reached(record)), None)
@@ -112,8 +126,9 @@ class Search:
     def follow(self, line: Line) -> tuple[str, str]:
         """Find the shortest length of a line that meets a target, and keep it; status and reason."""
         targets, config = self.problem.targets, self.problem.config
-        low, high, length = 0.0, 0.0, self.begin_at(line)
+        bracket = Bracket(self.begin_at(line))
         for _ in range(TRIALS):
+            length = bracket.length
             parameters = line.at(length)
             record = self._check(parameters, length, line.size)
             target = self._met(record)
@@ -128,18 +143,16 @@ class Search:
                     "stopped_by_guard",
                     f"{violation} at length {length:.3g}, where {where}; the parameters are as they were",
                 )
-            if target is None:
-                low = length
-            else:
-                high, self.kept, self.best = length, parameters, record
+            bracket.narrow(target is not None)
+            if target is not None:
+                self.kept, self.best = parameters, record
                 if target.overshoot(record) <= target.tolerance:
                     break
-            length = (low + high) / 2 if high else 2 * length
         violation = guard_violation(self.best, config.guard, self.scope.metrics)
         if violation:
             self.kept, self.best = self.original, self.trajectory[0]
             return "stopped_by_guard", f"{violation} wherever the target is met; the parameters are as they were"
-        return verdict(targets, self.best) if high else ("not_reached", f"no length of {TRIALS} met the target")
+        return verdict(targets, self.best) if bracket.high else ("not_reached", f"no length of {TRIALS} met the target")
 
 
 def run_one_step(
