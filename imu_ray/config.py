@@ -199,8 +199,9 @@ class AscentConfig(Section):
     """largest norm of a step's gradient over all layers, before curvature and penalties; a larger one is scaled down; null: any"""
     batch_size: int = Field(256, ge=1)
     """kept rows per global step, whatever the number of workers"""
-    microbatch_rows: int = Field(32, ge=1)
-    """rows per piece of a batch that is dealt to one worker"""
+    microbatch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """rows per piece of a batch that is dealt to one worker; a worker beyond the pieces of a batch has nothing to do; `auto`: 32 of
+    the head, 128 of layers"""
     window_blocks: int = Field(64, ge=1)
     """blocks within which rows are shuffled; reads stay sequential beyond"""
     keep: Literal["last", "best", "all"] = "last"
@@ -219,6 +220,12 @@ class AscentConfig(Section):
     def _is_absolute(cls, value: str | None) -> str | None:
         """A trial of a sweep works in another directory."""
         return value if value is None or "://" in value else str(Path(value).absolute())
+
+    @property
+    def piece_rows(self) -> int:
+        """The rows of a piece that are meant: layers near the end of a network need many before their products are fast."""
+        automatic = 32 if self.scope == "head" else 128
+        return automatic if self.microbatch_rows == "auto" else self.microbatch_rows
 
     @property
     def curvature(self) -> str:

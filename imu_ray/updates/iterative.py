@@ -60,7 +60,7 @@ class Iteration:
             batch = batch[self.weights[batch] > 0]
         objective = OBJECTIVES[self.config.objective]
         gradient = self.scope.batch_gradient(
-            self.parameters, batch, self.weights, objective, self.config.microbatch_rows
+            self.parameters, batch, self.weights, objective, self.config.piece_rows
         )
         self.gradient_norm = norm(gradient)
         limit = self.config.max_gradient_norm
@@ -93,7 +93,7 @@ class Iteration:
         problem, scope, weights = self.problem, self.scope, np.empty(0)
         if scope.workers.rank == 0:
             if all(bool((tensor.abs() < EXPLODED).all()) for tensor in parameters.values()):
-                pieces = self.config.microbatch_rows
+                pieces = self.config.piece_rows
                 weights = rescoring.weights(scope, parameters, problem.curvature_set, batch, pieces, problem.seed)
             else:  # the next check finds what the parameters have come to, and the guard goes back
                 weights = np.full(scope.rows if batch is None else len(batch), np.nan)

@@ -32,7 +32,7 @@ class Line:
         """In the direction in which the forget set's objective falls fastest under the curvature."""
         kept, settings = np.flatnonzero(problem.weights > 0), problem.config
         objective = OBJECTIVES[settings.objective]
-        gradient = scope.batch_gradient(origin, kept, problem.weights, objective, settings.microbatch_rows)
+        gradient = scope.batch_gradient(origin, kept, problem.weights, objective, settings.piece_rows)
         for name, fitted in problem.preconditioners.items():
             gradient[name] = fitted.apply_inverse(gradient[name])
         size = norm(gradient)

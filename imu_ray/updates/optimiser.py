@@ -50,8 +50,12 @@ class Optimiser:
         """
         config = self.config
         for name, tensor in self.parameters.items():
-            total = gradient[name] + config.l1 * tensor.sign() + config.anchor * (tensor - self.original[name])
-            if config.optimizer == "sgd":
+            total = gradient[name]  # a penalty that is not there would still read every parameter
+            if config.l1:
+                total = total + config.l1 * tensor.sign()
+            if config.anchor:
+                total = total + config.anchor * (tensor - self.original[name])
+            if config.optimizer == "sgd" and config.weight_decay:
                 total = total + config.weight_decay * tensor
             tensor.grad = self.preconditioners[name].apply_inverse(total) if name in self.preconditioners else total
         self.optimiser.param_groups[0]["lr"] = rate

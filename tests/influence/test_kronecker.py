@@ -16,6 +16,7 @@ from imu_ray.influence.curvature.base import Damping, merge_tree
 from imu_ray.influence.curvature.ggn import damped_inverse, scaled_inverse
 from imu_ray.influence.curvature.kronecker import (
     DampedKronecker,
+    Eigenbasis,
     FactorSums,
     factor_bytes,
     sampled_labels,
@@ -40,13 +41,27 @@ def test_factors_are_those_of_a_loop_over_samples_and_positions(seen):
     np.testing.assert_allclose(sums.inputs_DD.reshape(inputs.shape) / sums.positions, inputs, rtol=1e-11, atol=1e-13)
 
 
-def test_the_damped_inverse_is_that_of_the_dense_kronecker_product(seen):
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_damped_inverse_is_that_of_the_dense_kronecker_product(seen, zeros):
+    if zeros:  # an input and an output that are 0 in every sample
+        layer, inputs, grads = seen
+        channel = -1 if isinstance(layer, nn.Linear) else 1
+        seen = layer, inputs.index_fill(channel, torch.tensor(0), 0), grads.index_fill(channel, torch.tensor(1), 0)
     dense = block_diag(*(np.kron(*pair) for pair in zip(*oracle.layer_factors(*seen), strict=True)))
     gradient = torch.randn_like(matrix_of(seen[0]))
     fitted = pickle.loads(pickle.dumps(DampedKronecker.of(FactorSums.of_layer(*seen), DAMPING)))
     damped = dense + 0.01 * np.diag(dense).mean() * np.eye(len(dense))
     expected = np.linalg.solve(damped, gradient.flatten().numpy()).reshape(gradient.shape)
     assert np.abs(fitted.apply_inverse(gradient).numpy() - expected).max() <= 1e-9 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("diagonal", [[0, 2, 0, 3], [0, 0]])
+def test_what_is_zero_in_every_sample_is_left_out_of_the_solve(diagonal):
+    diagonal = torch.tensor(diagonal, dtype=torch.float64)
+    found, used = Eigenbasis.of(diagonal.diag(), 2), diagonal.nonzero().squeeze(1)
+    assert torch.equal(found.places_K, used)
+    assert found.basis_KK.shape == (len(used), len(used))
+    assert torch.equal(found.eigenvalues_K, diagonal[used] / 2)
 
 
 def test_how_samples_are_cut_into_blocks_and_pieces_changes_nothing(seen, monkeypatch):
@@ -181,4 +196,4 @@ def test_the_memory_named_is_that_of_the_factors_and_of_their_copies():
     sums, (rows, width) = FactorSums.of_layer(layer, inputs, grads), matrix_of(layer).shape
     bytes_of = [part.numel() * 8 for part in (sums.outputs_CC, sums.inputs_DD)]
     assert factor_bytes(rows, width, layer.groups) == sum(bytes_of)
-    assert solve_bytes(rows, width, layer.groups) == 4 * (sum(bytes_of) + 8 * rows * width)
+    assert solve_bytes(rows, width, layer.groups) == 5 * (sum(bytes_of) + 8 * rows * width)

@@ -24,7 +24,7 @@ from imu_ray.influence.curvature.base import Damping, Reduce
 from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, probabilities
 from imu_ray.influence.layer_io import Layer, pieces
 
-COPIES = 4  # of the factors while they are solved: their sum, its eigenvectors, and twice that as workspace
+COPIES = 5  # of the factors while they are solved: their sum, its part that is not 0, its eigenvectors, and twice that as workspace
 STRIP = 256  # columns of a factor that are multiplied at once
 
 
@@ -106,12 +106,33 @@ class FactorSums:
 
 
 @dataclass(frozen=True)
+class Eigenbasis:
+    """Eigenvectors of a factor within its K rows that are not 0, and the places of these; of groups a basis each."""
+
+    places_K: Tensor
+    basis_KK: Tensor
+    eigenvalues_K: Tensor
+
+    @classmethod
+    def of(cls, sum_DD: Tensor, count: int) -> "Eigenbasis":
+        """Of a factor as a sum: an input that was 0 in every sample (padding, a dead unit) is an eigenvector by itself."""
+        width = sum_DD.shape[-1]
+        places = sum_DD.diagonal(dim1=-2, dim2=-1).reshape(-1, width).any(0).nonzero().squeeze(1)
+        part = sum_DD if len(places) == width else sum_DD[..., places.unsqueeze(1), places]
+        eigenvalues, basis = torch.linalg.eigh(part)
+        return cls(places, basis, eigenvalues.clamp_min(0) / count)
+
+    def to(self, device: torch.device) -> "Eigenbasis":
+        """The same on a device."""
+        return Eigenbasis(*(part.to(device) for part in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class DampedKronecker:
     r""":math:`(G \otimes A + \lambda)^{-1}` in the eigenbases of both factors, exact for the product; not rescaled."""
 
-    outputs_CC: Tensor
-    inputs_DD: Tensor
-    eigenvalues_CD: Tensor
+    outputs: Eigenbasis
+    inputs: Eigenbasis
     damping: float
 
     @classmethod
@@ -121,17 +142,16 @@ class DampedKronecker:
         Raises:
             NonFiniteError: a factor is NaN or infinite.
         """
-        for factor in (sums.outputs_CC, sums.inputs_DD):
-            if not torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all():
+        diagonals = [factor.diagonal(dim1=-2, dim2=-1) for factor in (sums.outputs_CC, sums.inputs_DD)]
+        for diagonal in diagonals:
+            if not torch.isfinite(diagonal).all():
                 raise NonFiniteError(
-                    f"a Kronecker factor of size {factor.shape[-1]} is NaN or infinite; expected finite inputs and "
+                    f"a Kronecker factor of size {diagonal.shape[-1]} is NaN or infinite; expected finite inputs and "
                     "gradients of the layer; check the model's weights and the scale of its inputs"
                 )
-        outputs, outputs_basis = torch.linalg.eigh(sums.outputs_CC)
-        inputs, inputs_basis = torch.linalg.eigh(sums.inputs_DD)
-        outputs, inputs = outputs.clamp_min(0) / sums.count, inputs.clamp_min(0) / sums.positions
-        eigenvalues = outputs.unsqueeze(-1) * inputs.unsqueeze(-2)
-        return cls(outputs_basis, inputs_basis, eigenvalues, damping.of(eigenvalues))
+        diagonal = (diagonals[0] / sums.count).unsqueeze(-1) * (diagonals[1] / sums.positions).unsqueeze(-2)
+        outputs, inputs = Eigenbasis.of(sums.outputs_CC, sums.count), Eigenbasis.of(sums.inputs_DD, sums.positions)
+        return cls(outputs, inputs, damping.of(diagonal))
 
     @property
     def figures(self) -> dict[str, float]:
@@ -140,11 +160,13 @@ class DampedKronecker:
 
     def apply_inverse(self, gradient_CD: Tensor) -> Tensor:
         """The damped inverse times a gradient, ``[C, D]`` of all groups."""
-        outputs, inputs, eigenvalues = (
-            part.to(gradient_CD.device) for part in (self.outputs_CC, self.inputs_DD, self.eigenvalues_CD)
-        )
-        turned = outputs.mT @ gradient_CD.reshape(eigenvalues.shape) @ inputs / (eigenvalues + self.damping)
-        return (outputs @ turned @ inputs.mT).reshape(gradient_CD.shape)
+        outputs, inputs = self.outputs.to(gradient_CD.device), self.inputs.to(gradient_CD.device)
+        gradient = gradient_CD.reshape(*outputs.basis_KK.shape[:-2], -1, gradient_CD.shape[-1])
+        inverse, places = gradient / self.damping, (..., outputs.places_K.unsqueeze(1), inputs.places_K)
+        eigenvalues = outputs.eigenvalues_K.unsqueeze(-1) * inputs.eigenvalues_K.unsqueeze(-2)
+        turned = outputs.basis_KK.mT @ gradient[places] @ inputs.basis_KK / (eigenvalues + self.damping)
+        inverse[places] = outputs.basis_KK @ turned @ inputs.basis_KK.mT
+        return inverse.reshape(gradient_CD.shape)
 
 
 def factor_bytes(outputs: int, width: int, groups: int = 1) -> int:
