@@ -1,5 +1,6 @@
 """What a layer inside a model saw of a block, and the statistics of its samples' gradients."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -7,8 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from imu_ray.influence.curvature.base import Moments
-from imu_ray.influence.layer_io import Layer, sample_gradients, squared_gradient_norms, weights_of
+from imu_ray.influence.curvature.base import Moments, merge_tree
+from imu_ray.influence.gradients import gradient_sum
+from imu_ray.influence.layer_io import Layer, pieces, sample_gradients, squared_gradient_norms, weights_of
 from imu_ray.models.copies import plain_copy
 
 
@@ -24,11 +26,13 @@ class Seen:
 
 def layer_moments(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Moments:
     """``Moments.of`` a block of any layer: products and their sums over the block in the inputs' type, float32 at least."""
-    total = squares = torch.zeros(())
+    parts = pieces(layer, inputs, output_grads)
+    if output_grads[0].numel() == len(layer.weight):  # one position, of which the squares have a closed form
+        found = merge_tree(map(Moments.of, parts))
+        return Moments(found.count, found.gradient_sum_CD.double(), found.squared_sum_CD.double())
+    total = functools.reduce(torch.add, map(gradient_sum, parts))
+    squares = torch.zeros_like(total)
     for gradient in sample_gradients(layer, inputs, output_grads):
-        if not total.ndim:
-            total, squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        total += gradient
         squares.addcmul_(gradient, gradient)
     return Moments(len(inputs), total.double(), squares.double())
 

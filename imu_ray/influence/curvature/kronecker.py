@@ -83,9 +83,11 @@ class FactorSums:
         for layer_io in pieces(layer, inputs, output_grads):
             flat = [part.flatten(-3, -2) for part in (layer_io.output_grads_BTC, layer_io.inputs_BTD)]
             products = [second_moment(part) for part in flat]
-            sums = sums or [torch.zeros_like(product, dtype=HEAD_DTYPE) for product in products]
-            for total, product in zip(sums, products, strict=True):
-                total += product
+            if sums:
+                for total, product in zip(sums, products, strict=True):
+                    total += product
+            else:
+                sums = [product.to(HEAD_DTYPE) for product in products]
             count += layer_io.inputs_BTD.shape[-3]
             positions += flat[0].shape[-2]
         return cls(count, positions, *sums)
