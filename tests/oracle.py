@@ -76,10 +76,17 @@ def second_moment(inputs):
     return sum(np.outer(h, h) for sample in inputs for h in sample) / len(inputs)
 
 
+def conv1d(inputs, outputs):
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(outputs, inputs)
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (5,)),
     "linear over tokens, no bias": (lambda: nn.Linear(5, 4, bias=False), (3, 5)),
     "linear over a grid": (lambda: nn.Linear(5, 4), (2, 3, 5)),
+    "transposed linear over tokens": (lambda: conv1d(5, 4), (3, 5)),
     "1d, stride, padding, dilation": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=2, dilation=2), (3, 9)),
     "1d, same, even kernel": (lambda: nn.Conv1d(3, 4, 4, padding="same", bias=False), (3, 5)),
     "2d, uneven stride, padding, dilation": (
@@ -106,7 +113,7 @@ def called_layer(kind, samples=7, seed=0):
 def layer_positions(layer, inputs, output_grads):
     """What each group of a layer saw at each position, by indexing: ``[G, B, T, D]`` and ``[G, B, T, C / G]``."""
     one = [] if layer.bias is None else [1.0]
-    if isinstance(layer, nn.Linear):
+    if not hasattr(layer, "kernel_size"):
         places, groups = list(np.ndindex(*inputs.shape[1:-1])), 1
         seen = lambda sample, place, group: sample[place]
         pull = lambda grads, place, group: grads[place]
@@ -144,8 +151,15 @@ def layer_sample_gradients(layer, inputs, output_grads):
     rows = []
     for x, r in zip(inputs, output_grads, strict=True):
         parts = torch.autograd.grad(layer(x.unsqueeze(0)), list(layer.parameters()), r.unsqueeze(0))
-        rows.append(torch.cat([part.reshape(len(part), -1) for part in parts], dim=1))
+        rows.append(gradient_matrix(layer, parts))
     return torch.stack(rows)
+
+
+def gradient_matrix(layer, parts):
+    """Gradients of a layer's weight and bias, ``[C, D]``."""
+    weight, *bias = parts
+    weight = weight.T if hasattr(layer, "nf") else weight.reshape(len(weight), -1)
+    return torch.cat([weight, *[part.reshape(-1, 1) for part in bias]], dim=1)
 
 
 def layer_factors(layer, inputs, output_grads):

@@ -1,13 +1,14 @@
 """Linear and convolutional layers inside a network: their parameters as one matrix, and what they saw.
 
-A layer's matrix ``[C, D]`` is its flattened weight with the bias as last column. In a layer with groups, block g of its
-rows sees the inputs of group g alone.
+A layer's matrix ``[C, D]`` is its flattened weight, transposed where the layer is Hugging Face's ``Conv1D``, with the bias as
+last column. In a layer with groups, block g of its rows sees the inputs of group g alone.
 
 Shapes: B samples, T positions of a sample (of a convolution's output, or between the first and last dimension of a
 linear layer's input), C outputs, D inputs of one output with the bias input included.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -17,50 +18,33 @@ from torch.nn import functional
 from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, with_bias_input
 
 Convolution = nn.Conv1d | nn.Conv2d
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d  # or Hugging Face's ``Conv1D``
 PIECE = 2**24  # numbers in the unfolded inputs that are held at once
 
 
-def refusal(layer: nn.Module, model: nn.Module | None = None) -> str | None:
-    """Why the layer cannot be in a scope, as the end of a sentence about it; None if it can.
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The kind of layer that a module is; None if its parameters make no matrix."""
+    # Hugging Face's module is loaded where such a model is; it is not imported for others.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    return next((kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, conv1d) if isinstance(module, kind)), None)
 
-    With the model, a weight that another module shares is found as well.
-    """
-    if not isinstance(layer, Layer):
-        return f"is {type(layer).__name__}; expected nn.Linear, nn.Conv1d or nn.Conv2d"
-    kind = next(kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(layer, kind))
-    if not isinstance(layer.weight, nn.Parameter) or not isinstance(layer.bias, nn.Parameter | None):
-        return "has a computed weight; expected a plain one; remove the parametrization"
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return (
-            "belongs to nn.MultiheadAttention, which reads its weight without a call; expected a layer that is called"
-        )
-    if type(layer).forward is not kind.forward:
-        return f"is {type(layer).__name__} with a forward pass of its own; expected that of nn.{kind.__name__}"
-    if not layer.weight.numel():
-        return "has no parameters; expected a weight"
-    if not layer.weight.is_floating_point():
-        return f"has a weight of {layer.weight.dtype}; expected floating point"
-    if isinstance(layer, Convolution) and layer.padding_mode != "zeros":
-        return f"has padding_mode {layer.padding_mode!r}; expected 'zeros'"
-    if model is not None:
-        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
-        named = [name for name, found in model.named_parameters(remove_duplicate=False) if id(found) in own]
-        if len(named) > len(own):
-            return f"shares its parameters ({', '.join(named)}); expected parameters of its own; untie them"
-    return None
+
+def as_matrix(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A copy of what has the shapes of the layer's weight and bias as one matrix ``[C, D]``, float64, on its device."""
+    columns = [weight.T if _transposed(layer) else weight.flatten(1)] + ([] if bias is None else [bias.unsqueeze(1)])
+    return torch.cat([column.detach().to(HEAD_DTYPE) for column in columns], dim=1)
 
 
 def matrix_of(layer: Layer) -> Tensor:
     """A copy of the layer's parameters as one matrix ``[C, D]``, float64, on the layer's device."""
-    columns = [layer.weight.flatten(1)] + ([layer.bias.unsqueeze(1)] if layer.bias is not None else [])
-    return torch.cat([column.detach().to(HEAD_DTYPE) for column in columns], dim=1)
+    return as_matrix(layer, layer.weight, layer.bias)
 
 
 def weights_of(layer: Layer, matrix_CD: Tensor) -> dict[str, Tensor]:
     """``weight`` and, if there is one, ``bias`` in the layer's shapes and the matrix's type: parts of the matrix."""
-    width = layer.weight[0].numel()
-    weight = {"weight": matrix_CD[:, :width].reshape(layer.weight.shape)}
+    _, width = _sizes(layer)
+    weight_CD = matrix_CD[:, :width]
+    weight = {"weight": weight_CD.T if _transposed(layer) else weight_CD.reshape(layer.weight.shape)}
     return weight if layer.bias is None else {**weight, "bias": matrix_CD[:, width]}
 
 
@@ -68,8 +52,8 @@ def run_layer(layer: Layer, inputs: Tensor, matrix_CD: Tensor) -> Tensor:
     """The layer's outputs under another matrix, in the inputs' type; no hook is called."""
     parts = weights_of(layer, matrix_CD.to(inputs))
     weight, bias = parts["weight"], parts.get("bias")
-    if isinstance(layer, nn.Linear):
-        return functional.linear(inputs, weight, bias)
+    if not isinstance(layer, Convolution):
+        return functional.linear(inputs, weight.T if _transposed(layer) else weight, bias)
     convolve = functional.conv1d if isinstance(layer, nn.Conv1d) else functional.conv2d
     outputs: Tensor = convolve(inputs, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     return outputs
@@ -115,8 +99,9 @@ def layer_io(layer: Layer, inputs: Tensor, output_grads: Tensor) -> LayerIO:
 
 def pieces(layer: Layer, inputs: Tensor, output_grads: Tensor, numbers: int = 0) -> Iterator[LayerIO]:
     """``layer_io`` of a few samples after another, so that their inputs, or ``numbers`` each, take little memory."""
-    width = layer.weight[0].numel() * (layer.groups if isinstance(layer, Convolution) else 1)
-    positions = output_grads[0].numel() // len(layer.weight)
+    outputs, width = _sizes(layer)
+    width *= layer.groups if isinstance(layer, Convolution) else 1
+    positions = output_grads[0].numel() // outputs
     rows = max(1, PIECE // max(positions * width, numbers))
     for part in zip(torch.split(inputs, rows), torch.split(output_grads, rows), strict=True):
         yield layer_io(layer, *part)
@@ -138,7 +123,7 @@ def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -
 
     is used where that takes less work than the gradient itself.
     """
-    outputs, width = layer.weight.shape[0], layer.weight[0].numel()
+    outputs, width = _sizes(layer)
     positions = output_grads[0].numel() // outputs
     if 2 * positions * (outputs + width) > outputs * width:
         gradients = sample_gradients(layer, inputs, output_grads)
@@ -149,6 +134,17 @@ def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -
         squares = (grams[0] * grams[1]).sum((-2, -1))
         found.append(squares.sum(0) if squares.ndim > 1 else squares)
     return torch.cat(found)
+
+
+def _transposed(layer: nn.Module) -> bool:
+    """Whether the weight is ``[in, out]``, as that of Hugging Face's ``Conv1D``."""
+    return not isinstance(layer, Layer)
+
+
+def _sizes(layer: Layer) -> tuple[int, int]:
+    """C, and the inputs of one output without the bias input."""
+    outputs, inputs = len(layer.weight), layer.weight[0].numel()
+    return (inputs, outputs) if _transposed(layer) else (outputs, inputs)
 
 
 def _detached(part: Tensor) -> Tensor:

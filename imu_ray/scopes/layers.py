@@ -19,6 +19,7 @@ from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
 from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.layer_io import (
+    as_matrix,
     directional_scores,
     layer_io,
     matrix_of,
@@ -155,7 +156,10 @@ class Layers:
         """What was added as ``[C, D]`` of each layer, float64; zeros where nothing was."""
         if not total:
             return {name: torch.zeros_like(matrix, device=self.device) for name, matrix in self.parameters.items()}
-        return {name: _matrix(name, total) for name in self.parameters}
+        layers = {name: layer_of(self.cut.model, name) for name in self.parameters}
+        return {
+            name: as_matrix(layer, total[f"{name}.weight"], total.get(f"{name}.bias")) for name, layer in layers.items()
+        }
 
     def seen(self, values: Values, labels_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Seen]]:
         """Outputs, and what each layer saw with the loss's pull on its outputs; the labels may follow from the outputs."""
@@ -340,9 +344,3 @@ def looks_back(objective: OutputGradient) -> bool:
     """Whether an objective depends on the outputs before unlearning."""
     outputs = torch.zeros(1, 2, dtype=torch.float64)
     return bool(objective(outputs, torch.zeros(1, dtype=torch.int64), outputs + torch.nan).isnan().any())
-
-
-def _matrix(name: str, grads: Mapping[str, Tensor]) -> Tensor:
-    """A layer's gradient as a matrix with the bias as its last column."""
-    weight, bias = grads[f"{name}.weight"].flatten(1), grads.get(f"{name}.bias")
-    return (weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], dim=1)).double()

@@ -23,7 +23,7 @@ from imu_ray.influence.curvature.kronecker import (
     solve_bytes,
     uniform_draws,
 )
-from imu_ray.influence.layer_io import matrix_of, refusal
+from imu_ray.influence.layer_io import kind_of, matrix_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 DAMPING = Damping(0.01, relative=True)
@@ -104,7 +104,7 @@ def network():
     """A net, samples, labels drawn from its predictions, and what each of its layers saw."""
     torch.manual_seed(0)
     model, inputs, seen = Tokens().double(), torch.randn(23, 2, 6, 9, dtype=torch.float64), {}
-    layers = {name: layer for name, layer in model.named_children() if refusal(layer, model) is None}
+    layers = {name: layer for name, layer in model.named_children() if kind_of(layer)}
     hooks = [
         layer.register_forward_hook(
             lambda layer, args, output, name=name: seen.update({name: (layer, args[0], output)})

@@ -4,10 +4,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from torch import nn
 
 from imu_ray.influence import layer_io as module
-from imu_ray.influence.layer_io import directional_scores, layer_io, matrix_of, refusal, run_layer, weights_of
+from imu_ray.influence.layer_io import directional_scores, layer_io, matrix_of, run_layer, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -69,45 +68,10 @@ def test_pieces_hold_few_samples_and_lose_none(seen, monkeypatch):
     assert torch.equal(torch.cat([part.inputs_BTD for part in parts], dim=-3), layer_io(*seen).inputs_BTD)
 
 
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Named(nn.Conv2d):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("layer", "reason"),
-    [
-        (nn.BatchNorm2d(3), "is BatchNorm2d; expected nn.Linear, nn.Conv1d or nn.Conv2d"),
-        (nn.ConvTranspose2d(3, 3, 2), "is ConvTranspose2d"),
-        (nn.Conv3d(3, 3, 2), "is Conv3d"),
-        (nn.Conv2d(3, 3, 2, padding_mode="reflect"), "padding_mode 'reflect'; expected 'zeros'"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "computed weight"),
-        (nn.MultiheadAttention(4, 2).out_proj, "nn.MultiheadAttention"),
-        (Scaled(3, 3), "is Scaled with a forward pass of its own"),
-        (nn.Linear(3, 3, dtype=torch.complex64), "complex64; expected floating point"),
-    ],
-)  # fmt: skip
-def test_a_layer_that_cannot_move_is_refused_by_reason(layer, reason):
-    assert reason in refusal(layer)
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_a_layer_without_parameters_is_refused():
-    assert refusal(nn.Linear(0, 3)) == "has no parameters; expected a weight"
-
-
-def test_plain_layers_and_subclasses_are_taken(seen):
-    assert refusal(seen[0]) is None
-    assert refusal(Named(3, 3, 2)) is None
-
-
-def test_a_tied_weight_is_refused_where_the_model_is_known():
-    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "other": nn.Linear(3, 5)})
-    model["head"].weight = model["embedding"].weight
-    assert refusal(model["head"]) is None
-    assert "shares its parameters (embedding.weight, head.weight, head.bias)" in refusal(model["head"], model)
-    assert refusal(model["other"], model) is None
+def test_a_transposed_weight_is_a_layer_only_of_the_very_kind():
+    layer, *_ = oracle.called_layer("transposed linear over tokens")
+    assert module.kind_of(layer) is type(layer)
+    assert [module.kind_of(other) for other in (torch.nn.Linear(2, 2), torch.nn.Embedding(2, 2))] == [
+        torch.nn.Linear,
+        None,
+    ]
