@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from imu_ray.models.layers import evaluation_mode
+from imu_ray.models.layers import evaluation_mode, logits_of
 
 Values = tuple[Tensor, ...]
 SHAPE_METHODS = ("size", "dim", "ndimension", "numel")
@@ -125,8 +125,7 @@ class Cut:
         if self.plan.copied:
             values = tuple(value.clone() for value in values)
         rest = self.model if self._parts is None else self._parts[1]
-        logits: Tensor = torch.func.functional_call(rest, dict(parameters), values) if parameters else rest(*values)
-        return logits
+        return logits_of(torch.func.functional_call(rest, dict(parameters), values) if parameters else rest(*values))
 
     def join(self, values: Values) -> Tensor:
         """The values as one matrix ``[B, F]``."""
@@ -145,7 +144,7 @@ class Cut:
         }
         for count in (len(inputs), len(inputs) - 1):
             part = inputs[:count]
-            whole = torch.func.functional_call(self.model, changed, (part.clone(),))
+            whole = logits_of(torch.func.functional_call(self.model, changed, (part.clone(),)))
             if not torch.equal(self.suffix(self.prefix(part.clone()), changed), whole):
                 raise _Uncut("the two parts give other logits than the model")
         # Rows of a value must be of samples, and of no other samples: the last ones come out alike, turned round.

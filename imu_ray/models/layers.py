@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,14 @@ from imu_ray.errors import ForgetSetError, ImuError, UnsupportedModelError, near
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def logits_of(output: Any) -> Tensor:
+    """What a model gives as a tensor: itself, or the ``logits`` of a Hugging Face output."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise UnsupportedModelError(f"the model returned {type(output).__name__}; expected a tensor, or logits in it")
+    return logits
 
 
 def compile_around(model: nn.Module, head: str) -> None:
