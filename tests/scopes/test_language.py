@@ -1,0 +1,92 @@
+"""Layers of Hugging Face's language models against autograd on the whole model, one sample at a time, in float64."""
+
+from types import SimpleNamespace
+
+import oracle
+import pytest
+import torch
+from language import TOKENS, gpt2, llama, lora
+from torch.nn import functional
+
+from imu_ray.config import UnlearnConfig
+from imu_ray.influence.layer_io import directional_scores, sample_gradients, squared_gradient_norms
+from imu_ray.models.choice import choose_layers
+from imu_ray.scopes.layers import Layers
+
+LABELS = TOKENS.roll(-1, 1)
+CASES = {
+    "gpt2": (gpt2, ["*.attn", "*.1.mlp"], 6),
+    "gpt2, sdpa": (lambda: gpt2(attn_implementation="sdpa"), ["*.c_attn"], 2),
+    "llama": (llama, ["*.?_proj"], 8),
+    "llama, all": (llama, "all", 15),
+    "llama, tied": (lambda: llama(tie_word_embeddings=True), "last:6", 6),
+    "lora": (lambda: lora(llama()), "adapters", 8),
+    "lora, fresh, tied": (lambda: lora(llama(tie_word_embeddings=True), fresh=True), ["*.q_proj"], 4),
+    "lora of gpt2": (lambda: lora(gpt2(), ["c_attn"], fan_in_fan_out=True), "last:3", 3),
+}
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    make, scope, count = CASES[request.param]
+    model = make()
+    task = SimpleNamespace(head="", output_gradient=lambda outputs, labels: pull(outputs, labels))
+    head = "" if "gpt2" in request.param or request.param != "llama, all" else "lm_head"
+    names = choose_layers(model, TOKENS, scope, head)
+    part = Layers.of_names(model, task, names, TOKENS, UnlearnConfig())
+    assert len(names) == count
+    assert part.cut.trivial
+    return SimpleNamespace(model=model, part=part, names=names)
+
+
+def pull(outputs, labels):
+    """Gradient of the cross-entropy, summed over the positions of a sample."""
+    return torch.softmax(outputs, -1) - functional.one_hot(labels, outputs.shape[-1])
+
+
+def gradients_one_by_one(model, names):
+    """By layer ``[B, C, D]``."""
+    layers, found = {name: model.get_submodule(name) for name in names}, {name: [] for name in names}
+    for tokens, labels in zip(TOKENS, LABELS, strict=True):
+        loss = functional.cross_entropy(model(tokens[None]).logits[0], labels, reduction="sum")
+        grads = iter(torch.autograd.grad(loss, [own for layer in layers.values() for own in layer.parameters()]))
+        for name, layer in layers.items():
+            found[name].append(oracle.gradient_matrix(layer, [next(grads) for _ in layer.parameters()]))
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def close(found, expected):
+    assert (found - expected).abs().max() <= 1e-10 * max(expected.abs().max(), 1e-3)
+
+
+def test_what_layers_saw_gives_the_gradients_scores_and_norms_of_single_samples(case):
+    expected = gradients_one_by_one(case.model, case.names)
+    outputs, seen = case.part.seen(case.part.values(TOKENS.flatten(1).float()), lambda _: LABELS)
+    assert torch.equal(outputs, case.model(TOKENS).logits)
+    scores, squares, wanted = torch.zeros(5).double(), torch.zeros(5).double(), torch.zeros(5).double()
+    for each in seen:
+        own = expected[each.name]
+        direction = torch.randn(own.shape[1:], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        grads = sample_gradients(each.layer, each.inputs, each.output_grads)
+        close(torch.stack([grad.clone() for grad in grads]), own)
+        scores += directional_scores(each.layer, each.inputs, each.output_grads, direction)
+        squares += squared_gradient_norms(each.layer, each.inputs, each.output_grads)
+        wanted -= (own * direction).sum((1, 2))
+    close(scores, wanted)
+    close(squares, sum(own.square().sum((1, 2)) for own in expected.values()))
+
+
+def test_gradients_of_a_batch_add_up_to_matrices_and_only_those_layers_move(case):
+    total = {}
+    case.part.add_gradient(total, case.part.weights(), (TOKENS,), lambda outputs: pull(outputs, LABELS))
+    for name, own in gradients_one_by_one(case.model, case.names).items():
+        close(case.part.matrices(total)[name], own.sum(0))
+    moved = {name: matrix + 0.1 for name, matrix in case.part.parameters.items()}
+    changed = case.part.changed(moved).apply(case.model)
+    before, after = case.model.state_dict(), changed.state_dict()
+    other = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert {key.rpartition(".")[0] for key in other} == set(case.names)
+    with torch.no_grad():
+        outputs = case.part.run(case.part.weights(moved), (TOKENS,))
+    assert torch.equal(outputs, changed(TOKENS).logits)
+    assert not torch.equal(outputs, case.model(TOKENS).logits)
