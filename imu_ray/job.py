@@ -19,17 +19,20 @@ class ModelSection(Section):
     prefix = "model."
 
     factory: str
-    """`package.module:callable`, or a torchvision classifier; importing it runs code"""
+    """`package.module:callable`, importing which runs code; a torchvision classifier; or `hf:PATH`, a causal language model, or an
+    adapter of one, in a folder of Hugging Face's (extra `hf`)"""
     kwargs: dict[str, Any] = Field({})
     """keyword arguments of the factory"""
     checkpoint: str | None = None
     """path or URI of a `.safetensors` file, or of a state dict that `torch.load(weights_only=True)` reads"""
     head: str | None = None
     """name of the classifier head, when it cannot be told"""
+    merge_adapter: bool = False
+    """write the base model with the adapter merged into it, in place of the adapter alone"""
 
     def spec(self) -> ModelSpec:
         """The model as the stages take it."""
-        return ModelSpec(self.factory, nest(self.kwargs), self.checkpoint, self.head)
+        return ModelSpec(self.factory, nest(self.kwargs), self.checkpoint, self.head, self.merge_adapter)
 
 
 class OriginalSection(ModelSection):

@@ -33,7 +33,7 @@ def lora(model, targets=("q_proj", "v_proj"), fresh=False, **settings):
     return wrapped.eval()
 
 
-SETTINGS = {"vocab_size": 13, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
+SETTINGS = {"vocab_size": 13, "bos_token_id": 0, "eos_token_id": 0}
 TOKENS = torch.randint(0, 13, (5, 7), generator=torch.Generator().manual_seed(0))
 
 

@@ -1,5 +1,6 @@
 """How to build a model."""
 
+import functools
 import importlib
 import json
 import operator
@@ -15,6 +16,9 @@ from torch import nn
 from imu_ray.errors import ConfigError, ImuError, nearest
 from imu_ray.models.checkpoint import load_checkpoint
 from imu_ray.models.copies import to_eval
+from imu_ray.models.pretrained import load_pretrained
+
+PRETRAINED = "hf:"
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,20 @@ class ModelSpec:
     """How to build a model: a factory, its keyword arguments and a checkpoint.
 
     Attributes:
-        factory: ``"package.module:callable"``, the name of a torchvision classifier (``"resnet18"``), or a callable. A
-            module is also looked for in the working directory. Importing runs code, so a spec is trusted input.
-        kwargs: keyword arguments of the factory.
+        factory: ``"package.module:callable"``, the name of a torchvision classifier (``"resnet18"``), ``"hf:PATH"``, a causal
+            language model in a folder of Hugging Face's, or a callable. A module is also looked for in the working directory.
+            Importing runs code, so a spec is trusted input.
+        kwargs: keyword arguments of the factory; of ``hf:PATH`` those of ``from_pretrained``.
         checkpoint: a ``.safetensors`` file, or a state dict that ``torch.load(weights_only=True)`` reads.
         head: name of the classifier head, when it cannot be told.
+        merge_adapter: whether a run writes the base model with the adapter merged into it, in place of the adapter alone.
     """
 
     factory: str | Callable[..., nn.Module]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | Path | None = None
     head: str | None = None
+    merge_adapter: bool = False
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -40,6 +47,7 @@ class ModelSpec:
             ("kwargs", isinstance(self.kwargs, Mapping), "a mapping"),
             ("checkpoint", isinstance(self.checkpoint, str | Path | None), "a path or URI"),
             ("head", isinstance(self.head, str | None), "the name of a layer"),
+            ("merge_adapter", isinstance(self.merge_adapter, bool), "true or false"),
         ):
             if not fits:
                 raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected {expected}")
@@ -66,6 +74,10 @@ class ModelSpec:
             raise ConfigError(
                 f"model.factory {self._name!r} returned {type(model).__name__}; expected a torch.nn.Module"
             )
+        if self.merge_adapter and not hasattr(model, "merge_and_unload"):
+            raise ConfigError(
+                f"model.merge_adapter is true; expected a model with an adapter, not {type(model).__name__}"
+            )
         if self.checkpoint is not None:
             load_checkpoint(model, self.checkpoint)
         return to_eval(model)
@@ -78,6 +90,7 @@ class ModelSpec:
             "kwargs": json.loads(kwargs, parse_constant=str),
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
             "head": self.head,
+            "merge_adapter": self.merge_adapter,
         }
 
     @property
@@ -90,6 +103,8 @@ class ModelSpec:
 
     def _factory(self) -> Any:
         name = str(self.factory)
+        if name.startswith(PRETRAINED):
+            return functools.partial(load_pretrained, name.removeprefix(PRETRAINED))
         if ":" in name:
             return import_path("model.factory", name)
         import torchvision  # here, because it takes longer to import than torch, in every worker process
@@ -97,7 +112,7 @@ class ModelSpec:
         names = torchvision.models.list_models(module=torchvision.models)
         if name not in names:
             raise ConfigError(
-                f"model.factory is {name!r}; expected 'package.module:callable' or a torchvision classifier: "
+                f"model.factory is {name!r}; expected 'package.module:callable', 'hf:PATH' or a torchvision classifier: "
                 f"{nearest(name, names)}"
             )
         return lambda **kwargs: torchvision.models.get_model(name, **{"weights": None, **kwargs})

@@ -1,6 +1,7 @@
 """A run directory: which artifacts it holds, and when a run may go on in it."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from imu_ray.run.storage import open_storage
 MANIFEST = "manifest.json"
 INTENSITIES = "intensities.parquet"
 MODEL = "model.safetensors"
+MODEL_FOLDER = "model"
 STATE = "state/ascent.safetensors"
 Limits = Mapping[str, int | None]  # ``max_epochs`` and ``max_steps``; None: any number
 
@@ -127,8 +129,22 @@ class RunDirectory:
                 f"{self.location} may be in use by another run, because this one could not renew its lock for a while; "
                 f"expected a store that answers; {name} was not written; the same call continues from the last state"
             )
-        try:
+        with self._room_for(name):
             self.storage.write(name, fill)
+
+    def write_folder(self, name: str, fill: Callable[[Path], object]) -> None:
+        """Write a folder of artifacts: ``fill`` gets an empty one. Readers know it by its configuration, which comes last."""
+        with self._room_for(name), self.storage.scratch() as made:
+            fill(Path(made))
+            self.storage.remove(name)
+            files = [path for path in Path(made).rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: (path.name.endswith("config.json"), path.name)):
+                self.write(f"{name}/{path.relative_to(made)}", functools.partial(shutil.move, path))
+
+    @contextlib.contextmanager
+    def _room_for(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             raise StageFailedError(
                 f"{self.location}/{name} cannot be written: {error}; make room or choose another run_dir; what was "

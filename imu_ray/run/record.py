@@ -34,6 +34,7 @@ class ModelRecord(Part):
     kwargs: dict[str, Any] | None = None
     checkpoint: str | None = None
     head: str | None = None
+    merge_adapter: bool = False
 
 
 class SamplesRecord(Part):

@@ -98,9 +98,7 @@ class LocalStorage:
     def write(self, name: str, fill: Callable[[Path], object]) -> None:
         """``fill`` gets a temporary path next to the target; what it wrote appears under ``name`` when complete."""
         target = self.path / name
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.private:
-            self.path.chmod(0o700)  # also when it was made beforehand
+        self._make()
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Named before it is made, so that an interrupt at any moment finds it.
         temporary = target.parent / f"{PART}{uuid.uuid4().hex}"
@@ -113,6 +111,16 @@ class LocalStorage:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+    def scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """A temporary folder, from which a file is moved without being copied."""
+        self._make()
+        return tempfile.TemporaryDirectory(prefix=PART, dir=self.path)
+
+    def _make(self) -> None:
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.private:
+            self.path.chmod(0o700)  # also when it was made beforehand
 
     @contextlib.contextmanager
     def fetch(self, name: str) -> Iterator[Path | None]:
@@ -171,6 +179,10 @@ class RemoteStorage:
             with path.open("rb") as source, self.filesystem.open_output_stream(part) as sink:
                 shutil.copyfileobj(source, sink)
             self.filesystem.move(part, target)
+
+    def scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """A temporary folder here."""
+        return tempfile.TemporaryDirectory()
 
     @contextlib.contextmanager
     def fetch(self, name: str) -> Iterator[Path | None]:

@@ -1,0 +1,103 @@
+"""Hugging Face's causal language models: read from a folder, and written as one that ``from_pretrained`` opens."""
+
+import copy
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from imu_ray.errors import CheckpointError, ConfigError, ImuError
+
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*",
+)  # fmt: skip
+ADAPTER = "adapter_config.json"
+
+
+def load_pretrained(path: str, **settings: Any) -> nn.Module:
+    """A causal language model, in its adapter where the folder holds one, that keeps no keys and values of a pass.
+
+    Args:
+        path: a folder that ``save_pretrained`` wrote, or the name of a model in the local cache of Hugging Face's hub.
+        settings: of ``AutoModelForCausalLM.from_pretrained``. Unless they say otherwise weights keep their type, and nothing is
+            downloaded (``local_files_only``). No code is run from the folder.
+
+    Raises:
+        ConfigError: the extra is not installed, or the settings ask to run code.
+        CheckpointError: there is no such model, or it cannot be read whole.
+    """
+    if settings.get("trust_remote_code"):
+        raise ConfigError(
+            "model.kwargs.trust_remote_code is true, which runs code from the model's folder; expected a model that transformers has; "
+            "for another, name a factory of your own"
+        )
+    settings = {"dtype": "auto", "local_files_only": True, **settings, "trust_remote_code": False}
+    model: Any
+    try:
+        folder = _local(path, settings) if settings["local_files_only"] else path
+        if not (Path(folder) / ADAPTER).is_file():
+            model = _load(folder, settings)
+        else:
+            from peft import PeftConfig, PeftModel
+
+            base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+            if base is None:
+                raise CheckpointError(f"{folder}/{ADAPTER} names no base model; expected base_model_name_or_path in it")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                model = PeftModel.from_pretrained(load_pretrained(base, **settings), folder)
+        model.name_or_path = str(folder)  # of a model with an adapter this is not its base's
+        return cast(nn.Module, model)
+    except ImportError as error:
+        raise ConfigError(
+            f"model.factory is 'hf:{path}', which cannot be opened: {error}; expected the extra: pip install imu-ray[hf]"
+        ) from None
+    except (ImuError, TypeError, MemoryError):  # TypeError: a setting that nothing takes
+        raise
+    except Exception as error:  # of many kinds
+        raise CheckpointError(
+            f"model.factory is 'hf:{path}', which cannot be read ({type(error).__name__}: {error}); expected a folder that "
+            "save_pretrained wrote, or a model in the local cache; model.kwargs.local_files_only=false downloads it"
+        ) from None
+
+
+def save_pretrained(model: nn.Module, folder: Path, merge_adapter: bool = False) -> None:
+    """Write a model of Hugging Face's as a folder that ``from_pretrained`` opens, with the tokenizer of where it came from.
+
+    Of a model with an adapter the adapter alone is written, beside the name of its base; or the base with the adapter merged into it.
+    """
+    source = getattr(model, "name_or_path", "")
+    written: Any = copy.deepcopy(model).merge_and_unload() if merge_adapter else copy.copy(model)  # type: ignore[operator]
+    if hasattr(written, "loaded_use_cache"):
+        written.config = copy.copy(written.config)
+        written.config.use_cache = written.loaded_use_cache
+    written.save_pretrained(folder)
+    for pattern in TOKENIZER if source else ():
+        for path in Path(str(source)).glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _local(path: str, settings: dict[str, Any]) -> str:
+    """The folder; of a name, the one in the cache."""
+    if Path(path).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    return str(snapshot_download(path, revision=settings.get("revision"), local_files_only=True))
+
+
+def _load(folder: str, settings: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} holds no {', '.join(missing[:8])} of {type(model).__name__}; expected every tensor of the model, because "
+            "those that are missing would be random"
+        )
+    model.loaded_use_cache = model.config.use_cache  # which the model is saved with
+    model.config.use_cache = False
+    return model
