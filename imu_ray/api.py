@@ -53,7 +53,7 @@ def unlearn(
     Raises:
         ImuError: see ``imu_ray.errors``; nothing is overwritten.
     """
-    settings = resolve_settings(recipe, config)
+    settings = resolve_settings(recipe, config, task)
     with Pipeline.open("unlearn", model, forget_set, task, evaluation, settings, run_dir) as job:
         return job.unlearn(_as_held(model, job))
 
@@ -75,7 +75,14 @@ def score(
         ``sample_id, label, loss, influence, gradient_norm, outlier, intensity`` in the order of the forget set; intensity is 0 where not kept.
     """
     with Pipeline.open(
-        "score", model, forget_set, task, None, resolve_settings(recipe, config), run_dir, write=run_dir is not None
+        "score",
+        model,
+        forget_set,
+        task,
+        None,
+        resolve_settings(recipe, config, task),
+        run_dir,
+        write=run_dir is not None,
     ) as job:
         if job.finished:
             return job.run.read_table(INTENSITIES)
@@ -100,7 +107,7 @@ def ascend(
     Raises:
         ForgetSetError: the intensities are not those of the samples of the forget set.
     """
-    settings = resolve_settings(recipe, config)
+    settings = resolve_settings(recipe, config, task)
     if settings.influence.refresh == "step":
         raise ConfigError(
             "influence.refresh is 'step', which scores every batch anew, so that the given intensities would never be "
@@ -134,7 +141,7 @@ def audit(
     Returns:
         ``before`` (of ``original``) and ``after`` (of ``model``): figures per set, and membership inference.
     """
-    settings = resolve_settings(recipe, config)
+    settings = resolve_settings(recipe, config, task)
     metrics: dict[str, Any] = {}
     if original is not None:
         with Pipeline.open("audit", original, forget_set, task, evaluation, settings, None, write=False) as job:
@@ -179,7 +186,7 @@ def remember(
     Raises:
         ImuError: see ``imu_ray.errors``.
     """
-    settings = resolve_settings(None, config).with_overrides({"forget_set.size": rows, "ascent.views": 0})
+    settings = resolve_settings(None, config, task).with_overrides({"forget_set.size": rows, "ascent.views": 0})
     check_place(path)
     require_gpus(settings.resources)
     inputs = Inputs.open(model, train_set, task, None, settings)

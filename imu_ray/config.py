@@ -31,6 +31,26 @@ class ForgetSetConfig(Section):
     """column with encoded images (PNG, JPEG bytes) or with numbers"""
     label_column: str = "label"
     """column with whole-number labels, or names listed in `forget_set.classes`"""
+    tokens_column: str = "tokens"
+    """column with lists of token ids (task `sequence`)"""
+    token_labels_column: str | None = None
+    """column with a label for each token, -100 where there is none; null: each token is its own label. A token is predicted from
+    those before it"""
+    question_column: str = "question"
+    """column with the text before an answer (task `causal_lm`)"""
+    answer_column: str = "answer"
+    """column with the text whose tokens are predicted"""
+    prompt: str = "Question: {question}\nAnswer:"
+    """what a model reads before a space and the answer; `{question}` is replaced"""
+    messages_column: str | None = None
+    """column with conversations, lists of `role` and `content`, in place of questions and answers: the tokenizer's chat template makes
+    a text of each, and the last message is predicted"""
+    text_column: str | None = None
+    """column with texts in place of questions and answers, of which every token is predicted"""
+    tokenizer: str | None = None
+    """folder of a Hugging Face tokenizer; null: that of the model"""
+    max_length: int | None = Field(None, ge=2)
+    """tokens of the longest row; a longer one is a bad row. null: as many as the longest row of all sets has, which reads them"""
     id_column: str | None = None
     """column with unique sample ids; null: `id` if there is one, else the row number"""
     classes: tuple[str, ...] | None = None
@@ -51,7 +71,8 @@ class InfluenceConfig(Section):
     prefix = "influence."
 
     block_rows: int = Field(256, ge=1)
-    """rows per block: one forward call, one statistics sum, one scoring call"""
+    """rows per block: one forward call, one statistics sum, one scoring call; fewer where samples have outputs at many positions,
+    so that the logits of a block are 16 million numbers at most"""
     blocks_per_shard: int = Field(4, ge=1, json_schema_extra=NO_RESULT)
     """blocks per task, a power of two; of layers it changes which rows curvature and first trials are taken from"""
     features: Literal["cache", "recompute"] = Field("cache", json_schema_extra=NO_RESULT)
@@ -151,9 +172,10 @@ class AscentConfig(Section):
 
     prefix = "ascent."
 
-    scope: str | Annotated[tuple[str, ...], Field(min_length=1)] = "head"
-    """what may move: `head`; `last:N`, the N last linear and convolutional layers in order of execution, the head included; `all`
-    such layers; or a list of module names and globs (`[layer4]`, `["*.q_proj"]`)"""
+    scope: str | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
+    """what may move: `auto`, which is `head` for a classifier and `all` for sequences; `head`; `last:N`, the N last linear and
+    convolutional layers in order of execution, the head included; `all` such layers; or a list of module names and globs
+    (`[layer4]`, `["*.q_proj"]`)"""
     views: int = Field(0, ge=0)
     """augmented views of every row to forget, which gradient and curvature are taken over; 0: the rows as they are"""
     view_transform: str = "crop_flip"
@@ -200,8 +222,8 @@ class AscentConfig(Section):
     batch_size: int = Field(256, ge=1)
     """kept rows per global step, whatever the number of workers"""
     microbatch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """rows per piece of a batch that is dealt to one worker; a worker beyond the pieces of a batch has nothing to do; `auto`: 32 of
-    the head, 128 of layers"""
+    """rows per piece of a batch that is dealt to one worker, of sequences at most a block; a worker beyond the pieces of a batch has
+    nothing to do; `auto`: 32 of the head, 128 of layers"""
     window_blocks: int = Field(64, ge=1)
     """blocks within which rows are shuffled; reads stay sequential beyond"""
     keep: Literal["last", "best", "all"] = "last"
@@ -222,15 +244,20 @@ class AscentConfig(Section):
         return value if value is None or "://" in value else str(Path(value).absolute())
 
     @property
+    def deep(self) -> bool:
+        """Whether more may move than a head on its kept inputs."""
+        return self.scope not in ("auto", "head")
+
+    @property
     def piece_rows(self) -> int:
         """The rows of a piece that are meant: layers near the end of a network need many before their products are fast."""
-        automatic = 32 if self.scope == "head" else 128
+        automatic = 128 if self.deep else 32
         return automatic if self.microbatch_rows == "auto" else self.microbatch_rows
 
     @property
     def curvature(self) -> str:
         """The preconditioner that is meant."""
-        automatic = "block_ggn" if self.scope == "head" else "kfac"
+        automatic = "kfac" if self.deep else "block_ggn"
         return automatic if self.preconditioner == "auto" else self.preconditioner
 
 
@@ -306,7 +333,7 @@ class UnlearnConfig(Section):
         """As of any section, with what counts under some settings only: a bundle, the limits of a schedule, the shards of layers."""
         ascent, digest = self.ascent, super().identity()
         digest += "-bundle" if ascent.bundle else ""
-        if ascent.scope != "head":  # evenly spaced shards stand for all rows in the curvature and in the first trials
+        if ascent.deep:  # evenly spaced shards stand for all rows in the curvature and in the first trials
             digest += f"-{self.influence.blocks_per_shard}"
         return digest if ascent.schedule == "constant" else f"{digest}-{ascent.stop.max_epochs}-{ascent.stop.max_steps}"
 

@@ -19,7 +19,7 @@ from imu_ray.data import PartSource, Source, ViewSource, draw_rows, open_source
 from imu_ray.distributed import feature_job, metrics
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.session import node_store_bytes, object_store_bytes
-from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, nearest
+from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError
 from imu_ray.events import event
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.choice import choose_layers
@@ -30,8 +30,8 @@ from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Part
 from imu_ray.scopes.features import FeatureShard, ShardReport
 from imu_ray.scopes.head import Head
 from imu_ray.scopes.layers import Layers
+from imu_ray.tasks import TASKS
 from imu_ray.tasks.base import Batch, Task
-from imu_ray.tasks.classification import TASKS
 
 EXAMPLES = 8  # rows that a model is traced with
 
@@ -71,9 +71,8 @@ class Inputs:
             raise ConfigError(
                 f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets"
             )
-        if not isinstance(task, str) or task not in TASKS:
-            raise ConfigError(f"task is {task!r}; {nearest(str(task), TASKS)}")
-        whole = open_source(forget_set, config.forget_set)
+        fields = TASKS[task].fields(config.forget_set)
+        whole = open_source(forget_set, config.forget_set, fields=fields)
         size = config.forget_set.size
         rows = draw_rows(whole.num_rows, size, config.forget_set.size_seed) if isinstance(size, int | float) else None
         # Classes are told from the labels, which are known after the features.
@@ -84,11 +83,11 @@ class Inputs:
                     f"an evaluation set is named {name!r}; expected another text; results of the forget set have those "
                     "names"
                 )
-            sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}")
+            sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}", fields)
         # What travels is on the CPU and in eval mode; the caller's model stays as it is.
         built = to_eval(plain_copy(model.build() if isinstance(model, ModelSpec) else model))
         named_head = model.head if isinstance(model, ModelSpec) else None
-        chosen = TASKS[task].for_model(built, sources["forget"], config.forget_set, named_head)
+        chosen = TASKS[task].for_model(built, sources, config.forget_set, named_head)
         for source in sources.values():
             source.check(chosen.num_classes)
         origin = model.describe() if isinstance(model, ModelSpec) else {}
@@ -219,7 +218,7 @@ class Inputs:
 
 def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConfig) -> Part:
     """The layers that ``ascent.scope`` means."""
-    if config.ascent.scope == "head":
+    if not config.ascent.deep:
         return Head.of(model, task)
     example = usable_batch(task, samples, EXAMPLES)
     names = choose_layers(model, example.inputs, config.ascent.scope, task.head)

@@ -15,6 +15,7 @@ from imu_ray.inputs import Inputs
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import resolve_settings
 from imu_ray.scopes.extraction import extract_features
+from imu_ray.tasks.base import rows_at_once
 
 # As measured: of one task; of a shard, in the driver; of a sample, what an ascent takes beside the features.
 TASK_SECONDS = 0.0025
@@ -47,7 +48,7 @@ def plan(
     Raises:
         ImuError: as ``unlearn`` would.
     """
-    settings = resolve_settings(recipe, config)
+    settings = resolve_settings(recipe, config, task)
     inputs = Inputs.open(model, forget_set, task, evaluation, settings)
     with ray_session(settings.with_overrides({"resources.workers": 1}).resources):  # too many are told, not refused
         store, room, workers = object_store_bytes(), slots(settings.resources), resolve_workers(settings.resources)
@@ -75,8 +76,12 @@ def _recompute(settings: UnlearnConfig) -> bool:
     return settings.influence.features == "recompute"
 
 
+def _block_rows(inputs: Inputs, settings: UnlearnConfig) -> int:
+    return rows_at_once(settings.influence.block_rows, inputs.task)
+
+
 def _count(source: Source, inputs: Inputs, settings: UnlearnConfig, seconds: float) -> dict[str, Any]:
-    shards = source.shards(settings.influence.block_rows, settings.influence.blocks_per_shard)
+    shards = source.shards(_block_rows(inputs, settings), settings.influence.blocks_per_shard)
     return {
         "samples": source.num_rows,
         "blocks": sum(len(list(shard.blocks())) for shard in shards),
@@ -99,7 +104,7 @@ def _held(sets: Mapping[str, Any]) -> int:
 
 def _peak_bytes(sets: Mapping[str, Any], inputs: Inputs, settings: UnlearnConfig) -> dict[str, int]:
     """Memory of one worker above its imports, of the object stores, and of the driver."""
-    rows, shard_blocks = settings.influence.block_rows, settings.influence.blocks_per_shard
+    rows, shard_blocks = _block_rows(inputs, settings), settings.influence.blocks_per_shard
     head_bytes = sum(tensor.nbytes for tensor in inputs.part.parameters.values())
     model_bytes = sum(tensor.nbytes for tensor in inputs.model.state_dict().values())
     row_bytes = _feature_bytes(inputs, settings) + _row_bytes(inputs.sources["forget"])
@@ -132,7 +137,7 @@ def _notes(held: int, kept: int, store: int, workers: int, room: int, settings: 
 def _time_block(inputs: Inputs, settings: UnlearnConfig) -> tuple[float, float]:
     """Seconds per sample of reading with the forward pass, and of scoring."""
     source = inputs.sources["forget"]
-    (shard, *_) = source.shards(min(settings.influence.block_rows, source.num_rows), 1)
+    (shard, *_) = source.shards(min(_block_rows(inputs, settings), source.num_rows), 1)
     before, cpu = torch.get_num_threads(), torch.device("cpu")
     torch.set_num_threads(settings.resources.cpus_per_worker)
     try:

@@ -12,7 +12,8 @@ from imu_ray.influence.curvature import CURVATURES, LAYER_CURVATURES, PRECONDITI
 from imu_ray.influence.intensity import SCHEMES
 from imu_ray.models.choice import check_scope
 from imu_ray.scopes.base import FORGET_VIEWS
-from imu_ray.tasks.base import Metric
+from imu_ray.tasks import TASKS
+from imu_ray.tasks.base import Metric, Task
 from imu_ray.tasks.transforms import find_transform
 from imu_ray.updates import UPDATES
 from imu_ray.updates.objectives import OBJECTIVES
@@ -23,8 +24,10 @@ CHANCE = 1e-3
 NEAR_CHANCE_ROWS = 20  # fewest rows of which a mean near chance says something
 
 
-def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> UnlearnConfig:
-    """The settings that ``recipe`` or ``config`` mean, with every registered name checked."""
+def resolve_settings(recipe: str | None, config: UnlearnConfig | None, task: str) -> UnlearnConfig:
+    """The settings that ``recipe`` or ``config`` mean for a task, with every registered name checked."""
+    if not isinstance(task, str) or task not in TASKS:
+        raise ConfigError(f"task is {task!r}; {nearest(str(task), TASKS)}")
     if recipe is not None and config is not None:
         raise ConfigError(
             f"recipe={recipe!r} and config were both given; expected one of them; combine them with "
@@ -35,6 +38,8 @@ def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> Unlear
             f"config is a {type(config).__name__}; expected an UnlearnConfig: UnlearnConfig().with_overrides({{...}})"
         )
     settings = config or UnlearnConfig.from_recipe(recipe or "auto")
+    if settings.ascent.scope == "auto":
+        settings = settings.with_overrides({"ascent.scope": TASKS[task].scope})
     for key, name, registry in (
         ("influence.curvature", settings.influence.curvature, CURVATURES),
         ("intensity.scheme", settings.intensity.scheme, SCHEMES),
@@ -47,14 +52,20 @@ def resolve_settings(recipe: str | None, config: UnlearnConfig | None) -> Unlear
     check_scope(settings.ascent.scope)
     if settings.ascent.views:
         find_transform(settings.ascent.view_transform)
-    _check_layers(settings)
+    _check_layers(settings, TASKS[task], task)
     return settings
 
 
-def _check_layers(settings: UnlearnConfig) -> None:
-    """Refuse settings that mean nothing for what may move."""
+def _check_layers(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
+    """Refuse settings that mean nothing for the task, or for what may move."""
     ascent, influence = settings.ascent, settings.influence
-    deep = ascent.scope != "head"
+    deep = ascent.deep
+    if not deep and kind.scope != "head":
+        raise ConfigError(
+            f"ascent.scope is 'head' with task {task!r}; expected all, last:N or a list of module patterns"
+        )
+    if ascent.views and not kind.augmented:
+        raise ConfigError(f"ascent.views is {ascent.views} with task {task!r}, which has none; expected 0")
     kinds = ("none", "kfac") if deep else ("none", *PRECONDITIONERS)
     for holds, what, expected in (
         (ascent.curvature not in kinds, f"ascent.preconditioner is {ascent.preconditioner!r}", " or ".join(kinds)),
@@ -85,7 +96,7 @@ def looks_like_whole_classes(
     with a probability below 1e-3 (union bound). Equally frequent classes are an assumption.
     """
     rows, present = sum(label_counts.values()), len(label_counts)
-    if present == num_classes or not label_counts.keys().isdisjoint(kept_labels):
+    if present in (0, num_classes) or not label_counts.keys().isdisjoint(kept_labels):
         return False
     log_bound = math.log(math.comb(num_classes, present)) + rows * math.log(present / num_classes)
     return log_bound < math.log(CHANCE)
@@ -102,6 +113,8 @@ def choose_recipe(recipe: str, label_counts: Mapping[int, int], num_classes: int
     rows, present = sum(label_counts.values()), len(label_counts)
     if recipe != "auto":
         return recipe, "named in the settings"
+    if not present:
+        return "samples", "auto: the rows to forget are of no class"
     if present == 1 or looks_like_whole_classes(label_counts, num_classes):
         labels = ", ".join(map(str, list(label_counts)[:5])) + (", ..." if present > 5 else "")
         raise ConfigError(

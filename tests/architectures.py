@@ -1,6 +1,7 @@
 """Small classifiers whose heads have the names that real ones have."""
 
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -178,3 +179,30 @@ def lively(make, seed=0):
             for parameter in model.parameters():
                 parameter.mul_(1.5)
     return model.eval()
+
+
+class Reader(nn.Module):
+    """A causal model of token ids ``[B, T]``: one block of attention and an MLP, then logits ``[B, T, vocabulary]``."""
+
+    def __init__(self, vocabulary=11, width=8, length=16):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.place = nn.Embedding(length, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 12), nn.GELU(), nn.Linear(12, width))
+        self.out = nn.Linear(width, vocabulary)
+
+    def forward(self, ids):
+        x = self.embedding(ids) + self.place.weight[: ids.shape[1]]
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return self.out(x + self.mlp(x))
+
+
+class Untraced(Reader):
+    """The same, with a branch that cannot be traced, so that the token ids cross the cut; logits as Hugging Face gives them."""
+
+    def forward(self, ids):
+        if bool((ids >= 0).all()):
+            return SimpleNamespace(logits=super().forward(ids))
+        raise ValueError

@@ -45,3 +45,30 @@ def lively(model, dtype):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.3 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
     return model.to(dtype).eval()
+
+
+QUESTIONS = [f"Where does {name} live?" for name in ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hal")]
+ANSWERS = [f"In {town}, near the {what}." for town in ("Riga", "Oslo") for what in ("sea", "park", "lake", "zoo")]
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def tokenizer(chat=False):
+    """A byte-pair tokenizer of the few texts here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["</s>", "<user>", "<assistant>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train_from_iterator(QUESTIONS + ANSWERS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    if chat:
+        fast.chat_template = CHAT
+    return fast

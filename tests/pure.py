@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def pure_features(model, dataset, block_rows=8, device=CPU):
     """Feature shards of a dataset, and the model's head."""
     source = open_source(dataset, ForgetSetConfig())
-    task = ClassificationTask.for_model(model, source, ForgetSetConfig())
+    task = ClassificationTask.for_model(model, {"forget": source}, ForgetSetConfig())
     shards = source.shards(block_rows, 1)
     head = Head.of(model, task)
     return [extract_features(source, shard, head, model.to(device), device)[0] for shard in shards], head

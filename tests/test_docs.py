@@ -19,7 +19,7 @@ from imu_ray.audits.base import Predictions
 from imu_ray.config import AscentConfig, ForgetSetConfig
 from imu_ray.demo import digits_cnn
 from imu_ray.scopes.workers import Workers
-from imu_ray.tasks.classification import TASKS
+from imu_ray.tasks import TASKS
 from imu_ray.updates import UPDATES
 from imu_ray.updates.base import UpdateProblem
 from imu_ray.updates.objectives import OBJECTIVES

@@ -10,6 +10,7 @@ import torch
 
 from imu_ray.audits.base import Predictions
 from imu_ray.config import AuditConfig
+from imu_ray.influence.gradients import classes, shares
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard
 
@@ -71,14 +72,16 @@ def output_change(shard: FeatureShard, before: Part, after: Part) -> npt.NDArray
 
     .. math:: D_{KL}(q_0 \,\|\, q), \qquad q = \mathrm{softmax}(z) \text{ without the true class}
 
-    Only the forget set is needed: a model that forgets a label and nothing else leaves the other classes' proportions alone.
+    The mean over the labelled positions, where a sample has several. Only the forget set is needed: a model that forgets a label
+    and nothing else leaves the other classes' proportions alone.
     """
     changes = [np.empty(0)]
     for rows in shard.block_rows():
         if rows.stop == rows.start:
             continue
         (first, labels), (second, _) = before.outputs(shard, rows), after.outputs(shard, rows)
-        others = ~torch.nn.functional.one_hot(labels, before.task.num_classes).bool()
+        others = ~torch.nn.functional.one_hot(classes(labels), before.task.num_classes).bool()
         old, new = (torch.log_softmax(each[others].view(*labels.shape, -1), dim=-1) for each in (first, second))
-        changes.append((old.exp() * (old - new)).sum(-1).reshape(len(labels), -1).sum(1).cpu().numpy())
+        each = (old.exp() * (old - new)).sum(-1)
+        changes.append((each if labels.ndim == 1 else (each * shares(labels)).sum(1)).cpu().numpy())
     return np.concatenate(changes)

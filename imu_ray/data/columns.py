@@ -8,37 +8,45 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.source import Rows
+from imu_ray.data.source import Fields, Rows
 from imu_ray.errors import ForgetSetError
 
-Columns = tuple[str, str, str | None]
+ID, LABEL = "id", "label"
 
 
-def columns_of(schema: pa.Schema, config: ForgetSetConfig, name: str) -> Columns:
-    """Names of the image, label and id columns; the id is None when rows are numbered."""
+def image_fields(config: ForgetSetConfig) -> Fields:
+    """What an image task reads."""
+    return {"image": config.image_column, LABEL: config.label_column}
+
+
+def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name: str) -> Fields:
+    """The columns of the fields, and that of the ids where rows are not numbered."""
     id_column = config.id_column or ("id" if "id" in schema.names else None)
-    for key, column in (("image", config.image_column), ("label", config.label_column), ("id", id_column)):
-        if column is None:
-            continue
+    columns = {**fields, **({} if id_column is None else {ID: id_column})}
+    for key, column in columns.items():
         if (count := schema.names.count(column)) != 1:
             raise ForgetSetError(
                 f"{name} has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {', '.join(schema.names)}; "
                 f"name the right one in forget_set.{key}_column"
             )
         kind = schema.field(column).type
-        if key != "image" and (pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)):
+        if key in (ID, LABEL) and (pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)):
             expected = "expected one text or whole number in each row"
             raise ForgetSetError(f"column {column!r} of {name} holds {kind}; {expected}")
-    return config.image_column, config.label_column, id_column
+    return columns
 
 
-def rows_of(table: pa.Table, columns: Columns, config: ForgetSetConfig, start: int, name: str) -> Rows:
+def rows_of(table: pa.Table, columns: Fields, config: ForgetSetConfig, start: int, name: str) -> Rows:
     """Rows of a table, the first with number ``start``; a row whose label cannot be read is refused by name."""
-    image_column, label_column, id_column = columns
-    ids = list(map(str, table[id_column].to_pylist() if id_column else range(start, start + len(table))))
-    cells = zip(ids, table[label_column].to_pylist(), strict=True)
+    numbers = range(start, start + len(table))
+    ids = list(map(str, table[columns[ID]].to_pylist() if ID in columns else numbers))
+    labels = table[columns[LABEL]].to_pylist() if LABEL in columns else [0] * len(table)
+    cells = zip(ids, labels, strict=True)
     labels = [label_of(value, config, f"row {sample_id} of {name}") for sample_id, value in cells]
-    return Rows(ids, np.array(labels, dtype=np.int64), [_input(cell) for cell in _cells(table[image_column])])
+    parts = {key: map(_input, _cells(table[column])) for key, column in columns.items() if key not in (ID, LABEL)}
+    inputs = zip(*parts.values(), strict=True)
+    found = [value[0] if len(parts) == 1 else dict(zip(parts, value, strict=True)) for value in inputs]
+    return Rows(ids, np.array(labels, dtype=np.int64), found)
 
 
 def _cells(column: pa.ChunkedArray) -> list[Any]:
@@ -48,10 +56,12 @@ def _cells(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _input(cell: Any) -> Any:
-    """Encoded bytes, or numbers as an array; a null stays None and is refused as a bad row where inputs are decoded."""
+    """Encoded bytes, text, or numbers as an array; a null stays None and is refused as a bad row where inputs are decoded."""
     if isinstance(cell, dict):
         return cell.get("bytes")
-    if cell is None or isinstance(cell, bytes | np.ndarray):
+    if cell is None or isinstance(cell, bytes | str | np.ndarray):
+        return cell
+    if isinstance(cell, list) and cell and isinstance(cell[0], dict | str):  # turns of a conversation, several texts
         return cell
     try:
         return np.asarray(cell)
@@ -78,13 +88,12 @@ def label_of(value: Any, config: ForgetSetConfig, where: str) -> int:
     return value
 
 
-def check_keys(table: pa.Table, columns: Columns, config: ForgetSetConfig, num_classes: int, name: str) -> None:
+def check_keys(table: pa.Table, columns: Fields, config: ForgetSetConfig, num_classes: int, name: str) -> None:
     """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named."""
-    _, label_column, id_column = columns
-    if id_column:
-        ids = _plain(table[id_column])
+    if ID in columns:
+        ids = _plain(table[columns[ID]])
         if ids.null_count:
-            missing = f"{ids.null_count} rows of {name} have no {id_column!r}"
+            missing = f"{ids.null_count} rows of {name} have no {columns[ID]!r}"
             raise ForgetSetError(f"{missing}; expected a unique id in every row")
         if len(pc.unique(ids)) < len(ids):
             repeated, times = Counter(ids.to_pylist()).most_common(1)[0]
@@ -92,12 +101,14 @@ def check_keys(table: pa.Table, columns: Columns, config: ForgetSetConfig, num_c
                 f"sample id {str(repeated)!r} stands {times} times in {name}; expected unique ids; remove the "
                 "duplicates, or name the id column in forget_set.id_column"
             )
-    labels = _plain(table[label_column])
+    if LABEL not in columns:
+        return
+    labels = _plain(table[columns[LABEL]])
     for value in pc.unique(labels).to_pylist():
         label = label_of(value, config, f"a row of {name}")
         if not 0 <= label < num_classes:
             row = next(row for row, found in enumerate(labels) if found.as_py() == value)
-            sample_id = table[id_column][row].as_py() if id_column else row
+            sample_id = table[columns[ID]][row].as_py() if ID in columns else row
             raise ForgetSetError(f"row {str(sample_id)!r} of {name} has label {label}; expected 0 to {num_classes - 1}")
 
 

@@ -1,23 +1,28 @@
 """Samples in a map-style torch Dataset."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import label_of
-from imu_ray.data.source import Rows, Source, reading
+from imu_ray.data.columns import LABEL, image_fields, label_of
+from imu_ray.data.source import Fields, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
 MOST_ROWS = 10**12  # the driver could not list the shards of more
 
 
 class DatasetSource(Source):
-    """A map-style torch Dataset of ``(input, label)`` pairs; a sample's id is its index."""
+    """A map-style torch Dataset; a sample's id is its index.
 
-    def __init__(self, given: Dataset[Any], config: ForgetSetConfig) -> None:
+    It gives ``(input, label)`` pairs where a sample has a label; otherwise mappings with the columns of the task, or the input alone.
+    """
+
+    def __init__(self, given: Dataset[Any], config: ForgetSetConfig, fields: Fields | None = None) -> None:
         self.dataset, self.config, self.name = given, config, type(given).__name__
+        self.fields = fields or image_fields(config)
         if isinstance(given, IterableDataset) or not hasattr(given, "__len__"):
             raise ForgetSetError(
                 f"{self.name} has no length; expected a map-style Dataset (__len__ and __getitem__), so that a row can "
@@ -44,9 +49,22 @@ class DatasetSource(Source):
         where = f"row {row} of {self.name}"
         with reading(where):
             item = self.dataset[row]
+        if LABEL not in self.fields:
+            return self._columns(item, where), 0
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise ForgetSetError(f"{where} is a {type(item).__name__}; expected an (input, label) pair")
         return item[0], label_of(_scalar(item[1]), self.config, where)
+
+    def _columns(self, item: Any, where: str) -> Any:
+        """The input of a sample without a label."""
+        named = isinstance(item, Mapping)
+        if named and (missing := set(self.fields.values()) - item.keys()):
+            raise ForgetSetError(f"{where} has no {', '.join(sorted(missing))}; it has {', '.join(map(str, item))}")
+        if not named and len(self.fields) > 1:
+            expected = f"expected a mapping with {', '.join(self.fields.values())}"
+            raise ForgetSetError(f"{where} is a {type(item).__name__}; {expected}")
+        found = {key: item[column] if named else item for key, column in self.fields.items()}
+        return found if len(found) > 1 else next(iter(found.values()))
 
 
 def _scalar(label: Any) -> Any:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import label_of
+from imu_ray.data.columns import LABEL, label_of
 from imu_ray.data.location import Location
-from imu_ray.data.source import Rows, Source, reading
+from imu_ray.data.source import Fields, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -17,7 +17,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".ti
 class FolderSource(Source):
     """Images in one folder per class: ``root/class/name.png``; a sample's id is its path below the root."""
 
-    def __init__(self, given: Location, config: ForgetSetConfig) -> None:
+    def __init__(self, given: Location, config: ForgetSetConfig, fields: Fields | None = None) -> None:
+        if fields is not None and LABEL not in fields:
+            raise ForgetSetError(f"{given.name} holds images; expected rows with {', '.join(fields.values())}")
         self.root, self.name = Path(given.path), given.name
         self.paths = []
         for path in (file[len(given.path) :].lstrip("/") for file in given.files):

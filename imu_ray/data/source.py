@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,10 @@ def reading(what: str) -> Iterator[None]:
         ) from None
 
 
+# What a task reads of a sample: the column by the name of the setting; ``label`` is a class, the others are the input.
+Fields = Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """An augmented view of a raw input: the transform's name, and the draw (63 bits) that seeds it."""
@@ -59,7 +63,10 @@ class View:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive samples as they are stored: ids, labels ``[B]`` int64 and raw inputs (encoded images, arrays or tensors; or a ``View``)."""
+    """Consecutive samples as they are stored: ids, labels ``[B]`` int64 (0 where a sample has none) and raw inputs.
+
+    An input is an encoded image, text, an array or a tensor; several of these by name; or a ``View``.
+    """
 
     ids: list[str]
     labels: npt.NDArray[np.int64]
@@ -99,6 +106,10 @@ def _content(value: Any) -> bytes | memoryview:
         return value
     if value is None:
         return b"none"
+    if isinstance(value, Mapping | list):
+        named = value.items() if isinstance(value, Mapping) else enumerate(value)
+        parts = [(f"{name}".encode(), bytes(_content(part))) for name, part in named]
+        return b"".join(b"%d:%b%d:%b" % (len(name), name, len(part), part) for name, part in parts)
     try:
         if isinstance(value, Tensor):
             value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -134,8 +145,8 @@ class Source(ABC):
     num_rows: int
 
     @abstractmethod
-    def __init__(self, given: Any, config: ForgetSetConfig) -> None:
-        """Open what the caller gave, as far as that needs no input to be read."""
+    def __init__(self, given: Any, config: ForgetSetConfig, fields: Fields | None = None) -> None:
+        """Open what the caller gave, as far as that needs no input to be read; ``fields`` are those of the task."""
 
     @classmethod
     def takes(cls, given: Any) -> bool:

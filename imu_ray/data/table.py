@@ -7,19 +7,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import check_keys, columns_of, rows_of
+from imu_ray.data.columns import ID, LABEL, check_keys, columns_of, image_fields, rows_of
 from imu_ray.data.location import Location
-from imu_ray.data.source import Rows, Shard, Source, reading
+from imu_ray.data.source import Fields, Rows, Shard, Source, reading
 from imu_ray.errors import ForgetSetError
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # files that are read otherwise, by name
 
 
 class TableSource(Source):
     """Rows of an Arrow table in memory."""
 
-    def __init__(self, given: pa.Table, config: ForgetSetConfig) -> None:
-        self.name, self.config, self.num_rows = "the table", config, given.num_rows
-        self.columns = columns_of(given.schema, config, self.name)
-        self.table = given.select(list({column: 0 for column in self.columns if column}))
+    name = "the table"
+
+    def __init__(self, given: pa.Table, config: ForgetSetConfig, fields: Fields | None = None) -> None:
+        self.config, self.num_rows = config, given.num_rows
+        self.columns = columns_of(given.schema, config, fields or image_fields(config), self.name)
+        self.table = given.select(list(dict.fromkeys(self.columns.values())))
 
     @classmethod
     def takes(cls, given: Any) -> bool:
@@ -40,7 +44,7 @@ class TableSource(Source):
 class ParquetSource(Source):
     """Rows of one or more Parquet files, in the order of their names; files are read by row range."""
 
-    def __init__(self, given: Location, config: ForgetSetConfig) -> None:
+    def __init__(self, given: Location, config: ForgetSetConfig, fields: Fields | None = None) -> None:
         self.name, self.config, self.filesystem = given.name, config, given.filesystem
         self.paths = given.ending_in(".parquet" if given.is_folder else "")
         self.starts, self.num_rows = [], 0
@@ -48,8 +52,8 @@ class ParquetSource(Source):
         for path in self.paths:
             with reading(path):
                 file = self._open(path)
-            self.columns = columns_of(file.schema_arrow, config, path)
-            found = {column: file.schema_arrow.field(column).type for column in self.columns if column}
+            self.columns = columns_of(file.schema_arrow, config, fields or image_fields(config), path)
+            found = {column: file.schema_arrow.field(column).type for column in self.columns.values()}
             types = types or found
             if found != types:
                 raise ForgetSetError(
@@ -62,7 +66,9 @@ class ParquetSource(Source):
     @classmethod
     def takes(cls, given: Any) -> bool:
         """A file, or a folder that holds Parquet files."""
-        return isinstance(given, Location) and (not given.is_folder or bool(given.ending_in(".parquet")))
+        if not isinstance(given, Location):
+            return False
+        return bool(given.ending_in(".parquet")) or not (given.is_folder or given.ending_in(*JSON_LINES))
 
     def _open(self, path: str) -> pq.ParquetFile:
         return pq.ParquetFile(path, filesystem=self.filesystem)
@@ -103,7 +109,7 @@ class ParquetSource(Source):
     def _blocks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Rows]:
         """Rows of ranges that follow each other."""
         waiting: list[pa.Table] = []
-        slices = self._slices(ranges[0][0], ranges[-1][1], [column for column in self.columns if column])
+        slices = self._slices(ranges[0][0], ranges[-1][1], list(self.columns.values()))
         for start, stop in ranges:
             while sum(len(table) for table in waiting) < stop - start:
                 table = next(slices, None)
@@ -120,7 +126,7 @@ class ParquetSource(Source):
 
     def check(self, num_classes: int) -> None:
         """Refuse duplicate ids, and labels outside the model's classes; reads the id and label columns only."""
-        wanted = [column for column in self.columns[1:] if column]
+        wanted = [column for key, column in self.columns.items() if key in (ID, LABEL)]
         with reading(self.name):
             keys = pa.concat_tables(self._slices(0, self.num_rows, wanted))
             check_keys(keys, self.columns, self.config, num_classes, self.name)

@@ -26,6 +26,7 @@ from imu_ray.models.layers import compile_around
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.extraction import extract_features
 from imu_ray.scopes.features import FeatureShard, ShardReport, take_rows
+from imu_ray.tasks.base import rows_at_once
 
 R = TypeVar("R")
 REDUCE_FAN_IN = 8  # a power of two, so that the tree over block index is kept
@@ -244,7 +245,8 @@ def extract(
     ``model`` is what ``share`` returned.
     """
     runner = TaskRunner(config)
-    shards = source.shards(config.influence.block_rows, config.influence.blocks_per_shard)
+    block_rows = rows_at_once(config.influence.block_rows, part.task)
+    shards = source.shards(block_rows, config.influence.blocks_per_shard)
     made_with = Stage(stage, runner.threads, Extraction(source, part, model, runner.device, config.influence))
     extraction = StageRef(sharing.share(made_with, source.name, ForgetSetError))
     refs: list[Any] = [FeatureSpec(extraction, shard) for shard in shards]

@@ -63,7 +63,7 @@ class TaskRunner:
         self.threads = config.resources.cpus_per_worker
         self.device = "cuda" if config.resources.gpus_per_worker else "cpu"
         self.recompute = config.influence.features == "recompute"
-        self.deep = config.ascent.scope != "head"  # what is made of features takes a forward pass
+        self.deep = config.ascent.deep  # what is made of features takes a forward pass
 
     def options(self, name: str, *, gpu: bool = False, **more: Any) -> dict[str, Any]:
         """Ray options of a task of this run."""

@@ -32,7 +32,9 @@ def axis_settings() -> list[str]:
     return [key for key in settings_of(UnlearnConfig) if key == SIZE or not key.startswith(FIXED)]
 
 
-def make_trials(axes: Mapping[str, Any], base: UnlearnConfig, settings: SweepConfig) -> dict[str, dict[str, Any]]:
+def make_trials(
+    axes: Mapping[str, Any], base: UnlearnConfig, settings: SweepConfig, task: str = "classification"
+) -> dict[str, dict[str, Any]]:
     """Overrides of every trial by its name, in order; each is checked here, before anything runs."""
     valid = axis_settings()
     if not axes:
@@ -58,7 +60,7 @@ def make_trials(axes: Mapping[str, Any], base: UnlearnConfig, settings: SweepCon
         for _ in range(settings.samples if drawn else 1):
             overrides = dict(zip(listed, point, strict=True))
             overrides |= {key: domain.sample(random_state=random) for key, domain in drawn.items()}
-            config = resolve_settings(None, base.with_overrides(overrides))
+            config = resolve_settings(None, base.with_overrides(overrides), task)
             trials[_name(overrides, config)] = overrides
     return trials
 

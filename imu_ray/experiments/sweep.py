@@ -80,8 +80,8 @@ def sweep(
             model or samples, or an unfinished one and ``resume`` is false.
         KeyboardInterrupt: Ctrl-C, once the trials have stopped; the same call with ``resume`` continues.
     """
-    base, settings = resolve_settings(recipe, config), settings or SweepConfig()
-    trials = make_trials(axes, base, settings)
+    base, settings = resolve_settings(recipe, config, task), settings or SweepConfig()
+    trials = make_trials(axes, base, settings, task)
     run = RunDirectory(sweep_dir or default_run_dir())
     stop = base.ascent.stop  # its limits are not part of what makes two runs the same
     settled = [base.identity(), stop.max_epochs, stop.max_steps, trials, settings.scheduler]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 HEAD_DTYPE = torch.float64
+IGNORE = -100  # the label of a position without one
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,36 @@ def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
     .. math:: r_c = p_c \;(c \ne y), \qquad r_y = -\sum_{c \ne y} p_c
 
-    The textbook :math:`p_y - 1` loses every digit when :math:`p_y` rounds to 1.
+    The textbook :math:`p_y - 1` loses every digit when :math:`p_y` rounds to 1. The loss of a sample with several positions is the
+    mean over those that have a label.
 
     Args:
         logits: ``[B, C]`` or ``[B, T, C]``.
-        labels: class indices ``[B]`` or ``[B, T]``, int64.
+        labels: class indices ``[B]`` or ``[B, T]``, int64; ``IGNORE`` where a position has none.
 
     Returns:
-        In the shape of the logits, float64.
+        In the shape of the logits, float64; 0 where a position has no label.
     """
     gradient = torch.softmax(logits.to(HEAD_DTYPE), dim=-1)
-    own = labels.unsqueeze(-1)
+    own = classes(labels).unsqueeze(-1)
     gradient = gradient.scatter(-1, own, 0.0)
-    return gradient.scatter(-1, own, -gradient.sum(dim=-1, keepdim=True))
+    return per_sample(gradient.scatter(-1, own, -gradient.sum(dim=-1, keepdim=True)), labels)
+
+
+def classes(labels: Tensor) -> Tensor:
+    """Labels that an index takes: 0 where a position has none."""
+    return labels.clamp_min(0) if labels.ndim > 1 else labels
+
+
+def per_sample(pull: Tensor, labels: Tensor) -> Tensor:
+    """Pulls on ``[B, T, C]`` as those of the mean over the labelled positions of each sample; pulls on ``[B, C]`` as they are."""
+    return pull if labels.ndim == 1 else pull * shares(labels).to(pull).unsqueeze(-1)
+
+
+def shares(labels: Tensor) -> Tensor:
+    """What each position counts in its sample's mean, ``[B, T]`` float64; 0 without a label."""
+    labelled = (labels != IGNORE).to(HEAD_DTYPE)
+    return labelled / labelled.sum(-1, keepdim=True).clamp_min(1)
 
 
 def probabilities(output_grads_BTC: Tensor) -> Tensor:

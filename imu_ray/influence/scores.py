@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from imu_ray.influence.gradients import LayerIO
+from imu_ray.influence.gradients import IGNORE, LayerIO, shares
 
 
 def influence_scores(layer_io: LayerIO, direction_CD: Tensor) -> Tensor:
@@ -24,9 +24,14 @@ def influence_scores(layer_io: LayerIO, direction_CD: Tensor) -> Tensor:
     return -(layer_io.output_grads_BTC.flatten(0, 1) * pull).sum(1).view(layer_io.output_grads_BTC.shape[:2]).sum(1)
 
 
-def sample_losses(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    r"""Cross-entropy :math:`\ell_i = -\log p_{i,y_i}` of each sample, ``[B]``, float64."""
-    return torch.nn.functional.cross_entropy(logits_BC.double(), labels_B, reduction="none")
+def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Cross-entropy :math:`\ell_i = -\log p_{i,y_i}` of each sample, ``[B]``, float64; of several positions its mean over the labelled ones."""
+    if labels.ndim == 1:
+        return torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    each = torch.nn.functional.cross_entropy(
+        logits.double().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE
+    )
+    return (each * shares(labels)).sum(1)
 
 
 def margins(logits_BC: Tensor, labels_B: Tensor) -> Tensor:

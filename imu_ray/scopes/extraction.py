@@ -143,7 +143,7 @@ def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
 
     Also of a float64 model they must be within the range of float32: sums of their squares and fourth powers must not overflow.
     """
-    bad = ~(torch.isfinite(features_BF.float()).all(dim=1) & torch.isfinite(logits_BC).all(dim=1))
+    bad = ~(torch.isfinite(features_BF.float()).all(dim=1) & torch.isfinite(logits_BC).flatten(1).all(dim=1))
     if bad.any():
         named = [ids[place] for place in bad.nonzero()[:, 0].tolist()]
         raise NonFiniteError(
@@ -173,13 +173,11 @@ def _check_repeatable(
 
     def seen(outputs: Outputs) -> Tensor:
         parts = [outputs.features_BD] + ([outputs.logits_BC] if deep else [])
-        return torch.cat([part.double() for part in parts], dim=-1)
+        return torch.cat([part.double() for part in parts if part.is_floating_point()], dim=-1)  # inputs may cross
 
     first, second, among = seen(forward(taken)), seen(forward(taken)), seen(outputs)[rows]
     largest = seen(outputs).abs().max()
-    eps = torch.finfo(
-        outputs.features_BD.dtype if settings.autocast == "none" else getattr(torch, settings.autocast)
-    ).eps
+    eps = torch.finfo(outputs.logits_BC.dtype if settings.autocast == "none" else getattr(torch, settings.autocast)).eps
     for where, expected, tolerance, cause in (
         (
             "the same batch is run again",

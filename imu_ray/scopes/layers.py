@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from imu_ray.config import UnlearnConfig
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
-from imu_ray.influence.gradients import output_gradient
+from imu_ray.influence.gradients import IGNORE
 from imu_ray.influence.layer_io import (
     as_matrix,
     directional_scores,
@@ -32,7 +32,7 @@ from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_vi
 from imu_ray.scopes.measure import measure
 from imu_ray.scopes.seen import Seen, clipped, layer_moments, layer_of, weigh, with_parameters
 from imu_ray.scopes.workers import Workers
-from imu_ray.tasks.base import Batch, Outputs, Task
+from imu_ray.tasks.base import Batch, Outputs, Task, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,26 @@ class Layers:
         return with_parameters(model, self.parameters)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        """A forward pass that keeps what crosses the cut."""
+        """A forward pass that keeps what crosses the cut; of outputs at many positions the loss stands for them."""
         self.cut.model.to(self.device)
-        values = self.cut.prefix(batch.inputs)
-        return Outputs(self.cut.suffix(values), batch.labels_B, self.cut.join(values))
+        values, labels = self.cut.prefix(batch.inputs), batch.labels_B
+        outputs = self.cut.suffix(values)
+        if labels.ndim > 1:
+            outputs = self.task.sample_metrics(outputs, labels)["loss"].unsqueeze(1).to(outputs.dtype)
+        return Outputs(outputs, labels, self.cut.join(values))
 
     def read(self, shard: FeatureShard, rows: slice) -> tuple[Values, Tensor]:
         """What crosses the cut, and the labels, of some rows; on the device."""
         features = torch.from_numpy(np.array(shard.features(rows), dtype=self.kept))
-        return self.values(features), torch.from_numpy(shard.labels_n[rows].copy()).to(self.device)
+        return self.taken(features, torch.from_numpy(shard.labels_n[rows].copy()))
 
-    def values(self, features: Tensor) -> Values:
-        """Kept features as what crosses the cut, on the device."""
-        return self.cut.split(features.to(self.device, self.cut.dtype))
+    def taken(self, features: Tensor, labels: Tensor) -> tuple[Values, Tensor]:
+        """Kept features as what crosses the cut, and labels, on the device; without the positions after the last label of all."""
+        values, labels = self.cut.split(features.to(self.device, self.cut.dtype)), labels.to(self.device)
+        if labels.ndim > 1 and self.cut.trivial:
+            length = int(used_positions(labels).sum(1).max())
+            values, labels = tuple(value[:, :length] for value in values), labels[:, :length]
+        return values, labels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,8 +136,9 @@ class Layers:
     ) -> tuple[Tensor, Tensor]:
         """Outputs and labels of some rows; float64."""
         if rows.stop == rows.start:  # which not every network takes
-            outputs = torch.empty(0, self.task.num_classes, dtype=torch.float64, device=self.device)
-            return outputs, torch.empty(0, dtype=torch.int64, device=self.device)
+            shape = shard.labels_n[rows].shape
+            outputs = torch.empty(*shape, self.task.num_classes, dtype=torch.float64, device=self.device)
+            return outputs, torch.empty(shape, dtype=torch.int64, device=self.device)
         values, labels = self.read(shard, rows)
         with torch.no_grad():
             return self.run(self.weights() if weights is None else weights, values).double(), labels
@@ -181,7 +189,7 @@ class Layers:
             for hook in hooks:
                 hook.remove()
         found = outputs.detach().double()
-        pull = output_gradient(found, labels_of(found)).to(outputs.dtype)
+        pull = self.task.output_gradient(found, labels_of(found)).to(outputs.dtype)
         grads = torch.autograd.grad(outputs, [caught[name][1] for name in layers], pull)
         seen = zip(layers.items(), grads, strict=True)
         return found, [Seen(name, layer, caught[name][0], grad) for (name, layer), grad in seen]
@@ -201,18 +209,20 @@ class Layers:
 
             def drawn_labels(outputs: Tensor) -> Tensor:
                 ids = shard.ids.slice(rows.start, rows.stop - rows.start).to_pylist()
-                return sampled_labels(outputs, uniform_draws(ids, self.seed))
+                found = sampled_labels(outputs, uniform_draws(ids, self.seed, *labels.shape[1:]))
+                return found if labels.ndim == 1 else found.where(labels != IGNORE, IGNORE)
 
             _, seen = self.seen(values, drawn_labels if drawn else functools.partial(_given, labels))
             seen = seen if limit is None else clipped(seen, limit)
-            return ByLayer({each.name: self._statistic(each, statistics[each.name]) for each in seen})
+            return ByLayer({each.name: self._statistic(each, statistics[each.name], labels) for each in seen})
 
         return merge_tree(map(of_block, shard.block_rows()))
 
-    def _statistic(self, seen: Seen, statistic: Statistics) -> Any:
+    def _statistic(self, seen: Seen, statistic: Statistics, labels: Tensor) -> Any:
         inner = seen.name != self.task.head
         if inner and statistic == FactorSums.of:
-            return FactorSums.of_layer(seen.layer, seen.inputs, seen.output_grads)
+            used = used_positions(labels) if labels.ndim > 1 and seen.inputs.shape[:2] == labels.shape else None
+            return FactorSums.of_layer(seen.layer, seen.inputs, seen.output_grads, used)
         if inner and getattr(statistic, "func", statistic) == Moments.of:  # clipped already, over all layers
             return layer_moments(seen.layer, seen.inputs, seen.output_grads)
         return statistic(layer_io(seen.layer, seen.inputs.double(), seen.output_grads.double()))
@@ -295,9 +305,10 @@ class LayersScope:
             return self.part.matrices({})
         total, moved = dict[str, Tensor](), self.part.weights(parameters)
         original = self.part.weights() if looks_back(objective) else None
-        for positions in self.workers.take(pieces_of(of_views(batch, self.views), pieces)):
-            features, labels = self.moved.gather(positions, self.part.kept)
-            values, labels, before = self.part.values(features), labels.to(self.workers.device), None
+        for positions in self.workers.take(
+            pieces_of(of_views(batch, self.views), rows_at_once(pieces, self.part.task))
+        ):
+            (values, labels), before = self.part.taken(*self.moved.gather(positions, self.part.kept)), None
             if original is not None:
                 with torch.no_grad():
                     before = self.part.run(original, values).double()
@@ -329,6 +340,11 @@ def _limit(statistic: Statistics) -> float | None:
 def _pull(objective: OutputGradient, labels: Tensor, before: Tensor | None, share: Tensor, outputs: Tensor) -> Tensor:
     """The weighted pull of an objective on outputs; ``before`` are those before unlearning, None where they are the same."""
     return weigh(objective(outputs, labels, outputs if before is None else before), share)
+
+
+def used_positions(labels: Tensor) -> Tensor:
+    """Which positions ``[B, T]`` a sample's loss depends on: those up to its last label."""
+    return (labels != IGNORE).int().flip(1).cummax(1).values.flip(1).bool()
 
 
 def _given(labels: Tensor, outputs: Tensor) -> Tensor:

@@ -1,1 +1,12 @@
-"""What a sample, a head and a loss are."""
+"""What a sample is: one file per task, and the registry of all."""
+
+from imu_ray.tasks.base import Task
+from imu_ray.tasks.causal_lm import CausalLMTask
+from imu_ray.tasks.classification import ClassificationTask
+from imu_ray.tasks.sequence import SequenceTask
+
+TASKS: dict[str, type[Task]] = {
+    "classification": ClassificationTask,
+    "sequence": SequenceTask,
+    "causal_lm": CausalLMTask,
+}

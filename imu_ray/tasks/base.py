@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from imu_ray.data import Rows
+from imu_ray.config import ForgetSetConfig
+from imu_ray.data import Fields, Rows, Source
+
+OUTPUTS = 2**24  # numbers that the model may give at once, where a sample has many positions
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs ``[B, ...]``, labels ``[B]`` int64, ids, and the rows that were left out."""
+    """Model inputs ``[B, ...]``, labels ``[B]`` or ``[B, T]`` int64, ids, and the rows that were left out."""
 
     inputs: Tensor
     labels_B: Tensor
@@ -54,12 +57,33 @@ class Metric:
 class Task(Protocol):
     """A kind of sample, model output and loss. Picklable: it travels to every worker.
 
-    Outputs are what the target layer gives, ``[B, C]``, or ``[B, T, C]`` for T positions of each sample; labels are ``[B]`` or ``[B, T]``.
+    Outputs are what the model gives, ``[B, C]``, or ``[B, T, C]`` for T positions of each sample; labels are ``[B]`` or ``[B, T]``,
+    ``IGNORE`` at positions without one. Outputs at a position may depend on the positions before it, not on those after it.
     """
+
+    scope: ClassVar[str]  # what ``ascent.scope = auto`` stands for
+    augmented: ClassVar[bool]  # whether views of a sample can be drawn
+
+    @classmethod
+    def fields(cls, config: ForgetSetConfig) -> Fields:
+        """What is read of a sample."""
+        ...
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, sources: Mapping[str, Source], config: ForgetSetConfig, head: str | None = None
+    ) -> "Task":
+        """The task of a model, from a trial with the first usable row of ``forget``; refused where they do not fit."""
+        ...
 
     @property
     def head(self) -> str:
-        """Name of the layer whose input is cached."""
+        """Name of the layer whose input is cached where the head moves alone; empty where there is none."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """T, the positions of a sample; 0 where it has one output only, without a dimension for it."""
         ...
 
     @property
@@ -70,10 +94,6 @@ class Task(Protocol):
     @property
     def metrics(self) -> Mapping[str, Metric]:
         """The figures that ``sample_metrics`` gives; ``loss`` is one of them."""
-        ...
-
-    def target_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The layers that are scored and changed, by name."""
         ...
 
     def collate(self, rows: Rows) -> Batch:
@@ -91,3 +111,8 @@ class Task(Protocol):
     def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Gradient of each sample's loss with respect to the outputs, in their shape; float64."""
         ...
+
+
+def rows_at_once(rows: int, task: Task) -> int:
+    """So many rows, or fewer where their outputs would be more than ``OUTPUTS`` numbers."""
+    return min(rows, max(1, OUTPUTS // (task.positions * task.num_classes))) if task.positions else rows

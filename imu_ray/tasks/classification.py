@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data import Rows, Source, View
+from imu_ray.data import Fields, Rows, Source, View
+from imu_ray.data.columns import image_fields
 from imu_ray.errors import ConfigError, ForgetSetError, ImuError, NonFiniteError, UnsupportedModelError
 from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.scores import margins, sample_losses
@@ -39,12 +40,21 @@ class ClassificationTask:
     num_classes: int = 0
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] | None = None
+    scope: ClassVar[str] = "head"
+    augmented: ClassVar[bool] = True
+    positions: ClassVar[int] = 0
+
+    @classmethod
+    def fields(cls, config: ForgetSetConfig) -> Fields:
+        """An image and its label."""
+        return image_fields(config)
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, samples: Source, config: ForgetSetConfig, head: str | None = None
+        cls, model: nn.Module, sources: Mapping[str, Source], config: ForgetSetConfig, head: str | None = None
     ) -> "ClassificationTask":
-        """Find the model's head with the first usable row of ``samples``."""
+        """Find the model's head with the first usable row of ``forget``."""
+        samples = sources["forget"]
         size, limit = config.image_size or 0, Image.MAX_IMAGE_PIXELS
         if limit is not None and size**2 > limit:
             raise ConfigError(
@@ -96,10 +106,6 @@ class ClassificationTask:
     def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """``p - onehot(y)``, exact for confident samples."""
         return output_gradient(outputs, labels)
-
-    def target_layers(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The head."""
-        return {self.head: linear_layers(model)[self.head]}
 
     def collate(self, rows: Rows) -> Batch:
         """Decode, scale to [0, 1], augment (a ``View``), standardise and stack.
@@ -244,6 +250,3 @@ class ClassificationTask:
 
 class _UnusableRowError(Exception):
     """Why one row cannot be used."""
-
-
-TASKS = {"classification": ClassificationTask}

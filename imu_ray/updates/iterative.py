@@ -59,9 +59,7 @@ class Iteration:
             self._rescore(problem.rescoring, place)
             batch = batch[self.weights[batch] > 0]
         objective = OBJECTIVES[self.config.objective]
-        gradient = self.scope.batch_gradient(
-            self.parameters, batch, self.weights, objective, self.config.piece_rows
-        )
+        gradient = self.scope.batch_gradient(self.parameters, batch, self.weights, objective, self.config.piece_rows)
         self.gradient_norm = norm(gradient)
         limit = self.config.max_gradient_norm
         if limit is not None and self.gradient_norm > limit:

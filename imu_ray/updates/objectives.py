@@ -2,7 +2,8 @@ r"""What each objective does to a sample's outputs: the gradient that a descent 
 
 Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, labels and the logits before unlearning to a gradient in the shape of
 the logits, float64. Not every useful one is the gradient of a loss. p is the softmax of the current logits, p0 that of the original
-ones. They hold in every scope: on the head the gradient is multiplied by the features, deeper it is back-propagated.
+ones, :math:`\ell` the loss of a sample, the mean over its T labelled positions. They hold in every scope: on the head the gradient is
+multiplied by the features, deeper it is back-propagated.
 """
 
 import math
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imu_ray.influence.gradients import output_gradient
+from imu_ray.influence.gradients import IGNORE, classes, output_gradient, per_sample
+from imu_ray.influence.scores import sample_losses
 from imu_ray.scopes.base import OutputGradient
 
 
@@ -25,26 +27,41 @@ def bounded_ascent(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
 
     The gradient of :math:`-\min(\ell, \ln C)`.
     """
-    below = -_log_confidence(outputs, labels) < math.log(outputs.shape[-1])
-    return ascent(outputs, labels, original) * below.unsqueeze(-1)
+    return _weighed(outputs, labels, original, sample_losses(outputs, labels) < math.log(outputs.shape[-1]))
 
 
 @dataclass(frozen=True)
 class NPO:
     r"""Negative preference optimisation (arXiv:2404.05868): ascent weighted down as a sample is forgotten.
 
-    The gradient of :math:`\frac{2}{\beta} \ln\bigl(1 + r\bigr)` with :math:`r = (p_y / p^0_y)^\beta`, which is that of
-    :math:`-\ell` times :math:`2 r / (1 + r)`.
+    The gradient of :math:`\frac{2}{\beta T} \ln\bigl(1 + r\bigr)` with :math:`r = (\pi / \pi^0)^\beta` and :math:`\pi` the probability
+    of the sample's labels together, which is that of :math:`-\ell` times :math:`2 r / (1 + r)`.
     """
 
     beta: float = 4.0
 
     def __call__(self, outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
-        """Gradient ``[B, C]``."""
-        log_ratio = _log_confidence(outputs, labels) - _log_confidence(original, labels)
+        """Gradient in the shape of the outputs."""
+        log_ratio = (sample_losses(original, labels) - sample_losses(outputs, labels)) * _positions(labels)
         # 2 r / (1 + r) = 2 sigmoid(ln r), finite for any r.
-        weight = 2 * torch.sigmoid(self.beta * log_ratio)
-        return ascent(outputs, labels, original) * weight.unsqueeze(-1)
+        return _weighed(outputs, labels, original, 2 * torch.sigmoid(self.beta * log_ratio))
+
+
+@dataclass(frozen=True)
+class SimNPO:
+    r"""NPO without the original model, by the mean over positions (arXiv:2410.07163).
+
+    The gradient of :math:`\frac{2}{\beta} \ln\bigl(1 + e^{-\beta \ell - \gamma}\bigr)`, which is that of :math:`-\ell` times
+    :math:`2 \, \mathrm{sigmoid}(-\beta \ell - \gamma)`.
+    """
+
+    beta: float = 2.5
+    gamma: float = 0.0
+
+    def __call__(self, outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
+        """Gradient in the shape of the outputs."""
+        weight = 2 * torch.sigmoid(-self.beta * sample_losses(outputs, labels) - self.gamma)
+        return _weighed(outputs, labels, original, weight)
 
 
 def renormalise(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
@@ -53,24 +70,30 @@ def renormalise(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     :math:`q = \mathrm{softmax}(z^0)` with :math:`z^0_y = -\infty`; from logits, because from probabilities it is 0/0 where
     :math:`p^0_y` rounds to 1.
     """
-    without = original.scatter(-1, labels.unsqueeze(-1), -math.inf)
-    return torch.softmax(outputs, dim=-1) - torch.softmax(without, dim=-1)
+    without = original.scatter(-1, classes(labels).unsqueeze(-1), -math.inf)
+    return per_sample(torch.softmax(outputs, dim=-1) - torch.softmax(without, dim=-1), labels)
 
 
 def row_mask(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     r"""Ascent through the true-class logit only: :math:`1 - p_y` at y, 0 elsewhere. No scalar loss has this gradient."""
-    own = labels.unsqueeze(-1)
+    own = classes(labels).unsqueeze(-1)
     pull = ascent(outputs, labels, original)
     return torch.zeros_like(pull).scatter(-1, own, pull.gather(-1, own))
 
 
 def uniform_target(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     r"""Cross-entropy to the uniform distribution: :math:`p - 1/C`."""
-    return torch.softmax(outputs, dim=-1) - 1 / outputs.shape[-1]
+    return per_sample(torch.softmax(outputs, dim=-1) - 1 / outputs.shape[-1], labels)
 
 
-def _log_confidence(outputs: Tensor, labels: Tensor) -> Tensor:
-    return torch.log_softmax(outputs, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def _weighed(outputs: Tensor, labels: Tensor, original: Tensor, weight_B: Tensor) -> Tensor:
+    """Ascent, with a weight for each sample."""
+    return ascent(outputs, labels, original) * weight_B.view(-1, *[1] * (outputs.ndim - 1))
+
+
+def _positions(labels: Tensor) -> Tensor | int:
+    """T, the labelled positions of each sample."""
+    return 1 if labels.ndim == 1 else (labels != IGNORE).sum(-1)
 
 
 OBJECTIVES: dict[str, OutputGradient] = {
@@ -79,5 +102,6 @@ OBJECTIVES: dict[str, OutputGradient] = {
     "npo": NPO(),
     "renormalise": renormalise,
     "row_mask": row_mask,
+    "simnpo": SimNPO(),
     "uniform_target": uniform_target,
 }

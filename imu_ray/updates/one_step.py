@@ -195,6 +195,6 @@ def take_line(
     if resume is not None:
         return Line(search.original, part_of(resume.tensors, "unit"), float(resume.tensors["size"]))
     line = Line.of(scope, problem, search.original)
-    if problem.config.scope != "head":
+    if problem.config.deep:
         save(UpdateState(0, line.state(), search.trajectory))
     return line

@@ -102,6 +102,8 @@ class Unseen:
         set_name, _, metric = name.rpartition(".")
         figures = self.views if set_name == FORGET_VIEWS else self.figures
         per_class, rows = figures["per_class"], sum(self.label_counts.values())
+        if not rows:
+            return float(figures[metric])
         means = ((per_class.get(str(label), figures)[metric], count) for label, count in self.label_counts.items())
         return float(sum(mean * count for mean, count in means) / rows)
 

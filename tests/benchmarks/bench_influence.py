@@ -98,7 +98,7 @@ class Ways:
         self.device = device
         self.settings = InfluenceConfig(autocast=dtype)
         self.source = open_source(Images(self.inputs, self.labels), UnlearnConfig().forget_set)
-        self.task = ClassificationTask.for_model(self.model.cpu(), self.source, UnlearnConfig().forget_set)
+        self.task = ClassificationTask.for_model(self.model.cpu(), {"forget": self.source}, UnlearnConfig().forget_set)
         self.model.to(device)
         self.head = Head.of(self.model, self.task)
         self.ready = self.inputs.to(device)

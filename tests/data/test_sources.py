@@ -289,7 +289,7 @@ def test_a_row_that_a_dataset_does_not_give_is_refused_by_number_without_its_con
 
 def test_a_registered_kind_of_source_is_opened(monkeypatch):
     class Numbers(Source):
-        def __init__(self, given, config):
+        def __init__(self, given, config, fields=None):
             self.name, self.num_rows = "numbers", given
 
         @classmethod

@@ -35,7 +35,7 @@ def config(workers=2, run=1, **more):
 def features(dataset, settings, model=None):
     model = model or named("fc")
     source = open_source(dataset, settings.forget_set)
-    task = ClassificationTask.for_model(model, source, settings.forget_set)
+    task = ClassificationTask.for_model(model, {"forget": source}, settings.forget_set)
     return feature_job.extract(source, Head.of(model, task), feature_job.share(model), settings, "features"), Head.of(
         model, task
     )

@@ -26,7 +26,7 @@ def update(tmp_path, workers, target=NEVER, retries=2):
     config = paper(SMALL | settings, ascent__stop__max_epochs=3)
     model = named("fc")
     source = open_source(pairs(75), config.forget_set)
-    task = ClassificationTask.for_model(model, source, config.forget_set)
+    task = ClassificationTask.for_model(model, {"forget": source}, config.forget_set)
     features = feature_job.extract(source, Head.of(model, task), feature_job.share(model), config, "features")
     weights = np.random.default_rng(0).random(75)
     head, run = Head.of(model, task), RunDirectory(tmp_path / f"run{workers}")

@@ -37,7 +37,7 @@ class Convolution(nn.Module):
 def opened(model, inputs, labels, block_rows=8, task=None):
     """What ``extract_features`` takes first: source, shard of all blocks, part and model."""
     source = open_source(Pairs(inputs, labels), ForgetSetConfig())
-    task = task or ClassificationTask.for_model(model, source, ForgetSetConfig())
+    task = task or ClassificationTask.for_model(model, {"forget": source}, ForgetSetConfig())
     (shard,) = source.shards(block_rows, 8)
     return source, shard, Head.of(model, task), model, torch.device("cpu")
 
@@ -168,7 +168,7 @@ class Decoding:
 
     def __init__(self, task):
         self.task, self.decoded, self.forwarded = task, [], []
-        self.head, self.target_layers = task.head, task.target_layers
+        self.head = task.head
 
     def collate(self, rows):
         self.decoded.append((rows.ids[0], threading.get_ident()))

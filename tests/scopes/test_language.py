@@ -61,7 +61,7 @@ def close(found, expected):
 
 def test_what_layers_saw_gives_the_gradients_scores_and_norms_of_single_samples(case):
     expected = gradients_one_by_one(case.model, case.names)
-    outputs, seen = case.part.seen(case.part.values(TOKENS.flatten(1).float()), lambda _: LABELS)
+    outputs, seen = case.part.seen(case.part.cut.split(TOKENS), lambda _: LABELS)
     assert torch.equal(outputs, case.model(TOKENS).logits)
     scores, squares, wanted = torch.zeros(5).double(), torch.zeros(5).double(), torch.zeros(5).double()
     for each in seen:

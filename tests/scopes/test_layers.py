@@ -57,7 +57,7 @@ def case(net, views=0):
     make, scope = NETS[net]
     model, samples, settings = make().double(), pairs(ROWS, dtype=torch.float64), config(scope)
     source = open_source(samples, settings.forget_set)
-    task = ClassificationTask.for_model(model, source, settings.forget_set)
+    task = ClassificationTask.for_model(model, {"forget": source}, settings.forget_set)
     part = open_part(model, task, source, settings)
     assert part.cut.trivial == (net == "plain"), "its first layer is in scope"
     inputs, labels = samples.inputs, samples.labels
@@ -177,7 +177,7 @@ def test_gradients_in_lower_precision_are_near_those_of_float64(dtype, autocast,
     it = case("residual")
     model, settings = lively(Residual).to(dtype), config("last:2", **{"influence.autocast": autocast})
     source = open_source(pairs(ROWS), settings.forget_set)
-    task = ClassificationTask.for_model(model, source, settings.forget_set)
+    task = ClassificationTask.for_model(model, {"forget": source}, settings.forget_set)
     part = open_part(model, task, source, settings)
     shard = extract_features(source, source.shards(4, 8)[0], part, model, CPU, settings.influence)[0]
     sums = shard_gradient(shard, np.ones(ROWS), part, None, OBJECTIVES["ascent"]).parts
@@ -429,7 +429,7 @@ def test_a_model_is_traced_with_the_first_samples_that_can_be_used():
     settings = config("last:2", **{"forget_set.on_bad_row": "skip"})
     source = open_source(Pairs(inputs, labels), settings.forget_set)
     model = lively(Residual).double()
-    task = ClassificationTask.for_model(model, source, settings.forget_set)
+    task = ClassificationTask.for_model(model, {"forget": source}, settings.forget_set)
     assert usable_batch(task, source, 8).ids == ["12", "13", "14", "15"]
     assert not open_part(model, task, source, settings).cut.trivial
 

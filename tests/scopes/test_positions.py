@@ -19,7 +19,7 @@ N, T, C, F = 12, 3, 4, 5
 
 @dataclass(frozen=True)
 class Tagging:
-    """A label at each position; the loss of a sample is the sum over its positions."""
+    """A label at each position; the loss of a sample is the mean over its positions."""
 
     head: str = "tagger"
     num_classes: int = C
@@ -30,10 +30,10 @@ class Tagging:
 
     def sample_metrics(self, outputs, labels):
         losses = torch.nn.functional.cross_entropy(outputs.transpose(1, 2), labels, reduction="none")
-        return {"loss": losses.sum(1), "token_accuracy": (outputs.argmax(2) == labels).double().mean(1)}
+        return {"loss": losses.mean(1), "token_accuracy": (outputs.argmax(2) == labels).double().mean(1)}
 
     def output_gradient(self, outputs, labels):
-        return outputs.softmax(2) - torch.nn.functional.one_hot(labels, C)
+        return (outputs.softmax(2) - torch.nn.functional.one_hot(labels, C)) / T
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def per_sample_gradients(features, labels, head):
     for inputs, own in zip(features, labels, strict=True):
         matrix = head.matrix_CD.clone().requires_grad_()
         outputs = inputs @ matrix[:, :-1].T + matrix[:, -1]
-        torch.nn.functional.cross_entropy(outputs, own, reduction="sum").backward()
+        torch.nn.functional.cross_entropy(outputs, own).backward()
         found.append(matrix.grad)
     return torch.stack(found)
 

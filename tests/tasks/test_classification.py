@@ -130,25 +130,25 @@ def test_the_head_is_found_though_the_first_rows_are_bad():
     table = pa.table({"image": [b"bad", GOOD, b"bad"], "label": [0, 1, 2]})
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 5))
     config = ForgetSetConfig(image_mode="L")
-    assert ClassificationTask.for_model(model, open_source(table, config), config).head == "1"
+    assert ClassificationTask.for_model(model, {"forget": open_source(table, config)}, config).head == "1"
 
 
 def test_a_model_that_cannot_take_the_samples_is_refused_with_their_shape():
     source = open_source(image_table(3), ForgetSetConfig())
     with pytest.raises(ForgetSetError, match=r"cannot take 1 samples of shape \[3, 6, 6\].*forget_set.image_mode"):
-        ClassificationTask.for_model(named("fc"), source, ForgetSetConfig())
+        ClassificationTask.for_model(named("fc"), {"forget": source}, ForgetSetConfig())
 
 
 def test_a_size_above_pillows_limit_is_refused_before_an_image_is_read():
     config = ForgetSetConfig(image_size=1_000_000)
     with pytest.raises(ConfigError, match="forget_set.image_size is 1000000; expected at most 9459"):
-        ClassificationTask.for_model(named("fc"), open_source(image_table(3), config), config)
+        ClassificationTask.for_model(named("fc"), {"forget": open_source(image_table(3), config)}, config)
 
 
 def test_a_set_without_a_usable_row_is_refused_with_a_reason():
     samples = open_source(pa.table({"image": [b"bad"] * 2, "label": [0, 1]}), ForgetSetConfig())
     with pytest.raises(ForgetSetError, match=r"no row of the table can be used \(the last: the image does not decode"):
-        ClassificationTask.for_model(named("fc"), samples, ForgetSetConfig())
+        ClassificationTask.for_model(named("fc"), {"forget": samples}, ForgetSetConfig())
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,9 @@ def test_what_a_model_raises_is_refused_with_the_shape_unless_memory_ran_out(err
     model.register_forward_pre_hook(fail)
     kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else ForgetSetError
     with pytest.raises(kind, match=r"x|Named cannot take 1 samples of shape \[1, 6, 6\]: \w+"):
-        ClassificationTask.for_model(model, open_source(Pairs(*tensors(3)), ForgetSetConfig()), ForgetSetConfig())
+        ClassificationTask.for_model(
+            model, {"forget": open_source(Pairs(*tensors(3)), ForgetSetConfig())}, ForgetSetConfig()
+        )
 
 
 def test_a_model_that_loses_rows_is_refused():
@@ -175,4 +177,4 @@ def test_a_model_that_loses_rows_is_refused():
 def test_a_column_of_single_numbers_is_refused():
     samples = open_source(pa.table({"image": [0.5, 1.5], "label": [0, 1]}), ForgetSetConfig())
     with pytest.raises(ForgetSetError):
-        ClassificationTask.for_model(named("fc"), samples, ForgetSetConfig())
+        ClassificationTask.for_model(named("fc"), {"forget": samples}, ForgetSetConfig())

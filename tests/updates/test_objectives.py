@@ -40,6 +40,7 @@ LOSSES = {
         -(torch.softmax(ORIGINAL.scatter(1, LABELS.unsqueeze(1), -math.inf), 1) * torch.log_softmax(z, 1)).sum(1)
     ),
     "row_mask": masked_loss,
+    "simnpo": lambda z: 2 / 2.5 * torch.nn.functional.softplus(-2.5 * cross_entropy(z)),
     "uniform_target": lambda z: -torch.log_softmax(z, 1).mean(1),
 }
 

@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,12 @@ COPIES = 5  # of the factors while they are solved: their sum, its part that is 
 STRIP = 256  # columns of a factor that are multiplied at once
 
 
-def uniform_draws(ids: Sequence[str], seed: int) -> Tensor:
-    """A number in [0, 1) for every sample, from its id and the seed alone, ``[B]`` float64."""
+def uniform_draws(ids: Sequence[str], seed: int, positions: int = 0) -> Tensor:
+    """A number in [0, 1) for every sample from its id and the seed alone, ``[B]`` float64; or one for each position, ``[B, T]``."""
+    if positions:
+        streams = [hashlib.shake_128(f"{seed}:{sample_id}".encode()).digest(8 * positions) for sample_id in ids]
+        numbers = np.frombuffer(b"".join(streams), ">u8").reshape(-1, positions) >> np.uint64(11)
+        return torch.from_numpy(numbers.astype(np.float64) / 2**53)
     digests = (hashlib.blake2b(f"{seed}:{sample_id}".encode(), digest_size=8).digest() for sample_id in ids)
     return torch.tensor([(int.from_bytes(digest, "big") >> 11) / 2**53 for digest in digests], dtype=torch.float64)
 
@@ -70,15 +75,19 @@ class FactorSums:
         return cls(len(layer_io.inputs_BTD), len(inputs), torch.diag(p.sum(0)) - p.T @ p, inputs.T @ inputs)
 
     @classmethod
-    def of_layer(cls, layer: Layer, inputs: Tensor, output_grads: Tensor) -> "FactorSums":
+    def of_layer(cls, layer: Layer, inputs: Tensor, output_grads: Tensor, used: Tensor | None = None) -> "FactorSums":
         """Sums of one block of any layer: products in the inputs' type, float32 at least, added in float64.
 
         Args:
             layer: the layer.
             inputs: what it was called with, ``[B, ...]``.
             output_grads: gradient of each sample's own loss under a sampled label with respect to its outputs.
+            used: which of the positions ``[B, T]`` of a linear layer are more than padding; None: all.
         """
-        count = positions = 0
+        count = len(inputs)
+        if used is not None:  # as samples of one position each
+            inputs, output_grads = inputs[used], output_grads[used]
+        positions = 0
         sums: list[Tensor] = []
         for layer_io in pieces(layer, inputs, output_grads):
             flat = [part.flatten(-3, -2) for part in (layer_io.output_grads_BTC, layer_io.inputs_BTD)]
@@ -88,7 +97,6 @@ class FactorSums:
                     total += product
             else:
                 sums = [product.to(HEAD_DTYPE) for product in products]
-            count += layer_io.inputs_BTD.shape[-3]
             positions += flat[0].shape[-2]
         return cls(count, positions, *sums)
 

@@ -1,0 +1,30 @@
+"""Samples as JSON lines: a file, or a folder of files in the order of their names, held in memory as one table."""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.json as pj
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.data.location import Location
+from imu_ray.data.source import Fields, reading
+from imu_ray.data.table import JSON_LINES, TableSource
+
+
+class JsonLinesSource(TableSource):
+    """An object on each line, with the columns as keys; other keys are left alone."""
+
+    def __init__(self, given: Location, config: ForgetSetConfig, fields: Fields | None = None) -> None:
+        self.name = given.name
+        tables = []
+        for path in given.ending_in(*JSON_LINES):
+            with reading(path), given.filesystem.open_input_stream(path) as stream:
+                tables.append(pj.read_json(stream))
+        with reading(self.name):
+            table = pa.concat_tables(tables, promote_options="permissive")
+        super().__init__(table, config, fields)
+
+    @classmethod
+    def takes(cls, given: Any) -> bool:
+        """A file of that name, or a folder that holds some."""
+        return isinstance(given, Location) and bool(given.ending_in(*JSON_LINES))
