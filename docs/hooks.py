@@ -1,4 +1,4 @@
-"""What the build adds: the README as the first page, the settings from the code, the repository's files that pages link to."""
+"""What the build adds: README as the first page, the settings from the code, files that pages link to."""
 
 import re
 from pathlib import Path

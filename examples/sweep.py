@@ -1,4 +1,4 @@
-"""A sweep: how much does it cost to forget 20 rows, or 140, and how much damping is right? The model runs once for all trials."""
+"""A sweep: what does it cost to forget 20 rows or 140, with how much damping? The model runs once for all."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -22,7 +22,8 @@ result = imu_ray.sweep(
 for row in result.table.to_pylist():
     asked = f"{row['forget_set.size']} rows, damping {row['ascent.preconditioner_damping']}"
     print(
-        f"{asked}: {row['status']}, loss on them {row['forget.loss']:.3f}, accuracy on unseen rows {row['test.accuracy']:.3f}"
+        f"{asked}: {row['status']}, loss on them {row['forget.loss']:.3f}, "
+        f"accuracy on unseen rows {row['test.accuracy']:.3f}"
     )
 print(f"best per size: {result.best}")
 print(f"{result.sweep_dir}/sweep.html")

@@ -49,7 +49,8 @@ __all__ = [
     "unlearn",
 ]
 
-# Imported when first asked for: a worker process needs a part of the package, and Ray Train, Tune and the plots take seconds to import.
+# Imported when first asked for: a worker process needs a part of the package, and Ray Train, Tune and the plots take
+# seconds to import.
 _HOMES = {
     **dict.fromkeys(("ascend", "audit", "remember", "score", "unlearn"), "imu_ray.api"),
     **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.experiments.sweep"),

@@ -40,12 +40,12 @@ def unlearn(
         model: a live module (not modified) or a ``ModelSpec``.
         forget_set: path or URI of Parquet files, folder of images, ``pyarrow.Table`` or map-style torch Dataset.
         task: kind of task.
-        evaluation: sets that are measured and never trained on; ``"test"`` (unseen samples) also serves the automatic stop
-            rule and membership inference.
+        evaluation: sets that are measured and never trained on; ``"test"`` (unseen samples) also serves the automatic
+            stop rule and membership inference.
         recipe: named settings: ``auto``, ``samples``, ``classes`` or ``paper``; excludes ``config``.
         config: all settings.
-        run_dir: directory of the artifacts; default ``runs/<time>-<id>``. An unfinished run of the same settings and samples
-            is taken up where it stopped.
+        run_dir: directory of the artifacts; default ``runs/<time>-<id>``. An unfinished run of the same settings and
+            samples is taken up where it stopped.
 
     Returns:
         The unlearned copy and the record; the same is on disk.
@@ -72,7 +72,8 @@ def score(
     Arguments as in ``unlearn``; the table is also written to ``run_dir`` when one is given.
 
     Returns:
-        ``sample_id, label, loss, influence, gradient_norm, outlier, intensity`` in the order of the forget set; intensity is 0 where not kept.
+        ``sample_id, label, loss, influence, gradient_norm, outlier, intensity`` in the order of the forget set;
+        intensity is 0 where not kept.
     """
     with Pipeline.open(
         "score",
@@ -102,7 +103,9 @@ def ascend(
     config: UnlearnConfig | None = None,
     run_dir: str | Path | None = None,
 ) -> UnlearnResult:
-    """Ascend with given intensities (as ``score`` returns them); arguments and result as in ``unlearn``, without the audit.
+    """Ascend with given intensities (as ``score`` returns them).
+
+    Arguments and result as in ``unlearn``, without the audit.
 
     Raises:
         ForgetSetError: the intensities are not those of the samples of the forget set.
@@ -168,16 +171,16 @@ def remember(
 ) -> str | Path:
     """Keep the curvature of a training set, while it is there, for later requests to forget: ``ascent.bundle = path``.
 
-    The file holds sums over the rows for each layer of ``ascent.scope`` and the mean of every metric per class. No sample and
-    no id is in it; of a class of one row, the means are that row's.
+    The file holds sums over the rows for each layer of ``ascent.scope`` and the mean of every metric per class. No
+    sample and no id is in it; of a class of one row, the means are that row's.
 
     Args:
         model: the trained model, as in ``unlearn``.
         train_set: what it was trained on, given as a forget set is.
         path: path or URI of the bundle, a safetensors file; never overwritten.
         task: as in ``unlearn``.
-        config: all settings; of them count ``forget_set`` (how rows are read), ``influence`` (how the model runs), ``resources``,
-            ``seed`` and ``ascent.scope``.
+        config: all settings; of them count ``forget_set`` (how rows are read), ``influence`` (how the model runs),
+            ``resources``, ``seed`` and ``ascent.scope``.
         rows: so many rows, drawn at random; default all.
 
     Returns:

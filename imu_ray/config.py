@@ -34,8 +34,8 @@ class ForgetSetConfig(Section):
     tokens_column: str = "tokens"
     """column with lists of token ids (task `sequence`)"""
     token_labels_column: str | None = None
-    """column with a label for each token, -100 where there is none; null: each token is its own label. A token is predicted from
-    those before it"""
+    """column with a label for each token, -100 where there is none; null: each token is its own label. A token is
+    predicted from those before it"""
     question_column: str = "question"
     """column with the text before an answer (task `causal_lm`)"""
     answer_column: str = "answer"
@@ -43,14 +43,15 @@ class ForgetSetConfig(Section):
     prompt: str = "Question: {question}\nAnswer:"
     """what a model reads before a space and the answer; `{question}` is replaced"""
     messages_column: str | None = None
-    """column with conversations, lists of `role` and `content`, in place of questions and answers: the tokenizer's chat template makes
-    a text of each, and the last message is predicted"""
+    """column with conversations, lists of `role` and `content`, in place of questions and answers: the tokenizer's chat
+    template makes a text of each, and the last message is predicted"""
     text_column: str | None = None
     """column with texts in place of questions and answers, of which every token is predicted"""
     tokenizer: str | None = None
     """folder of a Hugging Face tokenizer; null: that of the model"""
     max_length: int | None = Field(None, ge=2)
-    """tokens of the longest row; a longer one is a bad row. null: as many as the longest row of all sets has, which reads them"""
+    """tokens of the longest row; a longer one is a bad row. null: as many as the longest row of all sets has, which
+    reads them"""
     id_column: str | None = None
     """column with unique sample ids; null: `id` if there is one, else the row number"""
     classes: tuple[str, ...] | None = None
@@ -71,8 +72,8 @@ class InfluenceConfig(Section):
     prefix = "influence."
 
     block_rows: int = Field(256, ge=1)
-    """rows per block: one forward call, one statistics sum, one scoring call; fewer where samples have outputs at many positions,
-    so that the logits of a block are 16 million numbers at most"""
+    """rows per block: one forward call, one statistics sum, one scoring call; fewer where samples have outputs at many
+    positions, so that the logits of a block are 16 million numbers at most"""
     blocks_per_shard: int = Field(4, ge=1, json_schema_extra=NO_RESULT)
     """blocks per task, a power of two; of layers it changes which rows curvature and first trials are taken from"""
     features: Literal["cache", "recompute"] = Field("cache", json_schema_extra=NO_RESULT)
@@ -133,8 +134,8 @@ class StopConfig(Section):
     targets: dict[str, float | Literal["auto"] | None] = Field({})
     """when the samples count as forgotten, by metric: `forget.accuracy: 0.8`, or any other metric of the task
     (`forget.loss`, `forget.bounded_loss`, `forget.margin`), or `membership.auc`; the first that is met ends the run.
-    `auto`: the mean over samples of `evaluation['test']` with the same labels. Empty: `forget.bounded_loss: auto`, the loss
-    counted up to that of a uniform guess; with `ascent.views`, `forget_views.bounded_loss: auto`"""
+    `auto`: the mean over samples of `evaluation['test']` with the same labels. Empty: `forget.bounded_loss: auto`, the
+    loss counted up to that of a uniform guess; with `ascent.views`, `forget_views.bounded_loss: auto`"""
     tolerance: float = Field(0.005, gt=0)
     """how far past a target a run may end, in the target's unit; an overshoot is bisected back"""
     every_steps: int = Field(10, ge=1)
@@ -173,26 +174,27 @@ class AscentConfig(Section):
     prefix = "ascent."
 
     scope: str | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
-    """what may move: `auto`, which is `head` for a classifier and `all` for sequences; `head`; `last:N`, the N last linear and
-    convolutional layers in order of execution, the head included; `all` such layers; or a list of module names and globs
-    (`[layer4]`, `["*.q_proj"]`)"""
+    """what may move: `auto`, which is `head` for a classifier and `all` for sequences; `head`; `last:N`, the N last
+    linear and convolutional layers in order of execution, the head included; `all` such layers; or a list of module
+    names and globs (`[layer4]`, `["*.q_proj"]`)"""
     views: int = Field(0, ge=0)
     """augmented views of every row to forget, which gradient and curvature are taken over; 0: the rows as they are"""
     view_transform: str = "crop_flip"
-    """how a view is drawn: `crop_flip`, `flip`, or `package.module:callable`, the model's own training augmentation of a decoded
-    image; importing it runs code"""
+    """how a view is drawn: `crop_flip`, `flip`, or `package.module:callable`, the model's own training augmentation of
+    a decoded image; importing it runs code"""
 
     update: str = "one_step"
-    """`one_step`: one gradient of the whole forget set, and a search for the length of the step; `iterative`: steps over
-    batches with an optimiser"""
+    """`one_step`: one gradient of the whole forget set, and a search for the length of the step; `iterative`: steps
+    over batches with an optimiser"""
     objective: str = "bounded_ascent"
     """what a step does to the logits: `ascent`, `bounded_ascent`, `npo`, `renormalise`, `row_mask`, `uniform_target`"""
     preconditioner: str = "auto"
-    """curvature that steers the step: of the head `none`, `feature_second_moment`, `block_ggn`, `full_ggn`; of layers `none` or
-    `kfac` (the head among them has `block_ggn` where there is room); `auto`: `block_ggn` of the head, `kfac` of layers"""
+    """curvature that steers the step: of the head `none`, `feature_second_moment`, `block_ggn`, `full_ggn`; of layers
+    `none` or `kfac` (the head among them has `block_ggn` where there is room); `auto`: `block_ggn` of the head, `kfac`
+    of layers"""
     preconditioner_sets: tuple[str, ...] = ("forget", "test")
-    """sample sets whose inputs that curvature is summed over; of `test` no label is used, and it is left out when it was not
-    given. A few rows alone say nothing of the directions that other samples need"""
+    """sample sets whose inputs that curvature is summed over; of `test` no label is used, and it is left out when it
+    was not given. A few rows alone say nothing of the directions that other samples need"""
     preconditioner_damping: float = Field(0.01, gt=0)
     """damping of the preconditioner, as a share of its mean eigenvalue"""
     preconditioner_rows: int = Field(4096, ge=1)
@@ -200,9 +202,10 @@ class AscentConfig(Section):
     preconditioner_memory: float = Field(2.0, gt=0, json_schema_extra=NO_RESULT)
     """GiB that the preconditioner may take in one process"""
     bundle: str | None = Field(None, json_schema_extra=NO_RESULT)
-    """path or URI of a curvature bundle (`imu-ray remember`), whose sums over the training set steer the step in place of those over
-    `preconditioner_sets`; those of the rows to forget are among them and are not subtracted. It serves `block_ggn` and
-    `feature_second_moment` of the head, and `kfac` of layers. The run is known by the bundle's content, not by its path"""
+    """path or URI of a curvature bundle (`imu-ray remember`), whose sums over the training set steer the step in place
+    of those over `preconditioner_sets`; those of the rows to forget are among them and are not subtracted. It serves
+    `block_ggn` and `feature_second_moment` of the head, and `kfac` of layers. The run is known by the bundle's content,
+    not by its path"""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """optimiser"""
     learning_rate: float = Field(0.01, gt=0)
@@ -218,12 +221,13 @@ class AscentConfig(Section):
     anchor: float = Field(0.0, ge=0)
     """mu, pull back to the original head: mu (W - W0) is added to the gradient"""
     max_gradient_norm: float | None = Field(None, gt=0)
-    """largest norm of a step's gradient over all layers, before curvature and penalties; a larger one is scaled down; null: any"""
+    """largest norm of a step's gradient over all layers, before curvature and penalties; a larger one is scaled down;
+    null: any"""
     batch_size: int = Field(256, ge=1)
     """kept rows per global step, whatever the number of workers"""
     microbatch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """rows per piece of a batch that is dealt to one worker, of sequences at most a block; a worker beyond the pieces of a batch has
-    nothing to do; `auto`: 32 of the head, 128 of layers"""
+    """rows per piece of a batch that is dealt to one worker, of sequences at most a block; a worker beyond the pieces
+    of a batch has nothing to do; `auto`: 32 of the head, 128 of layers"""
     window_blocks: int = Field(64, ge=1)
     """blocks within which rows are shuffled; reads stay sequential beyond"""
     keep: Literal["last", "best", "all"] = "last"
@@ -232,8 +236,8 @@ class AscentConfig(Section):
     state_every_checks: int = Field(1, ge=1, json_schema_extra=NO_RESULT)
     """checks between saved states"""
     max_change: dict[str, float] = Field({})
-    """trust region: largest change of a metric of the forget set in one step (`forget.accuracy: 0.1`); a step that changes
-    more is halved until it does not"""
+    """trust region: largest change of a metric of the forget set in one step (`forget.accuracy: 0.1`); a step that
+    changes more is halved until it does not"""
     stop: StopConfig = Field(default_factory=StopConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
 
@@ -250,7 +254,7 @@ class AscentConfig(Section):
 
     @property
     def piece_rows(self) -> int:
-        """The rows of a piece that are meant: layers near the end of a network need many before their products are fast."""
+        """The rows of a piece: layers near the end of a network need many before their products are fast."""
         automatic = 128 if self.deep else 32
         return automatic if self.microbatch_rows == "auto" else self.microbatch_rows
 
@@ -330,7 +334,7 @@ class UnlearnConfig(Section):
         return cls(**merge(cls, recipe_settings(name)))
 
     def identity(self) -> str:
-        """As of any section, with what counts under some settings only: a bundle, the limits of a schedule, the shards of layers."""
+        """As of any section, with what counts at times: a bundle, limits of a schedule, shards of layers."""
         ascent, digest = self.ascent, super().identity()
         digest += "-bundle" if ascent.bundle else ""
         if ascent.deep:  # evenly spaced shards stand for all rows in the curvature and in the first trials
@@ -359,15 +363,15 @@ class SweepConfig(Section):
     scheduler: Literal["grid", "asha"] = "grid"
     """run every trial to its end, or stop early those whose forget accuracy falls slowest (one size at a time)"""
     choose_by: Literal["auto", "output_change", "parameter_drift", "retain", "test"] = "auto"
-    """best trial of a size, among those that reached their target: highest accuracy on an evaluation set (`retain`, `test`),
-    or, without retain data, least change of the outputs or of the head; `auto`: `retain` where `evaluation` has it, else
-    `output_change` for sets of a few classes and `parameter_drift` for mixed ones"""
+    """best trial of a size, among those that reached their target: highest accuracy on an evaluation set (`retain`,
+    `test`), or, without retain data, least change of the outputs or of the head; `auto`: `retain` where `evaluation`
+    has it, else `output_change` for sets of a few classes and `parameter_drift` for mixed ones"""
     max_retries: int = Field(1, ge=0, json_schema_extra=NO_RESULT)
     """times a failed trial is started again"""
 
 
-# recipe -> what it changes. `samples` is the default of every setting: bounded ascent in one step, steered by the curvature of
-# the forget set and of unseen samples as a stand-in for that of the retain set.
+# recipe -> what it changes. `samples` is the default of every setting: bounded ascent in one step, steered by the
+# curvature of the forget set and of unseen samples as a stand-in for that of the retain set.
 RECIPES: dict[str, dict[str, Any]] = {
     # The same settings, after a look at the labels: rows that may be a class are asked about.
     "auto": {},

@@ -1,4 +1,4 @@
-"""What opens: the model and the part that may move, the sample sets, and their features. Made once; any number of runs may share it."""
+"""What opens: the model, the part that may move, sample sets and features. Any number of runs may share it."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ EXAMPLES = 8  # rows that a model is traced with
 
 @dataclass(frozen=True)
 class Inputs:
-    """A model on the CPU in eval mode, the part that may move, the open sample sets, and (after ``extract``) their features and description.
+    """A model on the CPU in eval mode, the part that may move, the sample sets, and (after ``extract``) their features.
 
     ``origin`` says where the model came from when a spec was given.
     """
@@ -127,7 +127,7 @@ class Inputs:
                 )
 
     def ascent_resources(self, resources: ResourcesConfig) -> ResourcesConfig:
-        """With a number of workers for the update: all where layers move, one where a head does, unless the features do not fit a node."""
+        """With a number of workers for the update: all where layers move, one for a head if the features fit a node."""
         if resources.ascent_workers != "auto":
             return resources
         if self.part.deep:
@@ -233,7 +233,7 @@ def usable_batch(task: Task, samples: Source, rows: int) -> Batch:
 
 
 def views_of(sources: Mapping[str, Source], config: UnlearnConfig) -> dict[str, Source]:
-    """Augmented views of the forget set, and one of each unseen sample, which shows what such views are like; by name."""
+    """By name: views of the forget set, and one of each unseen sample, which shows what such views are like."""
     count, transform = config.ascent.views, config.ascent.view_transform
     if not count:
         return {}

@@ -19,8 +19,8 @@ class ModelSection(Section):
     prefix = "model."
 
     factory: str
-    """`package.module:callable`, importing which runs code; a torchvision classifier; or `hf:PATH`, a causal language model, or an
-    adapter of one, in a folder of Hugging Face's (extra `hf`)"""
+    """`package.module:callable`, importing which runs code; a torchvision classifier; or `hf:PATH`, a causal language
+    model, or an adapter of one, in a folder of Hugging Face's (extra `hf`)"""
     kwargs: dict[str, Any] = Field({})
     """keyword arguments of the factory"""
     checkpoint: str | None = None

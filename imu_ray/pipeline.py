@@ -84,8 +84,17 @@ class Pipeline:
 
     @classmethod
     @contextmanager
-    def open(cls, stage: str, model: nn.Module | ModelSpec, forget_set: Any, task: str, evaluation: Mapping[str, Any] | None,
-             config: UnlearnConfig, run_dir: str | Path | None, write: bool = True) -> Iterator["Pipeline"]:  # fmt: skip
+    def open(
+        cls,
+        stage: str,
+        model: nn.Module | ModelSpec,
+        forget_set: Any,
+        task: str,
+        evaluation: Mapping[str, Any] | None,
+        config: UnlearnConfig,
+        run_dir: str | Path | None,
+        write: bool = True,
+    ) -> Iterator["Pipeline"]:
         """Check everything that can be checked, make the features, and record how the run ended."""
         run = RunDirectory(run_dir or default_run_dir())
         with run.locked() if write else contextlib.nullcontext():
@@ -135,7 +144,10 @@ class Pipeline:
         weighted = self.config.intensity.scheme in ("imu", "permuted") and self.config.influence.curvature != "identity"
         if weighted and figures["plain_gradient_share"] > DOMINATED:
             share, below = figures["plain_gradient_share"], figures["fisher_below_damping"]
-            advice = "the scores are nearly a plain gradient product; influence.damping_mode=relative or another curvature gives it a say"
+            advice = (
+                "the scores are nearly a plain gradient product; influence.damping_mode=relative or another "
+                "curvature gives it a say"
+            )
             event(
                 "damping dominates",
                 level=logging.WARNING,
@@ -260,7 +272,10 @@ class Pipeline:
         return bundle
 
     def _fit_preconditioners(self) -> dict[str, FittedCurvature]:
-        """The curvature that steers the update, by layer; none where a one-step update has its direction from before."""
+        """The curvature that steers the update, by layer.
+
+        None where a one-step update has its direction from before.
+        """
         settings = self.config.ascent
         if settings.curvature == "none":
             return {}

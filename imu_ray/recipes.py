@@ -91,9 +91,9 @@ def looks_like_whole_classes(
 ) -> bool:
     """Whether a forget set is whole classes rather than a random draw.
 
-    False when samples of these classes are kept, as far as the evaluation sets show (``kept_labels``).
-    True when a random draw of as many rows from equally frequent classes would leave out as many classes as this one does
-    with a probability below 1e-3 (union bound). Equally frequent classes are an assumption.
+    False when samples of these classes are kept, as far as the evaluation sets show (``kept_labels``). True when a
+    random draw of as many rows from equally frequent classes would leave out as many classes as this one does with a
+    probability below 1e-3 (union bound). Equally frequent classes are an assumption.
     """
     rows, present = sum(label_counts.values()), len(label_counts)
     if present in (0, num_classes) or not label_counts.keys().isdisjoint(kept_labels):
@@ -105,7 +105,8 @@ def looks_like_whole_classes(
 def choose_recipe(recipe: str, label_counts: Mapping[int, int], num_classes: int) -> tuple[str, str]:
     """The recipe that ``recipe`` stands for, and why.
 
-    ``auto`` is ``samples`` where the labels are mixed. Where they are not, what was asked for cannot be told from the rows.
+    ``auto`` is ``samples`` where the labels are mixed. Where they are not, what was asked for cannot be told from the
+    rows.
 
     Raises:
         ConfigError: ``auto`` on rows of one class, or of fewer classes than a random draw would have.
@@ -163,7 +164,10 @@ def resolve_targets(
     event(
         "no target",
         level=logging.WARNING,
-        advice="all epochs are run; give evaluation['test'] or ascent.stop.targets, because ascent without a stop ruins the model",
+        advice=(
+            "all epochs are run; give evaluation['test'] or ascent.stop.targets, because ascent without a stop ruins "
+            "the model"
+        ),
     )
     return []
 

@@ -1,4 +1,4 @@
-"""``imu-ray remember``, for ``ray job submit -- python jobs/remember.py --config job.yaml --out bundle.safetensors``."""
+"""``imu-ray remember``, for ``ray job submit -- python jobs/remember.py --config job.yaml --out FILE``."""
 
 import sys
 

@@ -36,7 +36,7 @@ def set_figures(part: Predictions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ClassSums:
-    """Samples of each label, and sums of every metric over them; under label 0 where a sample has a label at each position."""
+    """Samples of each label, and sums of every metric over them; under label 0 where a sample is a sequence."""
 
     samples_C: npt.NDArray[np.float64]
     metrics: dict[str, npt.NDArray[np.float64]]
@@ -72,8 +72,8 @@ def output_change(shard: FeatureShard, before: Part, after: Part) -> npt.NDArray
 
     .. math:: D_{KL}(q_0 \,\|\, q), \qquad q = \mathrm{softmax}(z) \text{ without the true class}
 
-    The mean over the labelled positions, where a sample has several. Only the forget set is needed: a model that forgets a label
-    and nothing else leaves the other classes' proportions alone.
+    The mean over the labelled positions, where a sample has several. Only the forget set is needed: a model that
+    forgets a label and nothing else leaves the other classes' proportions alone.
     """
     changes = [np.empty(0)]
     for rows in shard.block_rows():

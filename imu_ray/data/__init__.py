@@ -1,4 +1,4 @@
-"""Where samples come from: Parquet, JSON lines, images in folders, a torch Dataset or an Arrow table, as blocks of rows."""
+"""Where samples come from, as blocks of rows: Parquet, JSON lines, folders of images, torch Datasets, Arrow tables."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ def _open(given: Any, config: ForgetSetConfig, role: str, fields: Fields | None)
         f"files of several kinds ({', '.join(kind.__name__ for kind in kinds)})" if kinds else "no file that is read"
     )
     raise ForgetSetError(
-        f"the {role} {given} holds {found}; expected Parquet files, JSON lines (.jsonl), or (on a local or mounted path) images in one "
+        f"the {role} {given} holds {found}; expected Parquet files, JSON lines (.jsonl), or (on a local or "
+        "mounted path) images in one "
         "folder per class; put "
         "each kind in a folder of its own"
     )

@@ -56,7 +56,10 @@ def _cells(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _input(cell: Any) -> Any:
-    """Encoded bytes, text, or numbers as an array; a null stays None and is refused as a bad row where inputs are decoded."""
+    """Encoded bytes, text, or numbers as an array.
+
+    A null stays None and is refused as a bad row where inputs are decoded.
+    """
     if isinstance(cell, dict):
         return cell.get("bytes")
     if cell is None or isinstance(cell, bytes | str | np.ndarray):

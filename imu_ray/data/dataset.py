@@ -17,7 +17,8 @@ MOST_ROWS = 10**12  # the driver could not list the shards of more
 class DatasetSource(Source):
     """A map-style torch Dataset; a sample's id is its index.
 
-    It gives ``(input, label)`` pairs where a sample has a label; otherwise mappings with the columns of the task, or the input alone.
+    It gives ``(input, label)`` pairs where a sample has a label; otherwise mappings with the columns of the task, or
+    the input alone.
     """
 
     def __init__(self, given: Dataset[Any], config: ForgetSetConfig, fields: Fields | None = None) -> None:

@@ -1,7 +1,7 @@
 """What a source of samples is: rows, and shards of blocks of them.
 
-A source is a small picklable description (a table or Dataset held in memory travels to the workers once), and a shard is a
-range of its rows, read inside the task that needs it; any task can therefore run again anywhere.
+A source is a small picklable description (a table or Dataset held in memory travels to the workers once), and a shard
+is a range of its rows, read inside the task that needs it; any task can therefore run again anywhere.
 """
 
 import contextlib

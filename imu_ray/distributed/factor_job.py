@@ -1,4 +1,4 @@
-"""The curvature that steers an update, on Ray: sums over shards; of several layers, then a task for each that merges and solves."""
+"""The curvature that steers an update, on Ray: sums over shards, and of several layers a task for each that solves."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,10 @@ ROUNDS = 4  # runs of shards for each worker: every run leaves sums of all layer
 
 
 def kinds_of(part: Part, settings: AscentConfig) -> dict[str, str]:
-    """The kind of curvature of each layer; ``ConfigError`` when one takes more than ``ascent.preconditioner_memory``."""
+    """The kind of curvature of each layer.
+
+    ``ConfigError`` when one takes more than ``ascent.preconditioner_memory``.
+    """
     if part.deep:
         return {name: kind_of(name, part, settings) for name in part.parameters}
     kind = PRECONDITIONERS[settings.curvature]
@@ -51,7 +54,9 @@ def fit(sets: Sequence[FeatureSet], part: Part, settings: AscentConfig) -> dict[
 def split_sums(
     features: FeatureSet, stage: str, function: Callable[[FeatureShard], ByLayer[Any]], names: Sequence[str]
 ) -> "dict[str, list[ray.ObjectRef[Any]]]":
-    """References to the sums of each layer over runs of shards, in order; no process but the one that made them holds all.
+    """References to the sums of each layer over runs of shards, in order.
+
+    No process but the one that made them holds all.
 
     A run is of 2^k shards, so that the tree of merged blocks does not depend on its length.
     """
@@ -87,7 +92,7 @@ def _fit_head(sets: Sequence[FeatureSet], part: Part, settings: AscentConfig) ->
 
 
 def kind_of(name: str, part: Part, settings: AscentConfig) -> str:
-    """Of the head, the Gauss-Newton matrix without the coupling between classes where there is room; else Kronecker factors."""
+    """Kronecker factors; of the head the Gauss-Newton matrix without coupling between classes where there is room."""
     shape, budget = part.parameters[name].shape, settings.preconditioner_memory * 2**30
     if name == part.task.head and LAYER_CURVATURES["block_ggn"].memory(*shape) <= budget:
         return "block_ggn"

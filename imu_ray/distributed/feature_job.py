@@ -1,6 +1,7 @@
 """Features on Ray tasks: made from shards, mapped over, and reduced in a tree.
 
-Every remote function is one line around a pure one. Features stay on the node that made them; what is made of them travels.
+Every remote function is one line around a pure one. Features stay on the node that made them; what is made of them
+travels.
 """
 
 import functools
@@ -127,7 +128,7 @@ def _ids(shard: FeatureShard) -> pa.StringArray:
 
 
 class FeatureSet:
-    """Handle on the features of one sample set: references in the driver, arrays in the object store; or how to make them anew."""
+    """Handle on the features of one sample set: references to arrays in the object store, or how to make them anew."""
 
     def __init__(
         self,
@@ -240,7 +241,9 @@ def share(model: nn.Module) -> "ray.ObjectRef[nn.Module]":
 def extract(
     source: Source, part: Part, model: "ray.ObjectRef[nn.Module]", config: UnlearnConfig, stage: str
 ) -> FeatureSet:
-    """One forward pass over ``source``; the features stay in the object store, or are dropped and made again by what needs them.
+    """One forward pass over ``source``.
+
+    The features stay in the object store, or are dropped and made again by what needs them.
 
     ``model`` is what ``share`` returned.
     """

@@ -1,4 +1,4 @@
-"""Scores of the forget set on Ray tasks: statistics of its features, a direction from them, and every sample against it."""
+"""Scores on Ray tasks: statistics of the forget set's features, a direction, and every sample against it."""
 
 import functools
 from collections.abc import Iterator, Mapping

@@ -42,7 +42,7 @@ CURRENT = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp
 
 @contextmanager
 def ray_session(resources: ResourcesConfig) -> Iterator[ResourcesConfig]:
-    """A running Ray with room for ``resources``, on which every node can do the work; gives them with a number of workers.
+    """A running Ray with room for ``resources`` on nodes that can do the work; they come with a number of workers.
 
     Raises:
         ConfigError: the cluster can never have what was asked for, a node's environment does not fit, or the connection

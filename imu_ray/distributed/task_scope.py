@@ -1,4 +1,4 @@
-"""A scope whose sums are rounds of Ray tasks over features: the same bits for any number of workers, a retry for each shard."""
+"""A scope whose sums are rounds of Ray tasks: the same bits for any number of workers, a retry for each shard."""
 
 import functools
 from collections.abc import Iterable, Mapping

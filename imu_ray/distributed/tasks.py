@@ -73,8 +73,8 @@ class TaskRunner:
             "num_gpus": self.resources.gpus_per_worker if gpu else 0,
             "max_retries": self.resources.max_retries,
             "retry_exceptions": [OSError],
-            # A forward pass runs wherever there is room, all else where its features lie. Without a strategy a task would inherit
-            # a Tune trial's placement group and could not be scheduled in it.
+            # A forward pass runs wherever there is room, all else where its features lie. Without a strategy a task
+            # would inherit a Tune trial's placement group and could not be scheduled in it.
             "scheduling_strategy": "SPREAD" if gpu else "DEFAULT",
             **more,
         }

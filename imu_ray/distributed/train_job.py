@@ -59,7 +59,9 @@ def update(
     run: RunDirectory,
     trial: Trial | None = None,
 ) -> UpdateOutcome:
-    """Run the update on ``resources.ascent_workers`` workers; state is saved in ``run`` after every check and taken up from there.
+    """Run the update on ``resources.ascent_workers`` workers.
+
+    State is saved in ``run`` after every check and taken up from there.
 
     Args:
         problem: what is to be done.
@@ -154,7 +156,8 @@ def _explain(error: BaseException) -> ImuError:
     for cause in causes:
         if isinstance(cause, ImuError):
             return cause
-    # When a worker ends, the sums of the others fail in gloo or nccl: that tells of the first failure, not of its cause.
+    # When a worker ends, the sums of the others fail in gloo or nccl: that tells of the first failure, not of its
+    # cause.
     causes.sort(key=lambda cause: isinstance(cause, RuntimeError))
     return StageFailedError(
         f"ascent failed: {type(causes[0]).__name__}: {causes[0]}; the last good state is kept in the run directory; "

@@ -1,4 +1,4 @@
-"""The direction that samples are scored against, from the settings to the figures; the same in one process and on Ray."""
+"""The direction that samples are scored against, from settings to figures; the same in one process and on Ray."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +32,8 @@ def fit_directions(
         norm_quantile: gives a quantile of the gradient norms of the forget set; called when gradients are clipped.
 
     Returns:
-        The direction ``[C, D]`` of each layer; and ``describe_direction`` with what the curvature tells and ``clipped_at``, of
-        several layers each under its name in ``layers``, and what can be said of all.
+        The direction ``[C, D]`` of each layer; and ``describe_direction`` with what the curvature tells and
+        ``clipped_at``, of several layers each under its name in ``layers``, and what can be said of all.
     """
     clip = norm_quantile(settings.clip_quantile) if settings.robust == "clip" else None
     moments = reduce(functools.partial(Moments.of, clip=clip))

@@ -1,7 +1,8 @@
 """Per-sample gradients of a linear layer in closed form, without storing one.
 
 Shapes: B samples, T positions (1 for a classifier), D inputs of the layer with the bias input included, C outputs.
-All head arithmetic is float64: it costs well under a hundredth of the forward pass and takes rounding out of the question.
+All head arithmetic is float64: it costs well under a hundredth of the forward pass and takes rounding out of the
+    question.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ IGNORE = -100  # the label of a position without one
 
 @dataclass(frozen=True)
 class LayerIO:
-    """What one linear layer saw: inputs ``[B, T, D]`` and gradients of the loss with respect to its outputs ``[B, T, C]``.
+    """What a linear layer saw: inputs ``[B, T, D]`` and the loss's gradients in its outputs ``[B, T, C]``.
 
     Of a convolution with G groups, ``[G, B, T, D]`` and ``[G, B, T, C / G]``.
     """
@@ -40,8 +41,8 @@ def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
     .. math:: r_c = p_c \;(c \ne y), \qquad r_y = -\sum_{c \ne y} p_c
 
-    The textbook :math:`p_y - 1` loses every digit when :math:`p_y` rounds to 1. The loss of a sample with several positions is the
-    mean over those that have a label.
+    The textbook :math:`p_y - 1` loses every digit when :math:`p_y` rounds to 1. The loss of a sample with several
+    positions is the mean over those that have a label.
 
     Args:
         logits: ``[B, C]`` or ``[B, T, C]``.
@@ -62,7 +63,7 @@ def classes(labels: Tensor) -> Tensor:
 
 
 def per_sample(pull: Tensor, labels: Tensor) -> Tensor:
-    """Pulls on ``[B, T, C]`` as those of the mean over the labelled positions of each sample; pulls on ``[B, C]`` as they are."""
+    """Pulls on ``[B, T, C]`` as those of each sample's mean over its labels; those on ``[B, C]`` as they are."""
     return pull if labels.ndim == 1 else pull * shares(labels).to(pull).unsqueeze(-1)
 
 
@@ -73,7 +74,7 @@ def shares(labels: Tensor) -> Tensor:
 
 
 def probabilities(output_grads_BTC: Tensor) -> Tensor:
-    r"""Softmax probabilities back from output gradients: :math:`p_y = 1 + r_y`, the only negative entry; else :math:`p_c = r_c`.
+    r"""Softmax probabilities from output gradients: :math:`p_y = 1 + r_y`, the only negative; else :math:`p_c = r_c`.
 
     Where :math:`r = 0` throughout (a sample beyond the last digit), all are 0, which is right wherever only
     :math:`p_c (1 - p_c)` or :math:`p_c p_d` counts.
@@ -89,8 +90,8 @@ def gradient_sum(layer_io: LayerIO) -> Tensor:
 def squared_gradient_sum(layer_io: LayerIO) -> Tensor:
     r""":math:`\sum_i g_i \circ g_i`, ``[C, D]``.
 
-    For one position this is :math:`(R \circ R)^\top (H \circ H)`. For several, the square of a sum over positions is not
-    separable, so it is accumulated one sample at a time into one buffer (memory ``2 C D``).
+    For one position this is :math:`(R \circ R)^\top (H \circ H)`. For several, the square of a sum over positions is
+    not separable, so it is accumulated one sample at a time into one buffer (memory ``2 C D``).
     """
     inputs, grads = layer_io.inputs_BTD, layer_io.output_grads_BTC
     if inputs.ndim == 3 and inputs.shape[1] == 1:

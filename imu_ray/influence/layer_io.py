@@ -1,7 +1,7 @@
 """Linear and convolutional layers inside a network: their parameters as one matrix, and what they saw.
 
-A layer's matrix ``[C, D]`` is its flattened weight, transposed where the layer is Hugging Face's ``Conv1D``, with the bias as
-last column. In a layer with groups, block g of its rows sees the inputs of group g alone.
+A layer's matrix ``[C, D]`` is its flattened weight, transposed where the layer is Hugging Face's ``Conv1D``, with the
+bias as last column. In a layer with groups, block g of its rows sees the inputs of group g alone.
 
 Shapes: B samples, T positions of a sample (of a convolution's output, or between the first and last dimension of a
 linear layer's input), C outputs, D inputs of one output with the bias input included.
@@ -108,7 +108,10 @@ def pieces(layer: Layer, inputs: Tensor, output_grads: Tensor, numbers: int = 0)
 
 
 def sample_gradients(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Iterator[Tensor]:
-    """Each sample's gradient ``[C, D]`` in turn, in the inputs' type, float32 at least; it holds until the next one is taken."""
+    """Each sample's gradient ``[C, D]`` in turn, in the inputs' type, float32 at least.
+
+    It holds until the next one is taken.
+    """
     buffer: Tensor | None = None
     for part in pieces(layer, inputs, output_grads):
         for grads, seen in zip(part.output_grads_BTC.unbind(-3), part.inputs_BTD.unbind(-3), strict=True):

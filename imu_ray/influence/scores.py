@@ -25,7 +25,7 @@ def influence_scores(layer_io: LayerIO, direction_CD: Tensor) -> Tensor:
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""Cross-entropy :math:`\ell_i = -\log p_{i,y_i}` of each sample, ``[B]``, float64; of several positions its mean over the labelled ones."""
+    r"""Cross-entropy :math:`-\log p_{i,y_i}` of each sample, ``[B]`` float64; of a sequence their mean."""
     if labels.ndim == 1:
         return torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     each = torch.nn.functional.cross_entropy(

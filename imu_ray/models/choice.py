@@ -20,15 +20,17 @@ SIMILAR = (nn.modules.conv._ConvNd, nn.Bilinear)  # refused by name where a scop
 def choose_layers(model: nn.Module, example_inputs: Tensor, scope: str | Sequence[str], head: str) -> list[str]:
     """Names of the linear and convolutional layers that a scope means, in order of execution.
 
-    Of a model that PEFT put adapters into, only those of its active adapters count: the base model stays as it is, also where a
+    Of a model that PEFT put adapters into, only those of its active adapters count: the base model stays as it is, also
+        where a
     pattern means a module with an adapter in it.
 
     Args:
-        model: any module that maps ``[B, ...]`` to logits ``[B, C]`` or ``[B, T, C]``, or to an object that has them as ``logits``.
+        model: any module that maps ``[B, ...]`` to logits ``[B, C]`` or ``[B, T, C]``, or to an object that has them as
+            ``logits``.
         example_inputs: at least one real sample, ``[B, ...]``.
-        scope: ``"head"``; ``"last:N"``, the N last usable layers up to the head, which is one of them; ``"all"``; ``"adapters"``;
-            or patterns. A pattern is the name of a layer, or of a module, which means every layer below it; both may be globs. The
-            patterns need not include the head.
+        scope: ``"head"``; ``"last:N"``, the N last usable layers up to the head, which is one of them; ``"all"``;
+            ``"adapters"``; or patterns. A pattern is the name of a layer, or of a module, which means every layer below
+            it; both may be globs. The patterns need not include the head.
         head: name of the classifier head; empty where there is none that can move by itself.
 
     Raises:
@@ -61,7 +63,8 @@ def choose_layers(model: nn.Module, example_inputs: Tensor, scope: str | Sequenc
         return order[-count:]
     if reasons:
         raise UnsupportedModelError(
-            f"ascent.scope is {scope if isinstance(scope, str) else list(scope)!r}, but {'; '.join(reasons)}; expected layers "
+            f"ascent.scope is {scope if isinstance(scope, str) else list(scope)!r}, but {'; '.join(reasons)}; "
+            "expected layers "
             "nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face's Conv1D that are called once, with a weight of their "
             "own; name other layers in ascent.scope"
         )
@@ -124,7 +127,7 @@ def _usable_layers(
 
 
 def _silent(gradients: Mapping[str, Tensor | None]) -> set[str]:
-    """Layers without a gradient. That of one half of an adapter may be zero, because the other half is zero at first."""
+    """Layers without a gradient. One half of an adapter may have none, because the other half is zero at first."""
     still = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
     pairs = {name: pair_of(name) for name in still}
     return {
@@ -137,7 +140,10 @@ def _silent(gradients: Mapping[str, Tensor | None]) -> set[str]:
 def _unusable(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Why a layer cannot be in a scope, as far as it can be seen without a forward pass."""
     if len(pair_of(name)) > 1 and moving_base(model, name):
-        return "stands beside a layer that is not frozen, so that either could move: freeze that with requires_grad_(False)"
+        return (
+            "stands beside a layer that is not frozen, so that either could move: freeze that with "
+            "requires_grad_(False)"
+        )
     kind = kind_of(module)
     if kind is None:
         return f"is a {type(module).__name__}"

@@ -1,4 +1,4 @@
-"""A forward pass cut in two where a scope begins: what its layers cannot change is computed once, the rest again and again.
+"""A forward pass cut in two where a scope begins: what its layers cannot change is computed once.
 
 Shapes: B samples, F numbers of a sample that cross the cut.
 """
@@ -18,8 +18,9 @@ Values = tuple[Tensor, ...]
 SHAPE_METHODS = ("size", "dim", "ndimension", "numel")
 SHAPE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 CHEAP = {
-    "add", "batch_norm", "cat", "chunk", "contiguous", "dropout", "flatten", "gelu", "getitem", "hardswish", "layer_norm", "mul",
-    "permute", "relu", "relu_", "reshape", "sigmoid", "silu", "squeeze", "sub", "transpose", "unsqueeze", "view",
+    "add", "batch_norm", "cat", "chunk", "contiguous", "dropout", "flatten", "gelu", "getitem", "hardswish",
+    "layer_norm", "mul", "permute", "relu", "relu_", "reshape", "sigmoid", "silu", "squeeze", "sub", 
+    "transpose", "unsqueeze", "view",
 }  # fmt: skip
 
 
@@ -50,8 +51,8 @@ class Cut:
     """A model in two parts, ``prefix`` and ``suffix``, which share its modules and parameters.
 
     The suffix calls the model's own layers: their hooks run, and it sees at once what is written into their parameters.
-    Modules that hold other modules are not called by name, so hooks on those do not run. The model must be in eval mode, on
-    its device, and must not be compiled before it is cut.
+    Modules that hold other modules are not called by name, so hooks on those do not run. The model must be in eval
+    mode, on its device, and must not be compiled before it is cut.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
@@ -137,7 +138,7 @@ class Cut:
         return tuple(part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True))
 
     def _check(self, inputs: Tensor) -> None:
-        """Compare with the model bit for bit, under changed parameters, so that nothing of them is left in the prefix."""
+        """Compare with the model bit for bit under changed parameters, of which nothing may be in the prefix."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
         changed = {
             name: 0.75 * own[name].detach() + 0.01 for name in own if name.rpartition(".")[0] in self.plan.layers

@@ -11,7 +11,8 @@ from torch import nn
 from imu_ray.errors import CheckpointError, ConfigError, ImuError
 
 TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "*.model", "chat_template*",
 )  # fmt: skip
 ADAPTER = "adapter_config.json"
 
@@ -21,8 +22,8 @@ def load_pretrained(path: str, **settings: Any) -> nn.Module:
 
     Args:
         path: a folder that ``save_pretrained`` wrote, or the name of a model in the local cache of Hugging Face's hub.
-        settings: of ``AutoModelForCausalLM.from_pretrained``. Unless they say otherwise weights keep their type, and nothing is
-            downloaded (``local_files_only``). No code is run from the folder.
+        settings: of ``AutoModelForCausalLM.from_pretrained``. Unless they say otherwise weights keep their type, and
+            nothing is downloaded (``local_files_only``). No code is run from the folder.
 
     Raises:
         ConfigError: the extra is not installed, or the settings ask to run code.
@@ -30,7 +31,8 @@ def load_pretrained(path: str, **settings: Any) -> nn.Module:
     """
     if settings.get("trust_remote_code"):
         raise ConfigError(
-            "model.kwargs.trust_remote_code is true, which runs code from the model's folder; expected a model that transformers has; "
+            "model.kwargs.trust_remote_code is true, which runs code from the model's folder; expected a model "
+            "that transformers has; "
             "for another, name a factory of your own"
         )
     settings = {"dtype": "auto", "local_files_only": True, **settings, "trust_remote_code": False}
@@ -52,24 +54,28 @@ def load_pretrained(path: str, **settings: Any) -> nn.Module:
         return cast(nn.Module, model)
     except ImportError as error:
         raise ConfigError(
-            f"model.factory is 'hf:{path}', which cannot be opened: {error}; expected the extra: pip install imu-ray[hf]"
+            f"model.factory is 'hf:{path}', which cannot be opened: {error}; expected the extra: pip install "
+            "imu-ray[hf]"
         ) from None
     except (ImuError, TypeError, MemoryError):  # TypeError: a setting that nothing takes
         raise
     except Exception as error:  # of many kinds
         raise CheckpointError(
-            f"model.factory is 'hf:{path}', which cannot be read ({type(error).__name__}: {error}); expected a folder that "
+            f"model.factory is 'hf:{path}', which cannot be read ({type(error).__name__}: {error}); expected a "
+            "folder that "
             "save_pretrained wrote, or a model in the local cache; model.kwargs.local_files_only=false downloads it"
         ) from None
 
 
 def save_pretrained(model: nn.Module, folder: Path, merge_adapter: bool = False) -> None:
-    """Write a model of Hugging Face's as a folder that ``from_pretrained`` opens, with the tokenizer of where it came from.
+    """Write a model of Hugging Face's as a folder that ``from_pretrained`` opens, with the tokenizer of its source.
 
-    Of a model with an adapter the adapter alone is written, beside the name of its base; or the base with the adapter merged into it.
+    Of a model with an adapter the adapter alone is written, beside the name of its base; or the base with the adapter
+    merged into it.
     """
     source = getattr(model, "name_or_path", "")
-    written: Any = copy.deepcopy(model).merge_and_unload() if merge_adapter else copy.copy(model)  # type: ignore[operator]
+    given: Any = model
+    written = copy.deepcopy(given).merge_and_unload() if merge_adapter else copy.copy(given)
     if hasattr(written, "loaded_use_cache"):
         written.config = copy.copy(written.config)
         written.config.use_cache = written.loaded_use_cache
@@ -95,7 +101,8 @@ def _load(folder: str, settings: dict[str, Any]) -> Any:
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"{folder} holds no {', '.join(missing[:8])} of {type(model).__name__}; expected every tensor of the model, because "
+            f"{folder} holds no {', '.join(missing[:8])} of {type(model).__name__}; expected every tensor of the "
+            "model, because "
             "those that are missing would be random"
         )
     model.loaded_use_cache = model.config.use_cache  # which the model is saved with

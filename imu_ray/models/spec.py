@@ -26,13 +26,14 @@ class ModelSpec:
     """How to build a model: a factory, its keyword arguments and a checkpoint.
 
     Attributes:
-        factory: ``"package.module:callable"``, the name of a torchvision classifier (``"resnet18"``), ``"hf:PATH"``, a causal
-            language model in a folder of Hugging Face's, or a callable. A module is also looked for in the working directory.
-            Importing runs code, so a spec is trusted input.
+        factory: ``"package.module:callable"``, the name of a torchvision classifier (``"resnet18"``), ``"hf:PATH"``, a
+            causal language model in a folder of Hugging Face's, or a callable. A module is also looked for in the
+            working directory. Importing runs code, so a spec is trusted input.
         kwargs: keyword arguments of the factory; of ``hf:PATH`` those of ``from_pretrained``.
         checkpoint: a ``.safetensors`` file, or a state dict that ``torch.load(weights_only=True)`` reads.
         head: name of the classifier head, when it cannot be told.
-        merge_adapter: whether a run writes the base model with the adapter merged into it, in place of the adapter alone.
+        merge_adapter: whether a run writes the base model with the adapter merged into it, in place of the adapter
+            alone.
     """
 
     factory: str | Callable[..., nn.Module]
@@ -112,7 +113,8 @@ class ModelSpec:
         names = torchvision.models.list_models(module=torchvision.models)
         if name not in names:
             raise ConfigError(
-                f"model.factory is {name!r}; expected 'package.module:callable', 'hf:PATH' or a torchvision classifier: "
+                f"model.factory is {name!r}; expected 'package.module:callable', 'hf:PATH' or a torchvision "
+                "classifier: "
                 f"{nearest(name, names)}"
             )
         return lambda **kwargs: torchvision.models.get_model(name, **{"weights": None, **kwargs})

@@ -1,4 +1,4 @@
-"""The curvature bundle: what is kept of a training set for later requests, one safetensors file. No sample and no id is in it."""
+"""The curvature bundle: what is kept of a training set for later requests, in one file without a sample or an id."""
 
 import contextlib
 import hashlib
@@ -92,7 +92,7 @@ class Bundle:
 
 
 def check_place(location: str | Path) -> None:
-    """Refuse a place where a bundle cannot be made, or where a file is already: it may be all that is left of a training set."""
+    """Refuse a place where no bundle can be made, or where a file is: it may be all that is left of a training set."""
     storage, name = open_folder(location)
     storage.check_writable()
     if storage.filesystem.get_file_info(f"{storage.root}/{name}").type != fs.FileType.NotFound:

@@ -53,7 +53,7 @@ class SamplesRecord(Part):
 
 
 class CurvatureRecord(Part):
-    """The curvature that steered an update: rows that it was summed over, by sample set, or of a bundle, with its digest."""
+    """The curvature that steered an update, and the rows it was summed over, by set, or of a bundle with its digest."""
 
     kind: str
     rows: dict[str, int]

@@ -1,6 +1,7 @@
 """What may move in a model (a part), and what an update sees of it on its samples (a scope).
 
-Parameters are named by layer; a layer's weight and bias are one tensor ``[C, D]`` with the bias as its last column, float64.
+Parameters are named by layer; a layer's weight and bias are one tensor ``[C, D]`` with the bias as its last column,
+float64.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -48,7 +49,8 @@ class ByLayer(Generic[A]):
 class Part(Protocol):
     """The layers of a model that may move, with their parameters, and what they make of cached features.
 
-    Picklable: it travels to the tasks. Features are what a forward pass leaves at the earliest point that the layers influence.
+    Picklable: it travels to the tasks. Features are what a forward pass leaves at the earliest point that the layers
+    influence.
     """
 
     deep: ClassVar[bool]  # whether outputs take a pass through layers, rather than one product
@@ -108,8 +110,8 @@ class Part(Protocol):
 class Scope(Protocol):
     """A part with the samples that it is computed on, as one worker sees them.
 
-    Positions count the rows of the forget set in the order of its shards. Every worker calls the methods in the same order
-    and gets the same results.
+    Positions count the rows of the forget set in the order of its shards. Every worker calls the methods in the same
+    order and gets the same results.
     """
 
     workers: Workers
@@ -128,7 +130,8 @@ class Scope(Protocol):
 
         .. math:: \frac{1}{\sum_B w_i} \sum_B w_i \nabla \ell_i
 
-        The divisor is that of the global batch, read off the weight table, so that the number of workers changes nothing.
+        The divisor is that of the global batch, read off the weight table, so that the number of workers changes
+        nothing.
         """
         ...
 

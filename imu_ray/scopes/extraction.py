@@ -57,7 +57,8 @@ def extract_features(
     Raises:
         ForgetSetError: a row cannot be used.
         NonFiniteError: a feature is NaN, infinite or out of range; the message names the sample.
-        UnsupportedModelError: outputs do not follow from the features, or features change with the call or with the rows beside them.
+        UnsupportedModelError: outputs do not follow from the features, or features change with the call or with the
+            rows beside them.
         StageFailedError: the model raised something.
     """
     settings = settings or InfluenceConfig()
@@ -110,7 +111,8 @@ def _decode_ahead(source: Source, shard: Shard, task: Task, device: torch.device
             batch = replace(batch, inputs=batch.inputs.pin_memory())
         return batch, source.positions(start, stop)[usable]
 
-    # On a GPU the worker's CPUs have nothing else to do; on the CPU one thread hides waiting and takes little from the model.
+    # On a GPU the worker's CPUs have nothing else to do; on the CPU one thread hides waiting and takes little from the
+    # model.
     threads = torch.get_num_threads() if device.type == "cuda" else 1
     blocks = source.read_blocks(shard)
     with ThreadPoolExecutor(threads) as pool:
@@ -141,7 +143,8 @@ def _to(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
 def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
     """Features in float32 or better; refused when they, or the logits, are not finite.
 
-    Also of a float64 model they must be within the range of float32: sums of their squares and fourth powers must not overflow.
+    Also of a float64 model they must be within the range of float32: sums of their squares and fourth powers must not
+        overflow.
     """
     bad = ~(torch.isfinite(features_BF.float()).all(dim=1) & torch.isfinite(logits_BC).flatten(1).all(dim=1))
     if bad.any():
@@ -161,10 +164,10 @@ def _check_repeatable(
 
     Of layers the logits are looked at as well, because they are what the features do not tell.
 
-    A part of the block is run twice. The same kernels on the same rows give the same bits, but for atomic additions on a
-    GPU: 100 units in the last place are let pass. Kernels for another number of rows add in another order, which changes
-    the last bits of every layer, and an untrained net of 150 layers enlarges that a thousandfold: 100,000 units, or a
-    fifth of the largest feature in half precision. What is taken from the rest of a batch changes more.
+    A part of the block is run twice. The same kernels on the same rows give the same bits, but for atomic additions on
+    a GPU: 100 units in the last place are let pass. Kernels for another number of rows add in another order, which
+    changes the last bits of every layer, and an untrained net of 150 layers enlarges that a thousandfold: 100,000
+    units, or a fifth of the largest feature in half precision. What is taken from the rest of a batch changes more.
     """
     part = min(32, -(-len(batch.ids) // 2))
     # A compiled model gets as many rows as before, for which it is compiled already.

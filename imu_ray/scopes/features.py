@@ -1,7 +1,7 @@
 """What a forward pass leaves behind; statistics, scores and updates work on it.
 
-Shapes: n samples of a shard, F features (the layer's input without the bias input). Where a task has T positions a sample,
-features are ``[n, T, F]`` and labels ``[n, T]``.
+Shapes: n samples of a shard, F features (the layer's input without the bias input). Where a task has T positions a
+sample, features are ``[n, T, F]`` and labels ``[n, T]``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,12 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class FeatureShard:
-    """Features ``[n, F]``, labels ``[n]``, ids ``[n]``, rows of each block, and places ``[n]``; all read in place from the object store.
+    """Features ``[n, F]``, labels ``[n]``, ids ``[n]``, rows of each block, and places ``[n]``.
 
-    Features are float32 (float64 of a float64 model), float16, or the upper halves of float32 as uint16: bfloat16, which numpy
-    does not have. A place is the sample's row in what the caller gave.
+    All read in place from the object store.
+
+    Features are float32 (float64 of a float64 model), float16, or the upper halves of float32 as uint16: bfloat16,
+    which numpy does not have. A place is the sample's row in what the caller gave.
     """
 
     features_nF: npt.NDArray[np.floating] | npt.NDArray[np.uint16]

@@ -1,6 +1,7 @@
 """The scope of one linear layer at the end of a model, over the cached features that are its inputs.
 
-Shapes: B samples (T positions each where a task has them), C outputs, D inputs with the bias input included, F without it.
+Shapes: B samples (T positions each where a task has them), C outputs, D inputs with the bias input included, F without
+it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,7 +64,10 @@ class Head:
         return Head.of(model, self.task)
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        """A forward pass that keeps the head's input; refused when the head makes another output of it than the model."""
+        """A forward pass that keeps the head's input.
+
+        Refused when the head makes another output of it than the model.
+        """
         outputs = self.task.forward(model, batch)
         features = outputs.features_BD
         recomputed = self.logits(features, self.matrix_CD.to(features.device))
@@ -99,7 +103,8 @@ class Head:
         """Outputs ``[B, C]`` or ``[B, T, C]`` for cached features, under another matrix if one is given; float64."""
         matrix = self.matrix_CD if matrix_CD is None else matrix_CD
         flat = features.flatten(0, -2)
-        # The head on the left: a third faster than features @ matrix.T where classes are few. The features are not copied.
+        # The head on the left: a third faster than features @ matrix.T where classes are few. The features are not
+        # copied.
         product = (matrix[:, : flat.shape[1]] @ flat.to(HEAD_DTYPE).T).T
         outputs = product + matrix[:, -1] if self.has_bias else product
         return outputs.view(*features.shape[:-1], len(matrix))
@@ -164,7 +169,7 @@ def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module, au
 
 
 class HeadScope:
-    """A head with the cached features of the forget set and the evaluation sets, as one worker sees them (``Scope``)."""
+    """A head with the cached features of the forget and evaluation sets, as one worker sees them (``Scope``)."""
 
     def __init__(self, head: Head, sets: Mapping[str, FeatureStore], workers: Workers) -> None:
         self.head, self.sets, self.workers = head, sets, workers
@@ -181,7 +186,10 @@ class HeadScope:
     def batch_gradient(
         self, parameters: Parameters, batch: Positions, weights: Weights, objective: OutputGradient, pieces: int
     ) -> Parameters:
-        """Weighted mean of the head's gradients over the batch's rows, or their views; a worker without rows adds zeros."""
+        """Weighted mean of the head's gradients over the batch's rows, or their views.
+
+        A worker without rows adds zeros.
+        """
         matrix = parameters[self.head.name]
         gradient = torch.zeros_like(matrix)
         if not len(batch):  # no sample of the batch was kept when it was scored again

@@ -1,7 +1,7 @@
-"""The scope of linear and convolutional layers inside a model: a pass from the cut forward, and back through the layers.
+"""The scope of linear and convolutional layers inside a model: a pass from the cut forward, and back through them.
 
-Features are what crosses the cut, the earliest point of the forward pass that the layers influence. Shapes: B samples, C outputs
-and D inputs of a layer (its bias input included), F numbers that cross the cut.
+Features are what crosses the cut, the earliest point of the forward pass that the layers influence. Shapes: B samples,
+C outputs and D inputs of a layer (its bias input included), F numbers that cross the cut.
 """
 
 import functools
@@ -98,7 +98,7 @@ class Layers:
         return self.taken(features, torch.from_numpy(shard.labels_n[rows].copy()))
 
     def taken(self, features: Tensor, labels: Tensor) -> tuple[Values, Tensor]:
-        """Kept features as what crosses the cut, and labels, on the device; without the positions after the last label of all."""
+        """Kept features as what crosses the cut, and labels, on the device, up to the last position with a label."""
         values, labels = self.cut.split(features.to(self.device, self.cut.dtype)), labels.to(self.device)
         if labels.ndim > 1 and self.cut.trivial:
             length = int(used_positions(labels).sum(1).max())
@@ -150,7 +150,7 @@ class Layers:
         values: Values,
         pull_of: Callable[[Tensor], Tensor],
     ) -> None:
-        """Add the gradient of each weight to ``total``, float32 at least, for a pull on the outputs that follows from them."""
+        """Add each weight's gradient to ``total``, float32 at least, for a pull that follows from the outputs."""
         with torch.enable_grad():
             outputs = self.run(weights, values)
             pull = pull_of(outputs.detach().double()).to(outputs.dtype)
@@ -170,7 +170,10 @@ class Layers:
         }
 
     def seen(self, values: Values, labels_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Seen]]:
-        """Outputs, and what each layer saw with the loss's pull on its outputs; the labels may follow from the outputs."""
+        """Outputs, and what each layer saw with the loss's pull on its outputs.
+
+        The labels may follow from the outputs.
+        """
         caught: dict[str, tuple[Tensor, Tensor]] = {}
 
         def catch(name: str) -> Callable[..., Tensor]:
@@ -256,7 +259,10 @@ class Layers:
 def shard_gradient(
     shard: FeatureShard, weights_n: Weights, part: Layers, original: Layers | None, objective: OutputGradient
 ) -> ByLayer[Any]:
-    """Sum of the weighted objective's gradients over a shard; ``original`` where the parameters are not the original ones."""
+    """Sum of the weighted objective's gradients over a shard.
+
+    ``original`` where the parameters are not the original ones.
+    """
     weights = part.weights()
 
     def of_block(rows: slice) -> ByLayer[Any]:
@@ -338,7 +344,10 @@ def _limit(statistic: Statistics) -> float | None:
 
 
 def _pull(objective: OutputGradient, labels: Tensor, before: Tensor | None, share: Tensor, outputs: Tensor) -> Tensor:
-    """The weighted pull of an objective on outputs; ``before`` are those before unlearning, None where they are the same."""
+    """The weighted pull of an objective on outputs.
+
+    ``before`` are those before unlearning, None where they are the same.
+    """
     return weigh(objective(outputs, labels, outputs if before is None else before), share)
 
 

@@ -1,4 +1,4 @@
-"""What a check of an update measures from cached features: every metric of the task, and how well members can be told apart.
+"""What a check measures from cached features: every metric of the task, and how well members can be told apart.
 
 Everything is a sum over blocks, so that each worker or task measures its share and one reduction brings all together.
 """
@@ -24,7 +24,7 @@ OutputsOf = Callable[[FeatureShard, slice], tuple[Tensor, Tensor]]
 
 
 def measure(sets: Mapping[str, FeatureStore], outputs_of: OutputsOf, task: Task, workers: Workers) -> Record:
-    """``<set>.<metric>`` for every metric of the task, and ``membership.auc`` when there are sets ``forget`` and ``test``.
+    """``<set>.<metric>`` for every metric of the task, and ``membership.auc`` where there is a set ``test``.
 
     Args:
         sets: features by name of set.
@@ -47,7 +47,7 @@ def sum_blocks(
     classes: Positions | None,
     device: torch.device,
 ) -> Tensor:
-    """Sum of every metric over some blocks, then the histogram of the losses of samples of ``classes``; None: of no sample."""
+    """Sums of every metric over some blocks, then the histogram of losses of samples of ``classes`` (None: of none)."""
     names = list(task.metrics)
     total = torch.zeros(len(names) + BINS, dtype=torch.float64, device=device)
     wanted = None if classes is None else torch.from_numpy(classes.copy()).to(device)
@@ -89,7 +89,7 @@ def _histogram(losses: Tensor) -> Tensor:
 
 
 def membership_auc(forget: Tensor, unseen: Tensor) -> float:
-    """Probability that a forget sample has a smaller loss than an unseen one, ties counted half, from two histograms."""
+    """Probability that a forget sample has less loss than an unseen one, ties counted half, from two histograms."""
     above = unseen.sum() - unseen.cumsum(0)
     pairs = forget.sum() * unseen.sum()
     # No unseen sample of these classes: nothing to be told apart from, and no target is met by NaN.

@@ -25,7 +25,7 @@ class Seen:
 
 
 def layer_moments(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Moments:
-    """``Moments.of`` a block of any layer: products and their sums over the block in the inputs' type, float32 at least."""
+    """``Moments.of`` a block of any layer: products and sums over the block in the inputs' type, float32 at least."""
     parts = pieces(layer, inputs, output_grads)
     if output_grads[0].numel() == len(layer.weight):  # one position, of which the squares have a closed form
         found = merge_tree(map(Moments.of, parts))

@@ -57,8 +57,9 @@ class Metric:
 class Task(Protocol):
     """A kind of sample, model output and loss. Picklable: it travels to every worker.
 
-    Outputs are what the model gives, ``[B, C]``, or ``[B, T, C]`` for T positions of each sample; labels are ``[B]`` or ``[B, T]``,
-    ``IGNORE`` at positions without one. Outputs at a position may depend on the positions before it, not on those after it.
+    Outputs are what the model gives, ``[B, C]``, or ``[B, T, C]`` for T positions of each sample; labels are ``[B]`` or
+    ``[B, T]``, ``IGNORE`` at positions without one. Outputs at a position may depend on the positions before it, not on
+    those after it.
     """
 
     scope: ClassVar[str]  # what ``ascent.scope = auto`` stands for

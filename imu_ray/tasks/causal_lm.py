@@ -1,4 +1,4 @@
-"""Causal language models on texts: the tokens of an answer, of a conversation's last message, or of a whole text are predicted."""
+"""Causal language models: the tokens of an answer, of a last message or of a whole text are predicted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,8 @@ class CausalLMTask(SequenceTask):
         tokenizer = load_tokenizer(config.tokenizer or getattr(model, "name_or_path", None))
         if config.messages_column is not None and not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
-                "forget_set.messages_column is set, but the tokenizer has no chat template; expected one; name the tokenizer of a chat "
+                "forget_set.messages_column is set, but the tokenizer has no chat template; expected one; name "
+                "the tokenizer of a chat "
                 "model in forget_set.tokenizer, or use question_column and answer_column"
             )
         return cls(config, tokenizer=tokenizer)
@@ -95,7 +96,8 @@ def load_tokenizer(folder: str | None) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds
         raise ConfigError(
-            f"no tokenizer can be read from {folder!r} ({type(error).__name__}); expected a folder that tokenizer.save_pretrained "
+            f"no tokenizer can be read from {folder!r} ({type(error).__name__}); expected a folder that "
+            "tokenizer.save_pretrained "
             "wrote; name it in forget_set.tokenizer"
         ) from None
 

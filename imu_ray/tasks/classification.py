@@ -94,7 +94,7 @@ class ClassificationTask:
         }
 
     def sample_metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        r"""Cross-entropy :math:`\ell` and :math:`\min(\ell, \ln C)` in nats, 1 for a right prediction, and the margin; ``[B]`` each."""
+        r"""Cross-entropy :math:`\ell` and :math:`\min(\ell, \ln C)` in nats, 1 for a right prediction, the margin."""
         losses = sample_losses(outputs, labels)
         return {
             "loss": losses,

@@ -29,7 +29,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SequenceTask:
-    """Token cross-entropy of a causal model: ids ``[B, T]`` to logits ``[B, T, C]``, or to an object that has them as ``logits``.
+    """Token cross-entropy of a causal model: ids ``[B, T]`` to logits ``[B, T, C]``, or to an output with ``logits``.
 
     Attributes:
         config: how rows are read.
@@ -64,7 +64,8 @@ class SequenceTask:
             logits = logits_of(model(inputs))
         if logits.ndim != 3 or logits.shape[:2] != inputs.shape:
             raise UnsupportedModelError(
-                f"{type(model).__name__} gave {list(logits.shape)} for tokens {list(inputs.shape)}; expected logits for "
+                f"{type(model).__name__} gave {list(logits.shape)} for tokens {list(inputs.shape)}; expected "
+                "logits for "
                 "each token: [samples, tokens, vocabulary]"
             )
         return replace(reader, positions=length, num_classes=logits.shape[2])
@@ -99,7 +100,7 @@ class SequenceTask:
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """Loss, the same bounded by that of a uniform guess, share of tokens that are predicted, and probability of the labels."""
+        """Loss, the same bounded by that of a uniform guess, share of tokens predicted right, and their probability."""
         guess = math.log(max(self.num_classes, 1))
         return {
             "loss": Metric(rises=True, chance=guess),
@@ -111,9 +112,9 @@ class SequenceTask:
     def sample_metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         r"""Of each sample, ``[B]``, over its T labelled tokens.
 
-        ``loss``: the mean cross-entropy :math:`\ell`, nats a token; ``bounded_loss``: :math:`\min(\ell, \ln C)`; ``accuracy``: the share
-        that is predicted right; ``probability``: :math:`e^{-\ell}`, the geometric mean of the tokens' probabilities (TOFU's answer
-        probability, arXiv:2401.06121).
+        ``loss``: the mean cross-entropy :math:`\ell`, nats a token; ``bounded_loss``: :math:`\min(\ell, \ln C)`;
+        ``accuracy``: the share that is predicted right; ``probability``: :math:`e^{-\ell}`, the geometric mean of the
+        tokens' probabilities (TOFU's answer probability, arXiv:2401.06121).
         """
         losses = sample_losses(outputs, labels)
         return {
@@ -128,7 +129,7 @@ class SequenceTask:
         return output_gradient(outputs, labels)
 
     def encode(self, value: Any) -> tuple[Ids, Ids]:
-        """Tokens of a row and the label that each has by itself, ``IGNORE`` where it has none; ``UnusableError`` says why not."""
+        """Tokens of a row and the label of each, ``IGNORE`` where it has none; ``UnusableError`` says why not."""
         tokens = value["tokens"] if isinstance(value, Mapping) else value
         ids = _whole_numbers(tokens, "tokens")
         labels = _whole_numbers(value["token_labels"], "labels") if isinstance(value, Mapping) else ids
@@ -173,7 +174,8 @@ class SequenceTask:
         if self.config.on_bad_row == "skip":
             return BadRow(sample_id, reason)
         raise ForgetSetError(
-            f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to leave it "
+            f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip "
+            "to leave it "
             "out and list it in the manifest"
         )
 

@@ -1,7 +1,7 @@
 """Which rows make up each global batch.
 
-The plan is a function of the seed, the epoch and the kept rows alone, never of the number of workers. A *position* is a row's
-place in the order of the feature shards.
+The plan is a function of the seed, the epoch and the kept rows alone, never of the number of workers. A *position* is a
+row's place in the order of the feature shards.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ def epoch_batches(
 ) -> list[Positions]:
     """The global batches of an epoch.
 
-    Blocks are permuted by ``(seed, epoch)``; rows are shuffled within windows of ``window_blocks`` blocks, so that reads
-    stay near each other. Within a batch, whose sum does not ask for an order, positions ascend, so that the rows that one
-    worker takes lie together.
+    Blocks are permuted by ``(seed, epoch)``; rows are shuffled within windows of ``window_blocks`` blocks, so that
+    reads stay near each other. Within a batch, whose sum does not ask for an order, positions ascend, so that the rows
+    that one worker takes lie together.
 
     Args:
         kept: positions with a positive weight, ascending.

@@ -1,4 +1,4 @@
-"""The iterative update: weighted steps over global batches, with checks between them; the same code for one worker and for many."""
+"""The iterative update: weighted steps over global batches with checks between them, for any number of workers."""
 
 import math
 import time
@@ -72,7 +72,7 @@ class Iteration:
         self.step += 1
 
     def _rescore(self, rescoring: Rescoring, place: int) -> None:
-        """New weights, of this batch at every step; or of the forget set at the start of every epoch after the first."""
+        """New weights of this batch, or of the forget set at the start of every epoch after the first."""
         if rescoring.every_step:
             batch = self._batches[place]
             self.weights = np.zeros(self.scope.rows)
@@ -87,7 +87,10 @@ class Iteration:
             self.weights = self._scored(rescoring, self._scored_at, None)
 
     def _scored(self, rescoring: Rescoring, parameters: Parameters, batch: Positions | None) -> Weights:
-        """New weights of the forget set or of a batch, the first worker's on every worker; NaN when the parameters have exploded."""
+        """New weights of the forget set or of a batch, the first worker's on every worker.
+
+        NaN when the parameters have exploded.
+        """
         problem, scope, weights = self.problem, self.scope, np.empty(0)
         if scope.workers.rank == 0:
             if all(bool((tensor.abs() < EXPLODED).all()) for tensor in parameters.values()):
@@ -98,7 +101,7 @@ class Iteration:
         return scope.workers.agree(weights)
 
     def _controlled_step(self, gradient: Parameters, rate: float) -> None:
-        """A step within the trust region: halved until it is, and the next one doubled when it used less than half of it."""
+        """A step within the trust region: halved until it is, and the next one doubled if it used less than half."""
         if self._now is None:
             self._now = self.scope.measure(self.parameters, ["forget"])
         state = self.optimiser.state()
@@ -210,8 +213,8 @@ def run_iterative(
     """Take steps until a target is met, steps run out, or a guard speaks; arguments as in ``Update``.
 
     Returns:
-        Status ``already_met``, ``reached``, ``not_reached`` (no target was met, or one was jumped over), ``epochs_done`` (there
-        was no target) or ``stopped_by_guard`` (the parameters are those of the last good check).
+        Status ``already_met``, ``reached``, ``not_reached`` (no target was met, or one was jumped over),
+        ``epochs_done`` (there was no target) or ``stopped_by_guard`` (the parameters are those of the last good check).
     """
     iteration, config = Iteration(scope, problem), problem.config
     trajectory = [iteration.check()] if resume is None else list(resume.trajectory)

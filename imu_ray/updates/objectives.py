@@ -1,9 +1,9 @@
 r"""What each objective does to a sample's outputs: the gradient that a descent step is taken along.
 
-Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, labels and the logits before unlearning to a gradient in the shape of
-the logits, float64. Not every useful one is the gradient of a loss. p is the softmax of the current logits, p0 that of the original
-ones, :math:`\ell` the loss of a sample, the mean over its T labelled positions. They hold in every scope: on the head the gradient is
-multiplied by the features, deeper it is back-propagated.
+Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, labels and the logits before unlearning to a gradient
+in the shape of the logits, float64. Not every useful one is the gradient of a loss. p is the softmax of the current
+logits, p0 that of the original ones, :math:`\ell` the loss of a sample, the mean over its T labelled positions. They
+hold in every scope: on the head the gradient is multiplied by the features, deeper it is back-propagated.
 """
 
 import math
@@ -18,7 +18,7 @@ from imu_ray.scopes.base import OutputGradient
 
 
 def ascent(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
-    r"""Ascent on the cross-entropy (arXiv:2508.01620): :math:`-(p - \mathrm{onehot}(y))`, the gradient of :math:`-\ell`."""
+    r"""The gradient of minus the cross-entropy (arXiv:2508.01620): :math:`-(p - \mathrm{onehot}(y))`."""
     return -output_gradient(outputs, labels)
 
 
@@ -34,8 +34,8 @@ def bounded_ascent(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
 class NPO:
     r"""Negative preference optimisation (arXiv:2404.05868): ascent weighted down as a sample is forgotten.
 
-    The gradient of :math:`\frac{2}{\beta T} \ln\bigl(1 + r\bigr)` with :math:`r = (\pi / \pi^0)^\beta` and :math:`\pi` the probability
-    of the sample's labels together, which is that of :math:`-\ell` times :math:`2 r / (1 + r)`.
+    The gradient of :math:`\frac{2}{\beta T} \ln\bigl(1 + r\bigr)` with :math:`r = (\pi / \pi^0)^\beta` and :math:`\pi`
+    the probability of the sample's labels together, which is that of :math:`-\ell` times :math:`2 r / (1 + r)`.
     """
 
     beta: float = 4.0
@@ -51,8 +51,8 @@ class NPO:
 class SimNPO:
     r"""NPO without the original model, by the mean over positions (arXiv:2410.07163).
 
-    The gradient of :math:`\frac{2}{\beta} \ln\bigl(1 + e^{-\beta \ell - \gamma}\bigr)`, which is that of :math:`-\ell` times
-    :math:`2 \, \mathrm{sigmoid}(-\beta \ell - \gamma)`.
+    The gradient of :math:`\frac{2}{\beta} \ln\bigl(1 + e^{-\beta \ell - \gamma}\bigr)`, which is that of :math:`-\ell`
+    times :math:`2 \, \mathrm{sigmoid}(-\beta \ell - \gamma)`.
     """
 
     beta: float = 2.5
@@ -67,15 +67,15 @@ class SimNPO:
 def renormalise(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     r"""Cross-entropy to the original prediction with the true class removed: :math:`p - q`.
 
-    :math:`q = \mathrm{softmax}(z^0)` with :math:`z^0_y = -\infty`; from logits, because from probabilities it is 0/0 where
-    :math:`p^0_y` rounds to 1.
+    :math:`q = \mathrm{softmax}(z^0)` with :math:`z^0_y = -\infty`; from logits, because from probabilities it is 0/0
+    where :math:`p^0_y` rounds to 1.
     """
     without = original.scatter(-1, classes(labels).unsqueeze(-1), -math.inf)
     return per_sample(torch.softmax(outputs, dim=-1) - torch.softmax(without, dim=-1), labels)
 
 
 def row_mask(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
-    r"""Ascent through the true-class logit only: :math:`1 - p_y` at y, 0 elsewhere. No scalar loss has this gradient."""
+    r"""Ascent through the true class's logit: :math:`1 - p_y` at y, 0 elsewhere. No scalar loss has this gradient."""
     own = classes(labels).unsqueeze(-1)
     pull = ascent(outputs, labels, original)
     return torch.zeros_like(pull).scatter(-1, own, pull.gather(-1, own))

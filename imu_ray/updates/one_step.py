@@ -1,4 +1,4 @@
-"""The update in one step: one gradient and one curvature of the whole forget set, then a search for the step's length."""
+"""The update in one step: a gradient and a curvature of the whole forget set, then a search for the step's length."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ TRIALS = 80  # doublings of the length, then halvings of what is left
 
 
 class Line:
-    """A line of parameters: an origin, a unit direction by layer, and the norm of the step that the direction comes from."""
+    """A line of parameters: an origin, a unit direction by layer, and the norm of the step that it comes from."""
 
     def __init__(self, origin: Parameters, unit: Parameters, size: float) -> None:
         self.origin, self.unit, self.size = origin, unit, size
@@ -50,7 +50,7 @@ class Line:
 
 @dataclass
 class Bracket:
-    """Lengths between which a target is first met: the next one to try is doubled until one meets it, then halves what is left."""
+    """Lengths between which a target is first met: doubled until one meets it, then what is left is halved."""
 
     length: float
     low: float = 0.0
@@ -66,7 +66,7 @@ class Bracket:
 
 
 class Search:
-    """The trials of lengths along a line, and the shortest that met a target. Every trial that stands is a check of the trajectory.
+    """The trials of lengths along a line, and the shortest that met a target. Each that stands is a check.
 
     Where a trial on all rows costs much, the length is first searched on a fixed part of them, and then on all.
     """
@@ -103,7 +103,7 @@ class Search:
         }
 
     def begin_at(self, line: Line) -> float:
-        """A length to begin with: on a part of the rows the last before a target, where a trial on all rows costs much."""
+        """A length to begin with: the last before a target on a part of the rows, where a trial on all costs much."""
         bracket = Bracket(FIRST_LENGTH * self.scale)
         for _ in range(TRIALS):
             parameters = line.at(bracket.length)
@@ -167,13 +167,15 @@ def run_one_step(
 
     .. math:: \theta \leftarrow \theta - \epsilon\, P^{-1} \bar g
 
-    with :math:`\bar g` the weighted mean gradient of the objective over the whole forget set and P the curvature. The length is doubled
-    until a target is met and then bisected until the overshoot is within the target's tolerance. Where none is met the parameters are
-    left as they were. There is no learning rate and there are no epochs. A run that is taken up begins anew on the head, where it takes
-    seconds; on layers it goes on with the direction that it had found.
+    with :math:`\bar g` the weighted mean gradient of the objective over the whole forget set and P the curvature. The
+    length is doubled until a target is met and then bisected until the overshoot is within the target's tolerance.
+    Where none is met the parameters are left as they were. There is no learning rate and there are no epochs. A run
+    that is taken up begins anew on the head, where it takes seconds; on layers it goes on with the direction that it
+    had found.
 
     Returns:
-        Status ``already_met``, ``reached``, ``not_reached`` (also when a target was jumped over), or ``stopped_by_guard``.
+        Status ``already_met``, ``reached``, ``not_reached`` (also when a target was jumped over), or
+        ``stopped_by_guard``.
     """
     with Progress("ascent", TRIALS, "trials", quiet=scope.workers.rank > 0) as progress:
         search = Search(scope, problem, checked, progress)

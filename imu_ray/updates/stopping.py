@@ -86,7 +86,10 @@ def metric_of(name: str, metrics: Mapping[str, Metric], sets: Sequence[str], set
 
 @dataclass(frozen=True)
 class Unseen:
-    """What ``evaluation["test"]`` shows, as figures of the original model by metric, in all and ``per_class``; also of views of it."""
+    """What ``evaluation["test"]`` shows, as figures of the original model by metric, in all and ``per_class``.
+
+    Also of views of it.
+    """
 
     figures: Mapping[str, Any]
     label_counts: Mapping[int, int]
@@ -98,7 +101,7 @@ class Unseen:
         return not self.figures["per_class"].keys().isdisjoint(map(str, self.label_counts))
 
     def expected(self, name: str) -> float:
-        """Mean of ``<set>.<metric>`` over unseen samples, or views of them, of the forget set's labels; of all where one does not occur."""
+        """Mean of ``<set>.<metric>`` over unseen samples or views of the same labels; of all where one is missing."""
         set_name, _, metric = name.rpartition(".")
         figures = self.views if set_name == FORGET_VIEWS else self.figures
         per_class, rows = figures["per_class"], sum(self.label_counts.values())

@@ -1,4 +1,4 @@
-"""Curvature of the forget-set loss in the head (kronecker.py: in any layer): one class per kind, and the registries that the stages read."""
+"""Curvature of the forget-set loss in the head (kronecker.py: in any layer): a class per kind, and their registries."""
 
 from imu_ray.influence.curvature.base import Curvature, LayerCurvature, Preconditioner
 from imu_ray.influence.curvature.diagonal import DiagonalFisher, Identity

@@ -1,7 +1,7 @@
 """Curvature of the forget-set loss in the head: additive statistics, their merge, and the damped inverse.
 
-A curvature is fitted by ``reduce``, which maps a pure function over feature blocks and merges the results in a binary tree
-over block index; it runs in a loop or on Ray.
+A curvature is fitted by ``reduce``, which maps a pure function over feature blocks and merges the results in a binary
+tree over block index; it runs in a loop or on Ray.
 
 Shapes: C classes, D head inputs with the bias input.
 """
@@ -69,8 +69,8 @@ class Moments:
 def merge_tree(parts: Iterable[S]) -> S:
     """Merge neighbours in a binary tree; the last of an odd number is carried up.
 
-    Merging aligned runs of 2^k parts first and their results afterwards gives the same tree, hence the same rounding. Parts
-    are taken one by one, and no more than log2 of them are held.
+    Merging aligned runs of 2^k parts first and their results afterwards gives the same tree, hence the same rounding.
+    Parts are taken one by one, and no more than log2 of them are held.
     """
     runs: list[tuple[int, S]] = []  # sizes fall from left to right, each a power of two
     for part in parts:
@@ -134,7 +134,10 @@ class Preconditioner(Protocol):
 
 
 class LayerCurvature(Protocol):
-    """A kind of curvature of one layer among several; not rescaled, because the scale of each against the others counts."""
+    """A kind of curvature of one layer among several.
+
+    Not rescaled, because the scale of each against the others counts.
+    """
 
     @property
     def statistics(self) -> Callable[[LayerIO], Any]:
@@ -171,8 +174,9 @@ def describe_direction(direction_CD: Tensor, moments: Moments, damping: float) -
     """How far the damping, rather than the curvature, makes the direction.
 
     Returns:
-        ``fisher_quantiles`` of the diagonal Fisher, ``fisher_below_damping`` (share of its entries), and ``plain_gradient_share``:
-        squared cosine between the direction and the plain mean gradient. At 1 the scores are a plain gradient product.
+        ``fisher_quantiles`` of the diagonal Fisher, ``fisher_below_damping`` (share of its entries), and
+        ``plain_gradient_share``: squared cosine between the direction and the plain mean gradient. At 1 the scores are
+        a plain gradient product.
     """
     fisher, gradient = moments.fisher_CD.flatten(), moments.mean_gradient_CD
     levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)

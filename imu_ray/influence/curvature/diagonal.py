@@ -1,4 +1,4 @@
-"""Diagonal curvatures: the paper's empirical Fisher, and none at all. Shapes: C classes, D head inputs with the bias input."""
+"""Diagonal curvatures: the paper's empirical Fisher, and none. Shapes: C classes, D head inputs with the bias input."""
 
 from dataclasses import dataclass
 

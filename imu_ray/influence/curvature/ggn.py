@@ -76,8 +76,8 @@ def scaled_inverse(blocks: Tensor, damping: float) -> Tensor:
     """Scale by the mean eigenvalue over all blocks, damp, invert, and scale the inverses by their mean eigenvalue.
 
     Args:
-        blocks: positive semi-definite matrices ``[..., K, K]``; one number scales them all, because scaling each by its own
-            trace would point elsewhere.
+        blocks: positive semi-definite matrices ``[..., K, K]``; one number scales them all, because scaling each by its
+            own trace would point elsewhere.
         damping: share of the mean eigenvalue.
     """
     inverse, _ = _inverse_over_mean(blocks, damping)

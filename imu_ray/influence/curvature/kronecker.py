@@ -25,12 +25,13 @@ from imu_ray.influence.curvature.base import Damping, Reduce
 from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, probabilities
 from imu_ray.influence.layer_io import Layer, pieces
 
-COPIES = 5  # of the factors while they are solved: their sum, its part that is not 0, its eigenvectors, and twice that as workspace
+# Of the factors while they are solved: their sum, its part that is not 0, its eigenvectors, and twice that to work.
+COPIES = 5
 STRIP = 256  # columns of a factor that are multiplied at once
 
 
 def uniform_draws(ids: Sequence[str], seed: int, positions: int = 0) -> Tensor:
-    """A number in [0, 1) for every sample from its id and the seed alone, ``[B]`` float64; or one for each position, ``[B, T]``."""
+    """A number in [0, 1) of every sample, ``[B]`` float64, or position, ``[B, T]``, from its id and the seed alone."""
     if positions:
         streams = [hashlib.shake_128(f"{seed}:{sample_id}".encode()).digest(8 * positions) for sample_id in ids]
         numbers = np.frombuffer(b"".join(streams), ">u8").reshape(-1, positions) >> np.uint64(11)
@@ -125,7 +126,7 @@ class Eigenbasis:
 
     @classmethod
     def of(cls, sum_DD: Tensor, count: int) -> "Eigenbasis":
-        """Of a factor as a sum: an input that was 0 in every sample (padding, a dead unit) is an eigenvector by itself."""
+        """Of a factor as a sum: an input that was always 0 (padding, a dead unit) is an eigenvector by itself."""
         width = sum_DD.shape[-1]
         places = sum_DD.diagonal(dim1=-2, dim2=-1).reshape(-1, width).any(0).nonzero().squeeze(1)
         part = sum_DD if len(places) == width else sum_DD[..., places.unsqueeze(1), places]
