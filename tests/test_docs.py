@@ -128,6 +128,12 @@ def test_an_example_runs_and_reaches_its_target(script, tmp_path, python_environ
     assert (tmp_path / printed.splitlines()[-1]).exists(), "the last line is the page to look at"
 
 
+def test_every_example_stands_in_the_documentation():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    taken = re.findall(r'^--8<-- "(examples/.+)"$', page, re.MULTILINE)
+    assert sorted(taken) == sorted(f"examples/{script.name}" for script in (ROOT / "examples").glob("*.py"))
+
+
 @pytest.fixture
 def extending():
     """What the code of docs/extending.md defines; what it registers is taken back."""

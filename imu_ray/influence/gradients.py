@@ -2,7 +2,7 @@
 
 Shapes: B samples, T positions (1 for a classifier), D inputs of the layer with the bias input included, C outputs.
 All head arithmetic is float64: it costs well under a hundredth of the forward pass and takes rounding out of the
-    question.
+question.
 """
 
 from dataclasses import dataclass

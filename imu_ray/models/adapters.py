@@ -1,7 +1,7 @@
 """The low-rank adapters (LoRA) of a model that PEFT wrapped: pairs of layers beside a layer of the base model.
 
 No name of PEFT is needed for that: a wrapped layer holds ``base_layer``, and ``lora_A`` and ``lora_B`` with a layer per
-    adapter.
+adapter.
 """
 
 from torch import nn

@@ -13,24 +13,24 @@ from imu_ray.influence.layer_io import kind_of
 from imu_ray.models.adapters import adapter_layers, moving_base, pair_of
 from imu_ray.models.layers import evaluation_mode, forward_errors, logits_of
 
-SCOPE = re.compile(r"head|all|adapters|last:[1-9][0-9]*")  # what a scope may be besides a list of patterns
+SCOPE = re.compile(r"head|all|usable|adapters|last:[1-9][0-9]*")  # what a scope may be besides a list of patterns
 SIMILAR = (nn.modules.conv._ConvNd, nn.Bilinear)  # refused by name where a scope asks for them
 
 
 def choose_layers(model: nn.Module, example_inputs: Tensor, scope: str | Sequence[str], head: str) -> list[str]:
     """Names of the linear and convolutional layers that a scope means, in order of execution.
 
-    Of a model that PEFT put adapters into, only those of its active adapters count: the base model stays as it is, also
-        where a
-    pattern means a module with an adapter in it.
+    Of a model that PEFT put adapters into, only those of its active adapters count: the base model stays as it is,
+    also where a pattern means a module with an adapter in it.
 
     Args:
         model: any module that maps ``[B, ...]`` to logits ``[B, C]`` or ``[B, T, C]``, or to an object that has them as
             ``logits``.
         example_inputs: at least one real sample, ``[B, ...]``.
         scope: ``"head"``; ``"last:N"``, the N last usable layers up to the head, which is one of them; ``"all"``;
-            ``"adapters"``; or patterns. A pattern is the name of a layer, or of a module, which means every layer below
-            it; both may be globs. The patterns need not include the head.
+            ``"usable"``, all but those that cannot be changed; ``"adapters"``; or patterns. A pattern is the name of a
+            layer, or of a module, which means every layer below it; both may be globs. The patterns need not include
+            the head.
         head: name of the classifier head; empty where there is none that can move by itself.
 
     Raises:
@@ -61,12 +61,11 @@ def choose_layers(model: nn.Module, example_inputs: Tensor, scope: str | Sequenc
                 + "".join(f"; {reason}" for reason in reasons[:3])
             )
         return order[-count:]
-    if reasons:
+    if reasons and not (scope == "usable" and order):
         raise UnsupportedModelError(
             f"ascent.scope is {scope if isinstance(scope, str) else list(scope)!r}, but {'; '.join(reasons)}; "
-            "expected layers "
-            "nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face's Conv1D that are called once, with a weight of their "
-            "own; name other layers in ascent.scope"
+            "expected layers nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face's Conv1D that are called once, "
+            "with a weight of their own; name other layers in ascent.scope"
         )
     return order
 
@@ -76,7 +75,7 @@ def check_scope(scope: str | Sequence[str]) -> None:
     listed = not isinstance(scope, str) and len(scope) > 0 and all(isinstance(each, str) and each for each in scope)
     if not (listed or (isinstance(scope, str) and SCOPE.fullmatch(scope))):
         raise ConfigError(
-            f"ascent.scope is {scope!r}; expected head, all, adapters, last:N or a list of module patterns"
+            f"ascent.scope is {scope!r}; expected head, all, usable, adapters, last:N or a list of module patterns"
         )
 
 

@@ -19,7 +19,7 @@ SHAPE_METHODS = ("size", "dim", "ndimension", "numel")
 SHAPE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 CHEAP = {
     "add", "batch_norm", "cat", "chunk", "contiguous", "dropout", "flatten", "gelu", "getitem", "hardswish",
-    "layer_norm", "mul", "permute", "relu", "relu_", "reshape", "sigmoid", "silu", "squeeze", "sub", 
+    "layer_norm", "mul", "permute", "relu", "relu_", "reshape", "sigmoid", "silu", "squeeze", "sub",
     "transpose", "unsqueeze", "view",
 }  # fmt: skip
 

@@ -144,7 +144,7 @@ def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
     """Features in float32 or better; refused when they, or the logits, are not finite.
 
     Also of a float64 model they must be within the range of float32: sums of their squares and fourth powers must not
-        overflow.
+    overflow.
     """
     bad = ~(torch.isfinite(features_BF.float()).all(dim=1) & torch.isfinite(logits_BC).flatten(1).all(dim=1))
     if bad.any():

@@ -40,7 +40,7 @@ class SequenceTask:
     config: ForgetSetConfig
     positions: int = 0
     num_classes: int = 0
-    scope: ClassVar[str] = "all"
+    scope: ClassVar[str] = "usable"
     augmented: ClassVar[bool] = False
     head: ClassVar[str] = ""
 

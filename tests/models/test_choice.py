@@ -66,7 +66,10 @@ def test_layers_of_a_block_of_attention_are_chosen_by_a_glob():
 @pytest.mark.parametrize(
     ("scope", "message"),
     [
-        ("last:x", r"ascent.scope is 'last:x'; expected head, all, adapters, last:N or a list of module patterns"),
+        (
+            "last:x",
+            r"ascent.scope is 'last:x'; expected head, all, usable, adapters, last:N or a list of module patterns",
+        ),
         ("last:0", r"ascent.scope is 'last:0'"),
         ("body", r"ascent.scope is 'body'"),
         ([], r"ascent.scope is \[\]"),

@@ -18,6 +18,7 @@ from imu_ray.errors import ConfigError, ForgetSetError, UnsupportedModelError
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
 from imu_ray.inputs import open_part
+from imu_ray.models.choice import choose_layers
 from imu_ray.recipes import resolve_settings
 from imu_ray.scopes.extraction import extract_features
 from imu_ray.scopes.features import FeatureStore
@@ -212,6 +213,27 @@ def test_a_model_without_logits_for_each_token_is_refused():
 def test_settings_of_images_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"{key} is {value!r} with task 'sequence'"):
         resolve_settings(None, UnlearnConfig().with_overrides({key: value}), "sequence")
+
+
+def test_the_layers_that_can_move_do_where_others_cannot():
+    class Mixed(Reader):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, ids):
+            x = self.embedding(ids)
+            mask = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=x.dtype).triu(1)
+            return self.out(self.mlp(x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]))
+
+    model, tokens = made(Mixed), torch.arange(8).reshape(2, 4)
+    assert choose_layers(model, tokens, resolve_settings(None, None, "sequence").ascent.scope, "") == [
+        "mlp.0",
+        "mlp.2",
+        "out",
+    ]
+    with pytest.raises(UnsupportedModelError, match=r"'attention.out_proj' .*'all'|'all', but .*attention.out_proj"):
+        choose_layers(model, tokens, "all", "")
 
 
 def test_few_rows_are_taken_at_once_where_outputs_are_many():
