@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from imu_ray.config import UnlearnConfig
+from imu_ray.data.columns import LABEL
 from imu_ray.errors import ConfigError, nearest
 from imu_ray.events import event
 from imu_ray.influence.curvature import CURVATURES, LAYER_CURVATURES, PRECONDITIONERS
@@ -64,6 +65,8 @@ def _check_layers(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
         raise ConfigError(
             f"ascent.scope is 'head' with task {task!r}; expected all, last:N or a list of module patterns"
         )
+    if settings.recipe == "classes" and LABEL not in kind.fields(settings.forget_set):
+        raise ConfigError(f"recipe is 'classes' with task {task!r}, whose samples are of no class; expected samples")
     if ascent.views and not kind.augmented:
         raise ConfigError(f"ascent.views is {ascent.views} with task {task!r}, which has none; expected 0")
     kinds = ("none", "kfac") if deep else ("none", *PRECONDITIONERS)
@@ -156,7 +159,7 @@ def resolve_targets(
         return targets
     if not paper:
         raise ConfigError(
-            f"the {rows} rows to forget have no target, so that nothing says when they are forgotten; expected "
+            "the rows to forget have no target, so that nothing says when they are forgotten; expected "
             "evaluation={'test': unseen samples}, which shows what such rows are like when they were never learnt, or "
             "a number in "
             "ascent.stop.targets, such as forget.accuracy: 0.8; recipe 'classes' brings its own"

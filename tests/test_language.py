@@ -61,6 +61,7 @@ def test_a_model_forgets_answers_and_from_pretrained_opens_what_is_written(make,
     assert result.manifest["ascent"]["status"] == "reached"
     before, after = (result.metrics[key]["forget"] for key in ("before", "after"))
     assert after["probability"] < before["probability"] / 2
+    assert "Per class" not in (tmp_path / "run" / "report.html").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     ids = torch.tensor(AutoTokenizer.from_pretrained(tmp_path / "run" / "model")(QUESTIONS[0])["input_ids"])[None]
     assert torch.equal(again(ids).logits, result.model(ids).logits)

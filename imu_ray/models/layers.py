@@ -58,7 +58,7 @@ def forward_errors(model: nn.Module, inputs: Tensor, kind: type[ImuError]) -> It
         raise kind(
             f"{type(model).__name__} cannot take {len(inputs)} samples of shape {list(inputs.shape[1:])}: "
             f"{type(error).__name__}: {error}; "
-            "expected inputs as the model was trained on; see forget_set.image_mode and forget_set.image_size"
+            "expected inputs as the model was trained on; see forget_set.image_mode and image_size, or tokens_column"
         ) from error
 
 

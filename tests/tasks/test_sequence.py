@@ -209,6 +209,11 @@ def test_a_model_without_logits_for_each_token_is_refused():
         SequenceTask.for_model(torch.nn.Flatten(), {"forget": source}, config)
 
 
+def test_classes_cannot_be_asked_for_where_there_are_none():
+    with pytest.raises(ConfigError, match="recipe is 'classes' with task 'sequence', whose samples are of no class"):
+        resolve_settings("classes", None, "sequence")
+
+
 @pytest.mark.parametrize(("key", "value"), [("ascent.scope", "head"), ("ascent.views", 2)])
 def test_settings_of_images_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"{key} is {value!r} with task 'sequence'"):
