@@ -3,26 +3,28 @@
 What must happen at a certain place is triggered by the sample or the shard that is worked on there, once.
 """
 
+import contextlib
 import gc
 import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import ray
 import torch
-from architectures import named
-from faults import MarkingPairs, kill_once, once
+from architectures import Residual, lively, named
+from faults import MarkingPairs, NodeLosingTarget, kill_once, once
 from ray.cluster_utils import Cluster
 from samples import SMALL, Pairs, paper, tensors
 from torch import nn
 
 import imu_ray
-from imu_ray import pipeline
+from imu_ray import UnlearnConfig, pipeline
 from imu_ray.data import Rows, Source
-from imu_ray.distributed import score_job
+from imu_ray.distributed import factor_job, score_job, task_scope
 from imu_ray.errors import ConfigError
 from imu_ray.updates.stopping import StopTarget
 
@@ -72,13 +74,13 @@ class LosingPairs(CountedPairs):
 class Losing:
     """A function of a shard which, once, loses the node that works on the shard in the middle."""
 
-    def __init__(self, function, folder):
-        self.function, self.folder = function, str(folder)
+    def __init__(self, function, folder, key="lost"):
+        self.function, self.folder, self.key = function, str(folder), key
 
-    def __call__(self, shard, **more):
-        if shard.ids[0].as_py() == str(MIDDLE):
-            kill_once(self.folder, "lost", node=True)
-        return self.function(shard, **more)
+    def __call__(self, shard, *values, **more):
+        if shard.ids[0].as_py().partition("#")[0] == str(MIDDLE):  # views have the row's id and a number
+            kill_once(self.folder, self.key, node=True)
+        return self.function(shard, *values, **more)
 
 
 class RecordingPairs(MarkingPairs):
@@ -140,33 +142,94 @@ def settings(workers, **more):
     return paper(SMALL | more, resources__workers=workers)
 
 
+def losing(functions, folder):
+    """A context in which each of some functions of shards, by key, loses a node."""
+    patches = contextlib.ExitStack()
+    for key, (module, name) in functions.items():
+        patches.enter_context(mock.patch.object(module, name, Losing(getattr(module, name), folder, key)))
+    return patches
+
+
 def start_cluster(**head):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": NOTICE_QUICKLY, **head})
     ray.init(address=cluster.address, log_to_driver=False)
     return cluster
 
 
+def apart(some, others, original):
+    """How far two outcomes are apart, as a share of the way from the original model."""
+    some, others, original = (
+        torch.cat([tensor.flatten() for tensor in model.state_dict().values() if tensor.is_floating_point()])
+        for model in (some, others, original)
+    )
+    return float((some - others).norm() / (others - original).norm())
+
+
+STAGES = {
+    "features": {}, "statistics": {"lost": (score_job, "shard_statistics")}, "scores": {"lost": (score_job, "score_shard")},
+}  # fmt: skip
+PHASES = {
+    "curvature": (factor_job, "_layer_sums"), "gradient": (task_scope, "_gradient"), "trial": (task_scope, "_sums"),
+}  # fmt: skip
+STEPS = {"ascent.update": "iterative", "ascent.stop.max_steps": 12, "ascent.microbatch_rows": 6, "audit.report": False}
+LAYERS = {"ascent.scope": "last:2", "ascent.views": 2, "audit.report": False}
+NEVER = ("forget.accuracy", -1.0, "test")
+UPDATES = {  # recipe, settings, target
+    "head": ("paper", STEPS, StopTarget(*NEVER)),
+    "layers": ("samples", LAYERS | STEPS, StopTarget(*NEVER)),
+    "one step": ("samples", LAYERS, StopTarget("forget_views.loss", 4.5, "test", 0.05, True)),
+}
+
+
+def made(*names):
+    """A new folder."""
+    place = Path(*names)
+    place.mkdir(parents=True)
+    return place
+
+
 def lose_nodes(folder):
-    """An undisturbed run on one node; then, on three, one lost in each stage, and replaced after it."""
+    """Undisturbed scores on one node; then, on three, one lost in each stage, and replaced after it."""
     data = tensors(ROWS)
-    plain = {name: getattr(score_job, name) for name in ("shard_statistics", "score_shard")}
     cluster = start_cluster()
     cluster.add_node(num_cpus=2)
-    target = StopTarget("forget.accuracy", -1.0, "test")
-    pipeline.stop_targets = lambda *_: [target]
-    imu_ray.unlearn(Wide(2048), Pairs(*data), config=settings(1), run_dir=folder / "none" / "run")
+    imu_ray.score(Wide(2048), Pairs(*data), config=settings(1), run_dir=made(folder, "none") / "run")
     cluster.add_node(num_cpus=2)
-    for stage in ("features", "statistics", "scores"):
+    for stage, functions in STAGES.items():
         cluster.add_node(num_cpus=2)
-        place = folder / stage
-        place.mkdir()
+        place = made(folder, stage)
         samples = (LosingPairs if stage == "features" else CountedPairs)(*data, place)
-        for name, function in plain.items():
-            hit = name == {"statistics": "shard_statistics", "scores": "score_shard"}.get(stage)
-            setattr(score_job, name, Losing(function, place) if hit else function)
-        imu_ray.score(Wide(2048), samples, config=settings(3), run_dir=place / "run")
-        for name, function in plain.items():
-            setattr(score_job, name, function)
+        with losing(functions, place):
+            imu_ray.score(Wide(2048), samples, config=settings(3), run_dir=place / "run")
+    return cluster
+
+
+def lose_nodes_in_updates(folder):
+    """Undisturbed updates on one node; then, on several, one lost between steps, and one in each phase of one step."""
+    inputs, labels = tensors(ROWS, dtype=torch.float64)
+    head = Wide(2048).double(), (inputs, labels)
+    layers = lively(Residual).double(), (inputs.repeat(1, 1, 4, 4), labels)  # images with features as large
+    cluster = start_cluster()
+    cluster.add_node(num_cpus=2)
+
+    def update(case, place, workers, target=None):
+        model, data = head if case == "head" else layers
+        recipe, more, usual = UPDATES[case]
+        pipeline.resolve_targets = lambda *_: [target or usual]
+        workers = {"resources.workers": workers, "resources.ascent_workers": workers}
+        config = UnlearnConfig.from_recipe(recipe).with_overrides(SMALL | more | workers)
+        return imu_ray.unlearn(model, Pairs(*data), config=config, run_dir=place / "run").model
+
+    alone = {case: update(case, made(folder, "none", case), 1) for case in UPDATES}
+    for case, expected in alone.items():
+        place, phases = made(folder, case), PHASES if case == "one step" else {}
+        for _ in range(len(phases) or 1):
+            cluster.add_node(num_cpus=2)
+        target = None if phases else NodeLosingTarget(*NEVER, folder=str(place), step=6)
+        with losing(phases, place):
+            changed = update(case, place, 2, target)
+        original, _ = head if case == "head" else layers
+        (place / "apart").write_text(str(apart(changed, expected, original)))
     return cluster
 
 
@@ -245,7 +308,7 @@ def refuse_a_node(folder):
 
 
 SCENARIOS = {
-    "lose": lose_nodes, "add": add_a_node, "spill": spill, "refuse": refuse_a_node, "count": count_shards,
+    "lose": lose_nodes, "lose in updates": lose_nodes_in_updates, "add": add_a_node, "spill": spill, "refuse": refuse_a_node, "count": count_shards,
 }  # fmt: skip
 
 if __name__ == "__main__":
