@@ -25,6 +25,12 @@ def test_every_recipe_is_made_of_valid_settings(name):
     assert UnlearnConfig.from_recipe(name).recipe == name
 
 
+@pytest.mark.parametrize(("scope", "given", "rows"), [("head", "auto", 32), ("last:2", "auto", 128), ("all", 7, 7)])
+def test_pieces_of_a_batch_are_larger_for_layers_unless_their_rows_are_given(scope, given, rows):
+    settings = {"ascent.scope": scope, "ascent.microbatch_rows": given}
+    assert UnlearnConfig().with_overrides(settings).ascent.piece_rows == rows
+
+
 def test_overrides_take_dotted_keys_and_nested_mappings_and_leave_the_original_alone():
     config = UnlearnConfig()
     changed = config.with_overrides({"ascent.stop.every_steps": 3, "influence": {"damping": 1, "block_rows": 8}})

@@ -53,7 +53,6 @@ from imu_ray.updates.optimiser import Optimiser
 from tests.benchmarks.nets import SmallResNet, SmallViT
 
 CLASSES, BATCH, RATE, MOMENTUM = 10, 256, 1e-4, 0.9
-LARGE = 128  # rows of larger pieces, where a layer has few positions
 Scope = str | list[str]
 
 
@@ -144,21 +143,19 @@ class Plain:
 class Ours:
     """The iterative update's step."""
 
-    def __init__(
-        self, part: Layers, images: Images, weights: Tensor, kept: FeatureStore, workers: Workers, pieces: int = 32
-    ) -> None:
+    def __init__(self, case: Case, part: Layers, weights: Tensor, kept: FeatureStore, workers: Workers) -> None:
         settings = {
+            "ascent.scope": case.scope,
             "ascent.learning_rate": RATE,
             "ascent.momentum": MOMENTUM,
             "ascent.l1": 0.0,
-            "ascent.microbatch_rows": pieces,
         }
         self.config = UnlearnConfig.from_recipe("paper").with_overrides(settings).ascent
         self.scope, self.weights = LayersScope(part, {"forget": kept}, workers), weights.double().numpy()
         self.optimiser = Optimiser(self.scope.parameters(), self.config, {})
 
     def step(self, batch: np.ndarray) -> None:
-        objective, pieces = OBJECTIVES["ascent"], self.config.microbatch_rows
+        objective, pieces = OBJECTIVES["ascent"], self.config.piece_rows
         gradient = self.scope.batch_gradient(self.optimiser.parameters, batch, self.weights, objective, pieces)
         self.optimiser.step(gradient, RATE)
 
@@ -185,7 +182,7 @@ def medians(rounds: list[dict[str, float]], *bases: str) -> dict[str, float]:
 
 
 def loops(repeat: int) -> dict[str, Any]:
-    """Each step over the same batches: the plain loop, the plain loop from the cut, ours, and ours in larger pieces."""
+    """Each step over the same batches: the plain loop, the plain loop from the cut, and ours."""
     found = {}
     for name, case in CASES.items():
         sides, parts = sides_of(case, Workers()), batches(case.rows)
@@ -207,13 +204,12 @@ def sides_of(case: Case, workers: Workers) -> dict[str, Any]:
     """Every way, each with a model of its own."""
     images, config = Images(case.rows, case.size, 1), UnlearnConfig.from_recipe("paper")
     weights = torch.rand(case.rows, generator=torch.Generator().manual_seed(2))
-    parts = [case.part(config) for _ in range(4)]
+    parts = [case.part(config) for _ in range(3)]
     kept = store_of(parts[0], images)
     return {
         "plain": Plain(parts[1], images, weights, None),
         "plain_from_cut": Plain(parts[2], images, weights, kept),
-        "ours": Ours(parts[0], images, weights, kept, workers),
-        f"ours_in_pieces_of_{LARGE}": Ours(parts[3], images, weights, kept, workers, LARGE),
+        "ours": Ours(case, parts[0], weights, kept, workers),
     }
 
 
@@ -279,7 +275,8 @@ def stage_seconds() -> Iterator[dict[str, float]]:
 ONE_STEP = {
     "resnet, last:3": (CASES["resnet, last:3"], 4000),
     "vit, last:3": (CASES["vit, last:3"], 2000),
-    "resnet18 at 32, last:2": (Case(resnet18, 32, "last:2"), 2000),
+    "resnet18 at 32, layer4 + fc": (CASES["resnet18 at 32, layer4 + fc"], 2000),
+    "resnet18 at 64, layer4 + fc": (CASES["resnet18 at 64, layer4 + fc"], 2000),
 }
 
 
@@ -410,7 +407,6 @@ def worker(rank: int, path: str, name: str, repeat: int, results: Any) -> None:
         "ours": whole,
         "plain": [batch[rank::2] for batch in whole],
         "plain_from_cut": [batch[rank::2] for batch in whole],
-        f"ours_in_pieces_of_{LARGE}": whole,
     }
     for _ in range(repeat + 1):
         made = {}
