@@ -39,12 +39,14 @@ class NPO:
     """
 
     beta: float = 4.0
+    token_beta: float = 0.1  # of sequences, whose tokens add up; as published
 
     def __call__(self, outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
         """Gradient in the shape of the outputs."""
+        beta = self.beta if labels.ndim == 1 else self.token_beta
         log_ratio = (sample_losses(original, labels) - sample_losses(outputs, labels)) * _positions(labels)
         # 2 r / (1 + r) = 2 sigmoid(ln r), finite for any r.
-        return _weighed(outputs, labels, original, 2 * torch.sigmoid(self.beta * log_ratio))
+        return _weighed(outputs, labels, original, 2 * torch.sigmoid(beta * log_ratio))
 
 
 @dataclass(frozen=True)
