@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source
+from imu_ray.errors import ForgetSetError, ImuError
 
 OUTPUTS = 2**24  # numbers that the model may give at once, where a sample has many positions
 
@@ -18,6 +19,20 @@ class BadRow:
 
     sample_id: str
     reason: str
+
+
+class UnusableError(Exception):
+    """Why one row cannot be used."""
+
+
+def leave_out(config: ForgetSetConfig, sample_id: str, reason: str, kind: type[ImuError] = ForgetSetError) -> BadRow:
+    """A row that cannot be used: listed, or refused with an error of ``kind``."""
+    if config.on_bad_row == "skip":
+        return BadRow(sample_id, reason)
+    raise kind(
+        f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to leave "
+        "it out and list it in the manifest"
+    ) from None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields
 from imu_ray.errors import ConfigError
 from imu_ray.influence.gradients import IGNORE
-from imu_ray.tasks.sequence import Ids, SequenceTask, UnusableError
+from imu_ray.tasks.base import UnusableError
+from imu_ray.tasks.sequence import Ids, SequenceTask
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source, View
 from imu_ray.data.columns import image_fields
-from imu_ray.errors import ConfigError, ForgetSetError, ImuError, NonFiniteError, UnsupportedModelError
+from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, UnsupportedModelError
 from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.scores import margins, sample_losses
 from imu_ray.models.copies import unusable
 from imu_ray.models.layers import find_head, linear_layers
-from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs
+from imu_ray.tasks.base import Batch, Metric, Outputs, UnusableError, leave_out
 from imu_ray.tasks.transforms import augment
 
 
@@ -135,14 +135,14 @@ class ClassificationTask:
                 self._check_shape(numbers)
                 inputs.append(numbers)
                 kept.append(place)
-            except _UnusableRowError as error:
-                bad.append(self._leave_out(sample_id, str(error), ForgetSetError))
+            except UnusableError as error:
+                bad.append(leave_out(self.config, sample_id, str(error)))
         stacked = torch.stack(inputs) if inputs else torch.empty(0)
         # Once for the block: a check of every row would cost more than reading it.
         finite = torch.isfinite(stacked).reshape(len(stacked), -1).all(1) if inputs else torch.empty(0)
         if not finite.all():
             bad += [
-                self._leave_out(rows.ids[kept[at]], "the input holds NaN or infinity", NonFiniteError)
+                leave_out(self.config, rows.ids[kept[at]], "the input holds NaN or infinity", NonFiniteError)
                 for at in (~finite).nonzero()[:, 0].tolist()
             ]
             stacked, kept = (
@@ -151,20 +151,10 @@ class ClassificationTask:
             )
         return Batch(stacked, torch.from_numpy(rows.labels[kept]), [rows.ids[place] for place in kept], bad)
 
-    def _leave_out(self, sample_id: str, reason: str, kind: type[ImuError]) -> BadRow:
-        """A row that cannot be used: listed, or refused with an error of ``kind``."""
-        if self.config.on_bad_row == "skip":
-            return BadRow(sample_id, reason)
-        raise kind(
-            f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to "
-            "leave it out and list it in "
-            "the manifest"
-        ) from None
-
     def _numbers(self, value: Any) -> Tensor:
         """An image as pixels in [0, 1], or an array, as it is given."""
         if value is None:
-            raise _UnusableRowError("the input is missing")
+            raise UnusableError("the input is missing")
         if isinstance(value, bytes | Image.Image):
             value = self._pixels(value)
         try:
@@ -173,18 +163,16 @@ class ClassificationTask:
                 # A copy as torch takes it: not mirrored, read-only or of the other byte order.
                 value = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
         except (TypeError, ValueError, RuntimeError):
-            raise _UnusableRowError(
-                f"the input is a {type(value).__name__}, not an image or an array of numbers"
-            ) from None
+            raise UnusableError(f"the input is a {type(value).__name__}, not an image or an array of numbers") from None
         reason = unusable(value) or ("complex" if value.is_complex() else None if value.numel() else "empty")
         if reason:
-            raise _UnusableRowError(f"the input is {reason}")
+            raise UnusableError(f"the input is {reason}")
         numbers: Tensor = value.detach().to(self.dtype)
         return numbers
 
     def _check_shape(self, numbers: Tensor) -> None:
         if self.shape is not None and tuple(numbers.shape) != self.shape:
-            raise _UnusableRowError(
+            raise UnusableError(
                 f"its shape is {list(numbers.shape)}, that of the first sample {list(self.shape)} (see "
                 "forget_set.image_size)"
             )
@@ -199,14 +187,14 @@ class ClassificationTask:
                 raise Image.DecompressionBombError
             image.load()
             if image.mode.startswith("I") or image.mode == "F":
-                raise _UnusableRowError(
+                raise UnusableError(
                     f"the image has mode {image.mode}, more than 8 bits a channel, which would be cut off"
                 )
             image = image.convert(self.config.image_mode)
-        except (_UnusableRowError, MemoryError):
+        except (UnusableError, MemoryError):
             raise
         except Exception as error:  # a decoder raises anything
-            raise _UnusableRowError(f"the image does not decode ({type(error).__name__})") from None
+            raise UnusableError(f"the image does not decode ({type(error).__name__})") from None
         if self.config.image_size:
             image = image.resize((self.config.image_size,) * 2, Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image))
@@ -246,7 +234,3 @@ class ClassificationTask:
                 "expected a row for each"
             )
         return Outputs(logits, batch.labels_B, caught[0])
-
-
-class _UnusableRowError(Exception):
-    """Why one row cannot be used."""

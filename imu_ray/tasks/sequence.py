@@ -20,7 +20,7 @@ from imu_ray.errors import ConfigError, ForgetSetError, UnsupportedModelError
 from imu_ray.influence.gradients import IGNORE, output_gradient, shares
 from imu_ray.influence.scores import sample_losses
 from imu_ray.models.layers import evaluation_mode, forward_errors, logits_of
-from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs
+from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs, UnusableError, leave_out
 
 PADDING = 0  # a token behind the last label changes nothing, whichever it is
 READ = 1024  # rows that are read at once for their lengths
@@ -149,7 +149,7 @@ class SequenceTask:
                 ids, wanted = self.encode(value)
                 self._check(ids, wanted)
             except UnusableError as error:
-                bad.append(self._leave_out(sample_id, str(error)))
+                bad.append(leave_out(self.config, sample_id, str(error)))
                 continue
             inputs.append(np.pad(ids, (0, self.positions - len(ids)), constant_values=PADDING))
             labels.append(np.pad(wanted[1:], (0, self.positions - len(ids) + 1), constant_values=IGNORE))
@@ -169,23 +169,9 @@ class SequenceTask:
             if found.min() < 0 or found.max() >= self.num_classes:
                 raise UnusableError(f"a {what} is outside the vocabulary of {self.num_classes}")
 
-    def _leave_out(self, sample_id: str, reason: str) -> BadRow:
-        """A row that cannot be used: listed, or refused."""
-        if self.config.on_bad_row == "skip":
-            return BadRow(sample_id, reason)
-        raise ForgetSetError(
-            f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip "
-            "to leave it "
-            "out and list it in the manifest"
-        )
-
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """Never asked for: no layer moves alone on its kept inputs."""
         raise NotImplementedError
-
-
-class UnusableError(Exception):
-    """Why one row cannot be used."""
 
 
 def _whole_numbers(values: Any, what: str) -> Ids:
