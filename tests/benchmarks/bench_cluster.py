@@ -158,7 +158,7 @@ def measure_nodes(repeat: int, nodes: int) -> dict[str, Any]:
         same = table.equals(reference)
         with tempfile.TemporaryDirectory() as folder:
             counted = CountedPairs(*data, folder)
-            score_job.score_shard = Losing(plain, folder, MIDDLE)
+            score_job.score_shard = Losing(plain, folder)
             *seconds["lost"], table = run(counted)
             score_job.score_shard = plain
             again = (Path(folder) / "reads").stat().st_size - len(data[1]) - 1
