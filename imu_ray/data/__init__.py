@@ -8,6 +8,7 @@ from imu_ray.data.dataset import DatasetSource
 from imu_ray.data.folder import FolderSource
 from imu_ray.data.jsonl import JsonLinesSource
 from imu_ray.data.location import Location
+from imu_ray.data.market import MarketSource, persons_of
 from imu_ray.data.part import PartSource, draw_rows
 from imu_ray.data.source import Fields, Rows, Shard, Source, View
 from imu_ray.data.table import ParquetSource, TableSource
@@ -16,10 +17,18 @@ from imu_ray.errors import ForgetSetError
 
 __all__ = [
     "SOURCES", "Fields", "PartSource", "Rows", "Shard", "Source", "View", "ViewSource", "draw_rows", "open_source",
+    "persons_of",
 ]  # fmt: skip
 
 # Every kind of source; the one that takes what was given reads it.
-SOURCES: tuple[type[Source], ...] = (TableSource, DatasetSource, ParquetSource, JsonLinesSource, FolderSource)
+SOURCES: tuple[type[Source], ...] = (
+    TableSource,
+    DatasetSource,
+    ParquetSource,
+    JsonLinesSource,
+    FolderSource,
+    MarketSource,
+)
 
 
 def open_source(given: Any, config: ForgetSetConfig, role: str = "forget set", fields: Fields | None = None) -> Source:

@@ -7,11 +7,10 @@ import numpy as np
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.columns import LABEL, label_of
-from imu_ray.data.location import Location
+from imu_ray.data.location import IMAGE_SUFFIXES, Location
+from imu_ray.data.market import holds_sightings
 from imu_ray.data.source import Fields, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
 class FolderSource(Source):
@@ -21,15 +20,7 @@ class FolderSource(Source):
         if fields is not None and LABEL not in fields:
             raise ForgetSetError(f"{given.name} holds images; expected rows with {', '.join(fields.values())}")
         self.root, self.name = Path(given.path), given.name
-        self.paths = []
-        for path in (file[len(given.path) :].lstrip("/") for file in given.files):
-            if path.lower().endswith(IMAGE_SUFFIXES):
-                self.paths.append(path)
-            elif not any(part.startswith(".") for part in path.split("/")):
-                raise ForgetSetError(
-                    f"{self.root / path} is no image that is read ({', '.join(IMAGE_SUFFIXES)}); expected images only, "
-                    "so that no row is passed over; convert it or take it out"
-                )
+        self.paths = given.images()
         self.num_rows = len(self.paths)
         folders = sorted({path.split("/")[0] for path in self.paths if "/" in path})
         loose = [path for path in self.paths if "/" not in path]
@@ -45,9 +36,9 @@ class FolderSource(Source):
 
     @classmethod
     def takes(cls, given: Any) -> bool:
-        """A local folder that holds images."""
+        """A local folder that holds images, in folders by class."""
         is_folder = isinstance(given, Location) and given.is_local and given.is_folder
-        return is_folder and bool(given.ending_in(*IMAGE_SUFFIXES))
+        return is_folder and bool(given.ending_in(*IMAGE_SUFFIXES)) and not holds_sightings(given)
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""

@@ -10,6 +10,9 @@ from pyarrow import fs
 from imu_ray.data.source import reading
 from imu_ray.errors import ForgetSetError
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+PREVIEWS = "Thumbs.db"  # what Windows leaves in folders of images, those of Market-1501 among them
+
 
 @dataclass(frozen=True)
 class Location:
@@ -58,6 +61,19 @@ class Location:
     def ending_in(self, *suffixes: str) -> list[str]:
         """Files with one of these suffixes, in whatever case."""
         return [path for path in self.files if path.lower().endswith(suffixes)]
+
+    def images(self) -> list[str]:
+        """Paths of the images below a local folder; any other file is refused, but for hidden ones."""
+        found = []
+        for path in (file[len(self.path) :].lstrip("/") for file in self.files):
+            if path.lower().endswith(IMAGE_SUFFIXES):
+                found.append(path)
+            elif path.rpartition("/")[2] != PREVIEWS and not any(part.startswith(".") for part in path.split("/")):
+                raise ForgetSetError(
+                    f"{self.path}/{path} is no image that is read ({', '.join(IMAGE_SUFFIXES)}); expected images only, "
+                    "so that no row is passed over; convert it or take it out"
+                )
+        return found
 
 
 def _below(folder: str) -> Iterator[str]:
