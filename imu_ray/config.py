@@ -1,7 +1,7 @@
 """Every setting and every recipe of imu_ray: declared once, with range, unit and meaning."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,9 @@ from imu_ray.section import NO_RESULT, Section, in_words, merge, settings_of
 # Of a size: 1 is one row, 1.0 is all rows.
 Rows = Annotated[int, Field(ge=1, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Pixels = Annotated[int, Field(ge=1)]
+Labels = Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(min_length=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class ForgetSetConfig(Section):
@@ -20,9 +23,10 @@ class ForgetSetConfig(Section):
 
     prefix = "forget_set."
 
-    size: Rows | Share | Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    size: Rows | Share | Labels | Names | None = None
     """forget only a part: so many rows (`500`) or such a share of them (`0.1`), drawn at random and nested (a larger
-    size contains a smaller one), or the rows of some classes (`[3, 5]`, class indices); null: all"""
+    size contains a smaller one), or the rows of some classes: indices (`[3, 5]`), or names listed in
+    `forget_set.classes` (`["0002", "0010"]`, quoted, because YAML takes 0010 for the number 8); null: all"""
     size_seed: int = Field(0, ge=0)
     """seed of that draw, apart from `seed`, so that runs with other seeds forget the same rows"""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -58,12 +62,31 @@ class ForgetSetConfig(Section):
     """class names in the order of the model's outputs"""
     image_mode: Literal["RGB", "L"] = "RGB"
     """decode images as colour or as grey"""
-    image_size: int | None = Field(None, ge=1)
-    """resize images to this many pixels square; null: leave as stored"""
+    image_size: Pixels | Annotated[tuple[Pixels, ...], Field(min_length=2, max_length=2)] | None = None
+    """resize images to this many pixels square, or to height and width (`[256, 128]`); null: leave as stored"""
     mean: tuple[float, ...] | None = None
     """mean per channel, subtracted after decoded images are scaled to [0, 1] (numbers are taken as they are)"""
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """standard deviation per channel, divided by after the mean"""
+
+    @property
+    def pixels(self) -> tuple[int, ...] | None:
+        """Height and width that images are resized to."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def chosen(self) -> int | float | tuple[int, ...] | None:
+        """``size`` with indices in place of names; ``ConfigError`` where a name is not listed in ``classes``."""
+        if not isinstance(self.size, tuple):
+            return self.size
+        listed: Sequence[str | int] = self.classes or ()
+        unknown = [name for name in self.size if isinstance(name, str) and name not in listed]
+        if unknown:
+            raise ConfigError(
+                f"forget_set.size names {unknown[0]!r}, which is not among the {len(listed)} of forget_set.classes; "
+                "expected names that are listed there; mend either"
+            )
+        return tuple(listed.index(name) if isinstance(name, str) else name for name in self.size)
 
 
 class InfluenceConfig(Section):
@@ -174,9 +197,9 @@ class AscentConfig(Section):
     prefix = "ascent."
 
     scope: str | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
-    """what may move: `auto`, which is `head` for a classifier and `usable` for sequences; `head`; `last:N`, the N last
-    linear and convolutional layers in order of execution, the head included; `all` such layers, or all that are
-    `usable`; `adapters` (LoRA); or a list of module names and globs (`[layer4]`, `["*.q_proj"]`)"""
+    """what may move: `auto`, which is `head` for a classifier and `usable` for sequences and persons; `head`; `last:N`,
+    the N last linear and convolutional layers in order of execution, the head included; `all` such layers, or all that
+    are `usable`; `adapters` (LoRA); or a list of module names and globs (`[layer4]`, `["*.q_proj"]`)"""
     views: int = Field(0, ge=0)
     """augmented views of every row to forget, which gradient and curvature are taken over; 0: the rows as they are"""
     view_transform: str = "crop_flip"
@@ -274,6 +297,8 @@ class AuditConfig(Section):
     """fewest rows per side for a membership-inference figure"""
     permutations: int = Field(200, ge=20)
     """label permutations behind the membership band"""
+    distance: Literal["cosine", "euclidean"] = "cosine"
+    """between embeddings, where persons are looked up (task `reid`)"""
     report: bool = Field(True, json_schema_extra=NO_RESULT)
     """write report.html"""
 

@@ -16,6 +16,7 @@ from torch import nn
 from imu_ray.audits import AUDITS
 from imu_ray.config import ResourcesConfig, UnlearnConfig
 from imu_ray.data import PartSource, Source, ViewSource, draw_rows, open_source
+from imu_ray.data.columns import LABEL
 from imu_ray.distributed import feature_job, metrics
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.session import node_store_bytes, object_store_bytes
@@ -72,8 +73,9 @@ class Inputs:
                 f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets"
             )
         fields = TASKS[task].fields(config.forget_set)
+        unlabelled = {key: column for key, column in fields.items() if key != LABEL}
         whole = open_source(forget_set, config.forget_set, fields=fields)
-        size = config.forget_set.size
+        size = config.forget_set.chosen
         rows = draw_rows(whole.num_rows, size, config.forget_set.size_seed) if isinstance(size, int | float) else None
         # Classes are told from the labels, which are known after the features.
         sources = {"forget": whole if rows is None else PartSource(whole, rows)}
@@ -83,7 +85,8 @@ class Inputs:
                     f"an evaluation set is named {name!r}; expected another text; results of the forget set have those "
                     "names"
                 )
-            sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}", fields)
+            read = unlabelled if name in TASKS[task].retrieval_sets else fields
+            sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}", read)
         # What travels is on the CPU and in eval mode; the caller's model stays as it is.
         built = to_eval(plain_copy(model.build() if isinstance(model, ModelSpec) else model))
         named_head = model.head if isinstance(model, ModelSpec) else None
@@ -96,8 +99,13 @@ class Inputs:
 
     @property
     def names(self) -> set[str]:
-        """Names of the sample sets."""
-        return {*self.sources, *self.features}
+        """Names of the sample sets that metrics are measured on."""
+        return {*self.sources, *self.features}.difference(self.task.retrieval_sets)
+
+    @property
+    def measured(self) -> dict[str, FeatureSet]:
+        """Features of those sets."""
+        return {name: made for name, made in self.features.items() if name in self.names}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,7 +186,7 @@ class Inputs:
             ConfigError: the forget set has no sample of a class.
         """
         features = {name: made.under(config) for name, made in self.features.items()}
-        size, forget = config.forget_set.size, features["forget"]
+        size, forget = config.forget_set.chosen, features["forget"]
         choice: Callable[[FeatureShard], npt.NDArray[np.bool_]] | None = None
         if isinstance(size, tuple):
             choice = functools.partial(_of_classes, classes=size)
@@ -222,6 +230,11 @@ def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConf
         return Head.of(model, task)
     example = usable_batch(task, samples, EXAMPLES)
     names = choose_layers(model, example.inputs, config.ascent.scope, task.head)
+    if task.retrieval_sets and set(names) == {task.head}:
+        raise ConfigError(
+            f"ascent.scope {config.ascent.scope!r} is the classifier {task.head!r} alone, which serves in training "
+            "only, so that all would be found as before; expected layers before it, such as usable or last:3"
+        )
     return Layers.of_names(model, task, names, example.inputs, config)
 
 

@@ -128,7 +128,7 @@ class Pipeline:
         self.record.inputs = {"model": self.record.model.hash_before, **self.inputs.digests()}
         if self.bundle is not None:
             self.record.inputs["curvature bundle"] = self.bundle.digest
-        self.features = self.inputs.features
+        self.features = self.inputs.measured
         if self.begun is not None:
             self.run.check_inputs(self.begun, self.record.inputs)
         if self.finished:
@@ -306,7 +306,7 @@ class Pipeline:
     def measure(self, parameters: Parameters | None = None) -> dict[str, Any]:
         """Every audit's figures of the original parameters, or of others. Only the part differs."""
         part = self.part if parameters is None else self.part.changed(parameters)
-        return audit_job.measure(self.features, part, self.config.audit, self.config.seed)
+        return audit_job.measure(self.inputs.features, part, self.config.audit, self.config.seed)
 
     def unlearn(self, original: nn.Module) -> UnlearnResult:
         """Every stage after the features; ``original`` is the model as the caller holds it."""

@@ -58,6 +58,8 @@ def test_overrides_take_dotted_keys_and_nested_mappings_and_leave_the_original_a
         ("forget_set.size", 2.0, r"is 2.0; expected a whole number >= 1, or a number in \(0, 1\], or a list"),
         ("forget_set.size", [], "forget_set.size is "),
         ("forget_set.size", [True], "forget_set.size is .True."),
+        ("forget_set.size", ["0002", 8], "forget_set.size is ..0002., 8.; expected .*a list of texts"),
+        ("forget_set.image_size", [256], "forget_set.image_size is .256.; expected a whole number >= 1, or a list"),
         ("forget_set.mean", [float("nan")], "forget_set.mean is .nan."),
         ("influence.blocks_per_shard", 3, "influence.blocks_per_shard is 3; expected a power of two"),
         ("resources.gpus_per_worker", 1.5, "resources.gpus_per_worker is 1.5"),
@@ -151,3 +153,13 @@ def test_a_setting_that_is_a_mapping_takes_dotted_names_and_keeps_its_other_entr
     targets = base.with_overrides(overrides).ascent.stop.targets
     assert targets == {**base.ascent.stop.targets, "forget.loss": 0.01}
     assert targets["forget.accuracy"] == 0.5
+
+
+def test_classes_to_forget_may_be_named_and_digits_in_a_name_stay_text():
+    config = UnlearnConfig().with_overrides({"forget_set.classes": ["0002", "0010"], "forget_set.size": ["0010"]})
+    assert (config.forget_set.size, config.forget_set.chosen) == (("0010",), (1,))
+    assert config.with_overrides({"forget_set.size": [1]}).forget_set.chosen == (1,)
+    with pytest.raises(
+        ConfigError, match="forget_set.size names '0003', which is not among the 2 of forget_set.classes"
+    ):
+        _ = config.with_overrides({"forget_set.size": ["0002", "0003"]}).forget_set.chosen

@@ -3,5 +3,6 @@
 from imu_ray.audits.accuracy import SetMetrics
 from imu_ray.audits.base import Audit
 from imu_ray.audits.membership import Membership
+from imu_ray.audits.retrieval import Retrieval
 
-AUDITS: dict[str, Audit] = {"metrics": SetMetrics(), "membership": Membership()}
+AUDITS: dict[str, Audit] = {"metrics": SetMetrics(), "membership": Membership(), "retrieval": Retrieval()}

@@ -26,7 +26,7 @@ class SetMetrics:
 
     def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
         """Figures by name of set, as ``set_figures`` gives them."""
-        return {name: set_figures(part) for name, part in measured.items()}
+        return {name: set_figures(part) for name, part in measured.items() if part.metrics}
 
 
 def set_figures(part: Predictions) -> dict[str, Any]:

@@ -14,17 +14,25 @@ from imu_ray.scopes.features import FeatureShard
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels ``[N]`` or ``[N, T]`` of some samples, every metric of each ``[N]`` by name, and number of classes."""
+    """Labels ``[N]`` or ``[N, T]`` of some samples, every metric of each ``[N]`` by name, and number of classes.
+
+    With a task that has retrieval sets there are ids, and of those sets embeddings ``[N, D]`` in place of metrics.
+    """
 
     labels: npt.NDArray[np.int64]
     metrics: Mapping[str, npt.NDArray[np.float64]]
     classes: int
+    ids: Sequence[str] = ()
+    embeddings: npt.NDArray[np.float32] | None = None
 
     @classmethod
     def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
         """The predictions of all parts, in order."""
         metrics = {name: np.concatenate([part.metrics[name] for part in parts]) for name in parts[0].metrics}
-        return cls(np.concatenate([part.labels for part in parts]), metrics, parts[0].classes)
+        ids = [sample_id for part in parts for sample_id in part.ids]
+        found = [part.embeddings for part in parts if part.embeddings is not None]
+        labels = np.concatenate([part.labels for part in parts])
+        return cls(labels, metrics, parts[0].classes, ids, np.concatenate(found) if found else None)
 
 
 def predict_shard(shard: FeatureShard, part: Part) -> Predictions:
@@ -34,7 +42,8 @@ def predict_shard(shard: FeatureShard, part: Part) -> Predictions:
         for name, values in part.task.sample_metrics(*part.outputs(shard, rows)).items():
             found[name].append(values.cpu().numpy())
     metrics = {name: np.concatenate(values) for name, values in found.items()}
-    return Predictions(shard.labels_n, metrics, part.task.num_classes)
+    ids = shard.ids.to_pylist() if part.task.retrieval_sets else ()
+    return Predictions(shard.labels_n, metrics, part.task.num_classes, ids)
 
 
 class Audit(Protocol):

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from imu_ray.audits import AUDITS
 from imu_ray.influence.intensity import Column
 
 # Squared cosine with the plain gradient above which the curvature has no say to speak of.
@@ -38,7 +39,7 @@ def render_report(
     if intensities is not None:
         figures["Influence and intensity"] = _draw_distributions(*intensities)
     sides = [side for side in ("before", "after") if side in metrics]
-    sets = [name for name in metrics[sides[-1]] if name != "membership"] if sides else []
+    sets = [name for name in metrics[sides[-1]] if name not in AUDITS] if sides else []
     shown = {"sides": sides, "sets": sets, "figures": figures, "dominated": DOMINATED}
     return render_page("report.html.j2", manifest=manifest, metrics=metrics, **shown)
 

@@ -9,15 +9,20 @@ import numpy as np
 from imu_ray.audits import AUDITS
 from imu_ray.audits.accuracy import output_change, set_figures
 from imu_ray.audits.base import Predictions, predict_shard
+from imu_ray.audits.retrieval import embed_shard
 from imu_ray.config import AuditConfig
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.scopes.base import Part
 
 
 def predict(features: Mapping[str, FeatureSet], part: Part) -> dict[str, Predictions]:
-    """Predictions on every sample set."""
-    function = functools.partial(predict_shard, part=part)
-    return {name: Predictions.join(made.map(f"audit of {name}", function)) for name, made in features.items()}
+    """Predictions on every sample set; embeddings of those that are for retrieval."""
+
+    def of_set(name: str, made: FeatureSet) -> Predictions:
+        function = embed_shard if name in part.task.retrieval_sets else predict_shard
+        return Predictions.join(made.map(f"audit of {name}", functools.partial(function, part=part)))
+
+    return {name: of_set(name, made) for name, made in features.items()}
 
 
 def figures(features: Mapping[str, FeatureSet], part: Part) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
+from imu_ray.audits import AUDITS
 from imu_ray.config import SweepConfig, UnlearnConfig
 from imu_ray.distributed.session import slots
 from imu_ray.distributed.sharing import own_code_by_value
@@ -113,7 +114,7 @@ def _figures(manifest: Mapping[str, Any], metrics: Mapping[str, Any], num_classe
     after, ascent = metrics["after"], manifest["ascent"]
     return {
         **{key: ascent[key] for key in ("status", "reason", "steps", "output_change", "parameter_drift")},
-        **{metric_of(name): figures["accuracy"] for name, figures in after.items() if name != "membership"},
+        **{metric_of(name): figures["accuracy"] for name, figures in after.items() if name not in AUDITS},
         "label_share": len(manifest["forget_set"]["label_counts"]) / num_classes,
         BEFORE: metrics["before"]["forget"]["accuracy"],
         LOSS: after["forget"]["loss"],

@@ -79,6 +79,7 @@ class Task(Protocol):
 
     scope: ClassVar[str]  # what ``ascent.scope = auto`` stands for
     augmented: ClassVar[bool]  # whether views of a sample can be drawn
+    retrieval_sets: ClassVar[tuple[str, ...]]  # evaluation sets that are embedded and looked up, and have no labels
 
     @classmethod
     def fields(cls, config: ForgetSetConfig) -> Fields:

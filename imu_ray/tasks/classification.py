@@ -42,6 +42,7 @@ class ClassificationTask:
     shape: tuple[int, ...] | None = None
     scope: ClassVar[str] = "head"
     augmented: ClassVar[bool] = True
+    retrieval_sets: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[int] = 0
 
     @classmethod
@@ -55,10 +56,11 @@ class ClassificationTask:
     ) -> "ClassificationTask":
         """Find the model's head with the first usable row of ``forget``."""
         samples = sources["forget"]
-        size, limit = config.image_size or 0, Image.MAX_IMAGE_PIXELS
-        if limit is not None and size**2 > limit:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and math.prod(config.pixels or ()) > limit:
             raise ConfigError(
-                f"forget_set.image_size is {size}; expected at most {math.isqrt(limit)}, Pillow's limit for an image"
+                f"forget_set.image_size is {config.image_size}; expected at most {math.isqrt(limit)} square, Pillow's "
+                "limit for an image"
             )
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         task = cls(config.with_overrides({"on_bad_row": "skip"}), dtype=parameter.dtype)
@@ -195,8 +197,9 @@ class ClassificationTask:
             raise
         except Exception as error:  # a decoder raises anything
             raise UnusableError(f"the image does not decode ({type(error).__name__})") from None
-        if self.config.image_size:
-            image = image.resize((self.config.image_size,) * 2, Image.Resampling.BILINEAR)
+        if self.config.pixels:
+            height, width = self.config.pixels
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image))
         return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.unsqueeze(0)).to(self.dtype) / 255
 

@@ -42,6 +42,7 @@ class SequenceTask:
     num_classes: int = 0
     scope: ClassVar[str] = "usable"
     augmented: ClassVar[bool] = False
+    retrieval_sets: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[str] = ""
 
     @classmethod

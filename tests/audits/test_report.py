@@ -29,6 +29,15 @@ def test_figures_stand_in_the_page_and_markup_in_them_is_escaped():
     assert "<svg" not in page
 
 
+def test_retrieval_has_a_table_in_which_a_part_may_be_without_queries():
+    figures = {"queries": 7, "mAP": 0.4321, "rank1": 0.1, "rank5": 0.2, "rank10": 0.3}
+    retrieval = {"gallery": 50, "distance": "cosine", "all": figures, "forgotten": {"queries": 0}, "others": figures}
+    page = render_report(MANIFEST, {"before": {**side(0.9), "retrieval": retrieval}}, None, None)
+    assert page.count("43.21 %") == 2
+    assert "among 50 pictures of the gallery by the cosine distance" in page
+    assert "<h2>Retrieval</h2>" not in render_report(MANIFEST, {"before": side(0.9)}, None, None)
+
+
 def test_a_run_without_metrics_still_has_a_page():
     page = render_report(MANIFEST, {}, (np.array([-1.0, 0.5, -3.0]), np.array([1.0, 0.0, 1.0])), None)
     assert page.count("<svg") == 2

@@ -34,6 +34,8 @@ def test_mode_and_size_are_applied():
     grey = task(image_mode="L", image_size=3).collate(rows(png(np.full((6, 6, 3), 51, dtype=np.uint8))))
     assert grey.inputs.shape == (1, 1, 3, 3)
     np.testing.assert_allclose(grey.inputs, 0.2, atol=1e-6)
+    high = task(image_size=(4, 2)).collate(rows(png(np.full((6, 6, 3), 51, dtype=np.uint8))))
+    assert high.inputs.shape == (1, 3, 4, 2)
 
 
 def test_tensors_arrays_and_images_are_taken():

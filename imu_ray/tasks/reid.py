@@ -1,0 +1,50 @@
+"""Re-identification: a network that embeds pictures of persons, trained with a classifier over their identities."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from imu_ray.config import ForgetSetConfig
+from imu_ray.data import Rows, Source
+from imu_ray.data.market import EXAMPLE, sighting_of
+from imu_ray.errors import ConfigError, ForgetSetError
+from imu_ray.tasks.base import Batch
+from imu_ray.tasks.classification import ClassificationTask
+
+
+@dataclass(frozen=True)
+class ReidTask(ClassificationTask):
+    """Softmax cross-entropy on identity logits ``[B, C]``; persons are looked up by the classifier's input ``[B, D]``.
+
+    The classifier, the model's last linear layer, serves in training only. To move it alone would leave every embedding
+    as it is, so the layers before it move too. The id of a sample tells person and camera (``sighting_of``).
+    """
+
+    scope: ClassVar[str] = "usable"
+    retrieval_sets: ClassVar[tuple[str, ...]] = ("query", "gallery")
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, sources: Mapping[str, Source], config: ForgetSetConfig, head: str | None = None
+    ) -> ClassificationTask:
+        """As a classifier's; persons to forget are named, and of query and gallery there are both or none."""
+        if isinstance(config.size, tuple) and not all(isinstance(name, str) for name in config.size):
+            raise ConfigError(
+                f"forget_set.size is {list(config.size)} with task 'reid'; expected ids of persons as texts, such as "
+                "['0002', '0010']; quote them, because YAML takes 0010 for the number 8"
+            )
+        if len(given := [name for name in cls.retrieval_sets if name in sources]) == 1:
+            raise ConfigError(f"evaluation has the set {given[0]!r} alone; expected query and gallery, or neither")
+        return super().for_model(model, sources, config, head)
+
+    def collate(self, rows: Rows) -> Batch:
+        """As a classifier's; ``ForgetSetError`` where an id does not tell person and camera."""
+        for sample_id in rows.ids:
+            if sighting_of(sample_id) is None:
+                raise ForgetSetError(
+                    f"the id {sample_id!r} does not tell person and camera; expected one such as {EXAMPLE}; rename the "
+                    "files, or name the column that holds such ids in forget_set.id_column"
+                )
+        return super().collate(rows)
