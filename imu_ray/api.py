@@ -114,8 +114,7 @@ def ascend(
     if settings.influence.refresh == "step":
         raise ConfigError(
             "influence.refresh is 'step', which scores every batch anew, so that the given intensities would never be "
-            "used; expected once "
-            "or epoch (they serve the first epoch), or unlearn()"
+            "used; expected once or epoch (they serve the first epoch), or unlearn()"
         )
     with Pipeline.open("ascend", model, forget_set, task, evaluation, settings, run_dir) as job:
         if job.finished:

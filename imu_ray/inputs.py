@@ -170,8 +170,8 @@ class Inputs:
         views, rows = (features[name].rows if name in features else 0 for name in (FORGET_VIEWS, "forget"))
         if views and views != config.ascent.views * rows:
             raise NonFiniteError(
-                f"ascent.view_transform {config.ascent.view_transform!r} gives {views} usable views of "
-                f"{rows} samples; expected {config.ascent.views} of each, with finite numbers; name another transform"
+                f"ascent.view_transform {config.ascent.view_transform!r} gives {views} usable views of {rows} samples; "
+                f"expected {config.ascent.views} of each, with finite numbers; name another transform"
             )
         return dataclasses.replace(self, features=features, described=described)
 

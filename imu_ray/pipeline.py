@@ -145,8 +145,8 @@ class Pipeline:
         if weighted and figures["plain_gradient_share"] > DOMINATED:
             share, below = figures["plain_gradient_share"], figures["fisher_below_damping"]
             advice = (
-                "the scores are nearly a plain gradient product; influence.damping_mode=relative or another "
-                "curvature gives it a say"
+                "the scores are nearly a plain gradient product; influence.damping_mode=relative or another curvature "
+                "gives it a say"
             )
             event(
                 "damping dominates",
@@ -168,18 +168,15 @@ class Pipeline:
         if missing or not forget.holds(table["sample_id"]):
             raise ForgetSetError(
                 f"the intensities ({len(table)} rows, columns {', '.join(table.column_names)}) are not those of the "
-                f"{forget.rows} "
-                f"samples of {self.inputs.described['forget'].name}; expected the table that score() gave for this "
-                "forget set, in its "
-                "order"
+                f"{forget.rows} samples of {self.inputs.described['forget'].name}; expected the table that score() "
+                "gave for this forget set, in its order"
             )
         empty = [name for name in ("label", "influence", "intensity") if table[name].null_count]
         influence, weights = (table[name].to_numpy().astype(np.float64) for name in ("influence", "intensity"))
         if empty or not np.isfinite(influence).all():
             raise ForgetSetError(
                 f"the intensities have rows without a number in {', '.join(empty or ['influence'])}; expected the "
-                "table that score() "
-                "gave for this forget set, with at most its column 'intensity' changed"
+                "table that score() gave for this forget set, with at most its column 'intensity' changed"
             )
         labels, counts = np.unique(table["label"].to_numpy(), return_counts=True)
         label_counts = dict(zip(labels.tolist(), counts.tolist(), strict=True))
@@ -290,8 +287,7 @@ class Pipeline:
             if not sets:
                 raise ConfigError(
                     f"ascent.preconditioner_sets is {settings.preconditioner_sets}, of which none was given; expected "
-                    "forget, or the "
-                    "name of an evaluation set"
+                    "forget, or the name of an evaluation set"
                 )
             if self.part.deep:
                 sets = {name: made.spaced(settings.preconditioner_rows) for name, made in sets.items()}

@@ -123,10 +123,8 @@ def choose_recipe(recipe: str, label_counts: Mapping[int, int], num_classes: int
         labels = ", ".join(map(str, list(label_counts)[:5])) + (", ..." if present > 5 else "")
         raise ConfigError(
             f"recipe is 'auto', and the {rows} rows to forget have only {present} of {num_classes} labels ({labels}); "
-            "expected to be "
-            "told what must go: recipe 'classes' when the model must no longer recognise the class, recipe 'samples' "
-            "when these "
-            "rows must go and others of their class are kept"
+            "expected to be told what must go: recipe 'classes' when the model must no longer recognise the class, "
+            "recipe 'samples' when these rows must go and others of their class are kept"
         )
     return "samples", f"auto: the {rows} rows to forget have {present} of {num_classes} labels"
 
@@ -161,8 +159,7 @@ def resolve_targets(
         raise ConfigError(
             "the rows to forget have no target, so that nothing says when they are forgotten; expected "
             "evaluation={'test': unseen samples}, which shows what such rows are like when they were never learnt, or "
-            "a number in "
-            "ascent.stop.targets, such as forget.accuracy: 0.8; recipe 'classes' brings its own"
+            "a number in ascent.stop.targets, such as forget.accuracy: 0.8; recipe 'classes' brings its own"
         )
     event(
         "no target",
@@ -195,8 +192,7 @@ def warnings_of(
     if recipe == "classes" and not looks_like_whole_classes(label_counts, num_classes) and len(label_counts) > 1:
         found.append(
             f"Recipe 'classes' on rows with {len(label_counts)} of {num_classes} labels, which look like a random "
-            "draw; recipe "
-            "'samples' is made for those."
+            "draw; recipe 'samples' is made for those."
         )
     for name in ("test", "forget"):
         figures = original.get(name)
@@ -207,7 +203,6 @@ def warnings_of(
                 found.append(
                     f"The original model's {metric} on {name} is {100 * figures[metric]:.1f} %, near chance "
                     f"({100 * kind.chance:.1f} %): check the checkpoint, the labels and the preprocessing "
-                    "(forget_set.mean, std, "
-                    "image_mode, image_size) before you rely on this run."
+                    "(forget_set.mean, std, image_mode, image_size) before you rely on this run."
                 )
     return found

@@ -58,8 +58,6 @@ def _open(given: Any, config: ForgetSetConfig, role: str, fields: Fields | None)
         f"files of several kinds ({', '.join(kind.__name__ for kind in kinds)})" if kinds else "no file that is read"
     )
     raise ForgetSetError(
-        f"the {role} {given} holds {found}; expected Parquet files, JSON lines (.jsonl), or (on a local or "
-        "mounted path) images in one "
-        "folder per class; put "
-        "each kind in a folder of its own"
+        f"the {role} {given} holds {found}; expected Parquet files, JSON lines (.jsonl), or (on a local or mounted "
+        "path) images in one folder per class; put each kind in a folder of its own"
     )

@@ -75,8 +75,7 @@ def _bundle_kinds(bundle: Bundle, part: Part, settings: AscentConfig) -> dict[st
     if missing:
         raise ConfigError(
             f"ascent.scope is {settings.scope!r}, of which bundle {bundle.location} has no sums for "
-            f"{', '.join(missing)}; "
-            f"expected layers among {', '.join(held)}; choose a smaller scope"
+            f"{', '.join(missing)}; expected layers among {', '.join(held)}; choose a smaller scope"
         )
     if part.deep:
         kinds = {name: kind_of(name, part, settings) for name in part.parameters}
@@ -87,8 +86,7 @@ def _bundle_kinds(bundle: Bundle, part: Part, settings: AscentConfig) -> dict[st
         served = [kind for kind, needed in HEAD_SUMS.items() if needed in held[name]]
         raise ConfigError(
             f"ascent.preconditioner is {settings.curvature!r}, which bundle {bundle.location} has no sums for; "
-            "expected "
-            f"{' or '.join(served)}, or no ascent.bundle"
+            f"expected {' or '.join(served)}, or no ascent.bundle"
         )
     check_memory(settings.curvature, PRECONDITIONERS[settings.curvature].memory(*part.parameters[name].shape), settings)
     return {name: kind}

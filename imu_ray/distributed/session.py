@@ -52,8 +52,7 @@ def ray_session(resources: ResourcesConfig) -> Iterator[ResourcesConfig]:
     if ray_client.is_connected() or address.startswith("ray://"):
         raise ConfigError(
             "the driver is connected through ray:// (Ray Client), on which Ray Train and the placement of results are "
-            "not "
-            "supported; expected a driver on the cluster; use `ray job submit`, or run the script on a node with "
+            "not supported; expected a driver on the cluster; use `ray job submit`, or run the script on a node with "
             "RAY_ADDRESS=auto"
         )
     require_gpus(resources)
@@ -134,8 +133,7 @@ def check_environments() -> None:
     if problems:
         raise ConfigError(
             f"{len(problems)} of {len(others) + 1} nodes cannot do the work: {'; '.join(problems[:5])}; expected the "
-            "driver's "
-            "releases on every node; install them there, or use one image for all"
+            "driver's releases on every node; install them there, or use one image for all"
         )
     event("environments checked", nodes=len(answers) + 1)
 
@@ -221,8 +219,7 @@ def require_resources(resources: ResourcesConfig) -> None:
     there = f"the {len(nodes)} nodes of the cluster ({cpus:g} CPU, {gpus:g} GPU in all)"
     raise ConfigError(
         f"resources.workers is {resources.workers} with {resources.cpus_per_worker} CPU and "
-        f"{resources.gpus_per_worker:g} GPU "
-        f"each; expected at most {max(room, ever or 0):g}, which is what fits on "
+        f"{resources.gpus_per_worker:g} GPU each; expected at most {max(room, ever or 0):g}, which is what fits on "
         f"{there if ever is None else 'all nodes it may start'}; ask for fewer workers, for less each, or for a larger "
         "cluster"
     )

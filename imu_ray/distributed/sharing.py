@@ -27,8 +27,7 @@ def share(value: Any, what: str, kind: type[ImuError]) -> "ray.ObjectRef[Any]":
     except Exception as error:
         raise kind(
             f"{what} cannot be sent to the workers ({type(error).__name__}: {error}); expected what pickles, without "
-            "open files, locks and "
-            "connections; open those where they are used"
+            "open files, locks and connections; open those where they are used"
         ) from None
 
 

@@ -161,6 +161,5 @@ def _explain(error: BaseException) -> ImuError:
     causes.sort(key=lambda cause: isinstance(cause, RuntimeError))
     return StageFailedError(
         f"ascent failed: {type(causes[0]).__name__}: {causes[0]}; the last good state is kept in the run directory; "
-        "the same call "
-        "takes it up from there"
+        "the same call takes it up from there"
     )

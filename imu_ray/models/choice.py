@@ -63,9 +63,9 @@ def choose_layers(model: nn.Module, example_inputs: Tensor, scope: str | Sequenc
         return order[-count:]
     if reasons and not (scope == "usable" and order):
         raise UnsupportedModelError(
-            f"ascent.scope is {scope if isinstance(scope, str) else list(scope)!r}, but {'; '.join(reasons)}; "
-            "expected layers nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face's Conv1D that are called once, "
-            "with a weight of their own; name other layers in ascent.scope"
+            f"ascent.scope is {scope if isinstance(scope, str) else list(scope)!r}, but {'; '.join(reasons)}; expected "
+            "layers nn.Linear, nn.Conv1d, nn.Conv2d or Hugging Face's Conv1D that are called once, with a weight of "
+            "their own; name other layers in ascent.scope"
         )
     return order
 
@@ -178,8 +178,8 @@ def _matches(model: nn.Module, patterns: Sequence[str], layers: Iterable[str], a
             if others:
                 raise ConfigError(
                     f"ascent.scope names {pattern!r}, but there is no {kind} in {', '.join(others[:3])}; expected a "
-                    f"pattern of {kind}s, because nothing else of a model is changed"
-                    f"{'; merge_and_unload() makes a model without adapters' * adapters}"
+                    f"pattern of {kind}s, because nothing else of a model is "
+                    f"changed{'; merge_and_unload() makes a model without adapters' * adapters}"
                 )
             raise ConfigError(
                 f"ascent.scope names {pattern!r}, which matches no layer of {type(model).__name__}; "

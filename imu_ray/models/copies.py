@@ -45,8 +45,7 @@ def to_eval(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}.eval() raised {type(error).__name__}: {error}; expected a model that can be put "
-            "in "
-            "eval mode; mend it"
+            "in eval mode; mend it"
         ) from None
     return model
 

@@ -57,8 +57,8 @@ def forward_errors(model: nn.Module, inputs: Tensor, kind: type[ImuError]) -> It
     except Exception as error:
         raise kind(
             f"{type(model).__name__} cannot take {len(inputs)} samples of shape {list(inputs.shape[1:])}: "
-            f"{type(error).__name__}: {error}; "
-            "expected inputs as the model was trained on; see forget_set.image_mode and image_size, or tokens_column"
+            f"{type(error).__name__}: {error}; expected inputs as the model was trained on; see forget_set.image_mode "
+            "and image_size, or tokens_column"
         ) from error
 
 
@@ -110,9 +110,8 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
     if len(matches) != 1:
         raise UnsupportedModelError(
             f"{'no' if not matches else len(matches)} linear layer gives the output of {type(model).__name__} itself; "
-            "expected one "
-            f"head whose output is the logits, with nothing after it; linear layers: {listed}; name one in model.head "
-            "if it is such a head"
+            f"expected one head whose output is the logits, with nothing after it; linear layers: {listed}; name one "
+            "in model.head if it is such a head"
         )
     head = layers[matches[0]]
     if head.in_features < 1 or head.out_features < 2:

@@ -31,9 +31,8 @@ def load_pretrained(path: str, **settings: Any) -> nn.Module:
     """
     if settings.get("trust_remote_code"):
         raise ConfigError(
-            "model.kwargs.trust_remote_code is true, which runs code from the model's folder; expected a model "
-            "that transformers has; "
-            "for another, name a factory of your own"
+            "model.kwargs.trust_remote_code is true, which runs code from the model's folder; expected a model that "
+            "transformers has; for another, name a factory of your own"
         )
     settings = {"dtype": "auto", "local_files_only": True, **settings, "trust_remote_code": False}
     model: Any
@@ -61,9 +60,9 @@ def load_pretrained(path: str, **settings: Any) -> nn.Module:
         raise
     except Exception as error:  # of many kinds
         raise CheckpointError(
-            f"model.factory is 'hf:{path}', which cannot be read ({type(error).__name__}: {error}); expected a "
-            "folder that "
-            "save_pretrained wrote, or a model in the local cache; model.kwargs.local_files_only=false downloads it"
+            f"model.factory is 'hf:{path}', which cannot be read ({type(error).__name__}: {error}); expected a folder "
+            "that save_pretrained wrote, or a model in the local cache; model.kwargs.local_files_only=false downloads "
+            "it"
         ) from None
 
 
@@ -102,8 +101,7 @@ def _load(folder: str, settings: dict[str, Any]) -> Any:
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{folder} holds no {', '.join(missing[:8])} of {type(model).__name__}; expected every tensor of the "
-            "model, because "
-            "those that are missing would be random"
+            "model, because those that are missing would be random"
         )
     model.loaded_use_cache = model.config.use_cache  # which the model is saved with
     model.config.use_cache = False

@@ -68,8 +68,7 @@ class ModelSpec:
         except Exception as error:
             raise ConfigError(
                 f"model.factory {self._name!r} refused kwargs {dict(self.kwargs)}: {type(error).__name__}: {error}; "
-                "expected those that it "
-                "takes; see model.kwargs"
+                "expected those that it takes; see model.kwargs"
             ) from error
         if not isinstance(model, nn.Module):
             raise ConfigError(
@@ -114,8 +113,7 @@ class ModelSpec:
         if name not in names:
             raise ConfigError(
                 f"model.factory is {name!r}; expected 'package.module:callable', 'hf:PATH' or a torchvision "
-                "classifier: "
-                f"{nearest(name, names)}"
+                f"classifier: {nearest(name, names)}"
             )
         return lambda **kwargs: torchvision.models.get_model(name, **{"weights": None, **kwargs})
 
@@ -134,6 +132,5 @@ def import_path(setting: str, path: str) -> Any:
     except Exception as error:  # importing runs the caller's code
         raise ConfigError(
             f"{setting} {path!r} cannot be imported ({type(error).__name__}: {error}); expected "
-            "'package.module:callable' "
-            "on the import path or in the working directory"
+            "'package.module:callable' on the import path or in the working directory"
         ) from error

@@ -117,8 +117,8 @@ class RunDirectory:
             manifest = None
         if not isinstance(manifest, dict):
             raise CheckpointError(
-                f"{self.location} holds files but no {MANIFEST} of a run; expected an empty or new directory, or "
-                "that of a run"
+                f"{self.location} holds files but no {MANIFEST} of a run; expected an empty or new directory, or that "
+                "of a run"
             )
         return manifest
 

@@ -151,8 +151,7 @@ def _finite(features_BF: Tensor, logits_BC: Tensor, ids: list[str]) -> Tensor:
         named = [ids[place] for place in bad.nonzero()[:, 0].tolist()]
         raise NonFiniteError(
             f"the model gives NaN, infinity or features beyond 3.4e38 for {len(named)} samples of a block (ids "
-            f"{first_of(named)}); expected "
-            "finite features and logits; check the weights and the inputs' scale"
+            f"{first_of(named)}); expected finite features and logits; check the weights and the inputs' scale"
         )
     return features_BF if features_BF.dtype == torch.float64 else features_BF.float()
 
@@ -199,8 +198,7 @@ def _check_repeatable(
         if not difference <= tolerance * largest:
             raise UnsupportedModelError(
                 f"features of the same rows differ by {float(difference / largest):.2g} of the largest when {where}; "
-                "expected a model that is "
-                f"deterministic in eval mode and takes each row by itself; look for {cause}"
+                f"expected a model that is deterministic in eval mode and takes each row by itself; look for {cause}"
             )
 
 
@@ -213,7 +211,6 @@ def _kept(features_BF: Tensor, dtype: str, ids: list[str]) -> npt.NDArray[np.flo
     if bad.any():
         raise NonFiniteError(
             f"features of {int(bad.sum())} samples of a block (the first: {ids[int(bad.nonzero()[0])]}) are beyond the "
-            f"range of {dtype}; "
-            "expected numbers up to 65504 (float16); use influence.feature_dtype=bfloat16 or float32"
+            f"range of {dtype}; expected numbers up to 65504 (float16); use influence.feature_dtype=bfloat16 or float32"
         )
     return rounded.numpy() if dtype == "float16" else rounded.view(torch.uint16).numpy()

@@ -105,10 +105,9 @@ def score_table(shard: FeatureShard, *columns: npt.NDArray[np.float64]) -> pa.Ta
     wrong = ~np.isfinite(columns).all(axis=0)
     if wrong.any():
         raise NonFiniteError(
-            f"loss, influence or gradient norm of {int(wrong.sum())} samples is NaN or infinite "
-            f"(ids {first_of(table.filter(pa.array(wrong))['sample_id'].to_pylist())}); expected finite numbers; check "
-            "the scale of "
-            "weights and inputs, and influence.damping"
+            f"loss, influence or gradient norm of {int(wrong.sum())} samples is NaN or infinite (ids "
+            f"{first_of(table.filter(pa.array(wrong))['sample_id'].to_pylist())}); expected finite numbers; check the "
+            "scale of weights and inputs, and influence.damping"
         )
     return table
 

@@ -163,8 +163,8 @@ def _check_linear(recomputed_BC: Tensor, logits_BC: Tensor, model: nn.Module, au
     if difference > tolerance * max(1.0, float(logits_BC.abs().max())):
         raise UnsupportedModelError(
             f"the output of {type(model).__name__} differs by {float(difference):.3g} from weight x features + bias of "
-            "its head; expected a "
-            "plain linear head with nothing after it; score and ascent would be those of another model"
+            "its head; expected a plain linear head with nothing after it; score and ascent would be those of another "
+            "model"
         )
 
 

@@ -42,9 +42,8 @@ class CausalLMTask(SequenceTask):
         tokenizer = load_tokenizer(config.tokenizer or getattr(model, "name_or_path", None))
         if config.messages_column is not None and not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
-                "forget_set.messages_column is set, but the tokenizer has no chat template; expected one; name "
-                "the tokenizer of a chat "
-                "model in forget_set.tokenizer, or use question_column and answer_column"
+                "forget_set.messages_column is set, but the tokenizer has no chat template; expected one; name the "
+                "tokenizer of a chat model in forget_set.tokenizer, or use question_column and answer_column"
             )
         return cls(config, tokenizer=tokenizer)
 
@@ -98,8 +97,7 @@ def load_tokenizer(folder: str | None) -> Any:
     except Exception as error:  # of many kinds
         raise ConfigError(
             f"no tokenizer can be read from {folder!r} ({type(error).__name__}); expected a folder that "
-            "tokenizer.save_pretrained "
-            "wrote; name it in forget_set.tokenizer"
+            "tokenizer.save_pretrained wrote; name it in forget_set.tokenizer"
         ) from None
 
 

@@ -71,16 +71,14 @@ class ClassificationTask:
         else:
             raise ForgetSetError(
                 f"no row of {samples.name} can be used (the last: {batch.bad_rows[0].reason}); expected at least one "
-                "that decodes to finite "
-                "numbers; see forget_set.image_column"
+                "that decodes to finite numbers; see forget_set.image_column"
             )
         name = find_head(model, batch.inputs.to(parameter.device), head)
         outputs = linear_layers(model)[name].out_features
         if config.classes is not None and (len(config.classes) != outputs or len(set(config.classes)) != outputs):
             raise ConfigError(
                 f"forget_set.classes lists {len(config.classes)} names ({len(set(config.classes))} different) for a "
-                f"model with {outputs} "
-                "outputs; expected every class once, in the order of the outputs"
+                f"model with {outputs} outputs; expected every class once, in the order of the outputs"
             )
         return cls(config, name, outputs, parameter.dtype, tuple(batch.inputs.shape[1:]))
 

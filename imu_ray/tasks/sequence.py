@@ -65,9 +65,8 @@ class SequenceTask:
             logits = logits_of(model(inputs))
         if logits.ndim != 3 or logits.shape[:2] != inputs.shape:
             raise UnsupportedModelError(
-                f"{type(model).__name__} gave {list(logits.shape)} for tokens {list(inputs.shape)}; expected "
-                "logits for "
-                "each token: [samples, tokens, vocabulary]"
+                f"{type(model).__name__} gave {list(logits.shape)} for tokens {list(inputs.shape)}; expected logits "
+                "for each token: [samples, tokens, vocabulary]"
             )
         return replace(reader, positions=length, num_classes=logits.shape[2])
 

@@ -138,8 +138,7 @@ def stop_targets(
             if unseen is None:
                 raise ConfigError(
                     f"ascent.stop.targets.{name} is 'auto' without unseen samples; expected evaluation['test'], whose "
-                    "samples show "
-                    "what such samples are like when they were never learnt; give it, or a number"
+                    "samples show what such samples are like when they were never learnt; give it, or a number"
                 )
             threshold, reason = (
                 unseen.expected(name),
@@ -155,8 +154,7 @@ def _membership_target(value: float | str, unseen: Unseen | None, tolerance: flo
     if unseen is None or not unseen.shares_labels:
         raise ConfigError(
             f"ascent.stop.targets.{MEMBERSHIP} is set without unseen samples of the forgotten labels; expected "
-            "evaluation['test'] "
-            "with some; give it"
+            "evaluation['test'] with some; give it"
         )
     return StopTarget(
         MEMBERSHIP, 0.5 if value == "auto" else float(value), f"ascent.stop.targets.{MEMBERSHIP}", tolerance

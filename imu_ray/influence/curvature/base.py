@@ -164,8 +164,7 @@ def damped_direction(fitted: FittedCurvature, moments: Moments) -> Tensor:
         raise NonFiniteError(
             "the damped mean gradient of the forget set is NaN or infinite in "
             f"{int((~torch.isfinite(direction)).sum())} of {direction.numel()} entries; expected finite features and "
-            "logits; "
-            "check the model's weights, the scale of its inputs, and influence.damping"
+            "logits; check the model's weights, the scale of its inputs, and influence.damping"
         )
     return direction
 
