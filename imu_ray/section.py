@@ -148,7 +148,8 @@ def _refusal(section: type[Section], values: Mapping[str, Any], error: Mapping[s
         return f"unknown setting {key!r}; {nearest(key, [section.prefix + item for item in settings_of(section)])}"
     schema = section.model_json_schema()["properties"][name]
     if error["type"] == "missing":
-        return f"{key} is missing; expected {in_words(schema)}: {schema.get('description', '')}"
+        meaning = " ".join(schema.get("description", "").split())
+        return f"{key} is missing; expected {in_words(schema)}: {meaning}"
     value = values[name]
     entries = schema.get("additionalProperties")
     if isinstance(value, Mapping) and isinstance(entries, dict) and inner:

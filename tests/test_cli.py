@@ -80,7 +80,10 @@ def test_the_recipe_comes_before_the_other_settings_of_a_job(job_file):
         ("model.factori=x", "unknown setting 'model.factori'.*did you mean model.factory"),
         ("forget_set.path=3", "forget_set.path is 3; expected text"),
         ("forget_set=/x", "forget_set is '/x'; expected a mapping of settings such as forget_set.path"),
-        ("original.checkpoint=x", "original.factory is missing; expected text: `package.module:callable`"),
+        (
+            "original.checkpoint=x",
+            "original.factory is missing; expected text: `package.module:callable`.* language model",
+        ),
         ("recipe=papper", "did you mean paper"),
         ("recipe=null", "recipe is None; expected one of"),
         ("run_dir=5", "run_dir is 5; expected text"),

@@ -42,7 +42,7 @@ def matrix_of(layer: Layer) -> Tensor:
 
 def weights_of(layer: Layer, matrix_CD: Tensor) -> dict[str, Tensor]:
     """``weight`` and, if there is one, ``bias`` in the layer's shapes and the matrix's type: parts of the matrix."""
-    _, width = _sizes(layer)
+    _, width = sizes_of(layer)
     weight_CD = matrix_CD[:, :width]
     weight = {"weight": weight_CD.T if _transposed(layer) else weight_CD.reshape(layer.weight.shape)}
     return weight if layer.bias is None else {**weight, "bias": matrix_CD[:, width]}
@@ -99,7 +99,7 @@ def layer_io(layer: Layer, inputs: Tensor, output_grads: Tensor) -> LayerIO:
 
 def pieces(layer: Layer, inputs: Tensor, output_grads: Tensor, numbers: int = 0) -> Iterator[LayerIO]:
     """``layer_io`` of a few samples after another, so that their inputs, or ``numbers`` each, take little memory."""
-    outputs, width = _sizes(layer)
+    outputs, width = sizes_of(layer)
     width *= layer.groups if isinstance(layer, Convolution) else 1
     positions = output_grads[0].numel() // outputs
     rows = max(1, PIECE // max(positions * width, numbers))
@@ -126,7 +126,7 @@ def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -
 
     is used where that takes less work than the gradient itself.
     """
-    outputs, width = _sizes(layer)
+    outputs, width = sizes_of(layer)
     positions = output_grads[0].numel() // outputs
     if 2 * positions * (outputs + width) > outputs * width:
         gradients = sample_gradients(layer, inputs, output_grads)
@@ -144,7 +144,7 @@ def _transposed(layer: nn.Module) -> bool:
     return not isinstance(layer, Layer)
 
 
-def _sizes(layer: Layer) -> tuple[int, int]:
+def sizes_of(layer: Layer) -> tuple[int, int]:
     """C, and the inputs of one output without the bias input."""
     outputs, inputs = len(layer.weight), layer.weight[0].numel()
     return (inputs, outputs) if _transposed(layer) else (outputs, inputs)

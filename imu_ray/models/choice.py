@@ -61,6 +61,8 @@ def choose_layers(model: nn.Module, example_inputs: Tensor, scope: str | Sequenc
                 + "".join(f"; {reason}" for reason in reasons[:3])
             )
         return order[-count:]
+    if not order and not reasons:
+        reasons = [f"{type(model).__name__} has no layer that can be changed"]
     if reasons and not (scope == "usable" and order):
         raise UnsupportedModelError(
             f"ascent.scope is {scope if isinstance(scope, str) else list(scope)!r}, but {'; '.join(reasons)}; expected "

@@ -133,7 +133,7 @@ class RunDirectory:
             self.storage.write(name, fill)
 
     def write_folder(self, name: str, fill: Callable[[Path], object]) -> None:
-        """Write a folder of artifacts: ``fill`` gets an empty one. Its configuration, which tells it, comes last."""
+        """Write a folder: ``fill`` gets an empty one. The configuration, which is read first, comes last."""
         with self._room_for(name), self.storage.scratch() as made:
             fill(Path(made))
             self.storage.remove(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.gradients import gradient_sum
-from imu_ray.influence.layer_io import Layer, pieces, sample_gradients, squared_gradient_norms, weights_of
+from imu_ray.influence.layer_io import Layer, pieces, sample_gradients, sizes_of, squared_gradient_norms, weights_of
 from imu_ray.models.copies import plain_copy
 
 
@@ -27,7 +27,7 @@ class Seen:
 def layer_moments(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Moments:
     """``Moments.of`` a block of any layer: products and sums over the block in the inputs' type, float32 at least."""
     parts = pieces(layer, inputs, output_grads)
-    if output_grads[0].numel() == len(layer.weight):  # one position, of which the squares have a closed form
+    if output_grads[0].numel() == sizes_of(layer)[0]:  # one position, of which the squares have a closed form
         found = merge_tree(map(Moments.of, parts))
         return Moments(found.count, found.gradient_sum_CD.double(), found.squared_sum_CD.double())
     total = functools.reduce(torch.add, map(gradient_sum, parts))

@@ -88,6 +88,12 @@ def test_a_scope_that_names_no_layers_is_refused(scope, message):
         choose_layers(named("fc"), EXAMPLE, scope, "fc")
 
 
+@pytest.mark.parametrize("scope", ["all", "usable"])
+def test_a_model_without_a_layer_that_can_be_changed_is_refused(scope):
+    with pytest.raises(UnsupportedModelError, match="but Embedding has no layer that can be changed; expected layers"):
+        choose_layers(nn.Embedding(5, 3).eval(), torch.zeros(2, 4, dtype=torch.int64), scope, "")
+
+
 class Odd(nn.Module):
     """A layer of a kind that is given, before the head."""
 
