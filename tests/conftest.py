@@ -12,6 +12,7 @@ import torch
 from pyarrow import fs
 
 ROOT = Path(__file__).resolve().parents[1]
+DRIVER_SECONDS = 280  # of a driver script, several times what it takes
 
 # Workers import the package and the tests' own modules.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -68,7 +69,11 @@ def drive(python_environment):
     def run(script, *arguments):
         command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
         environment = {**python_environment, "RAY_TMPDIR": tempfile.mkdtemp(dir="/tmp")}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        try:
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DRIVER_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            said = (error.stderr or b"").decode(errors="replace")[-20_000:]
+            pytest.fail(f"{script} {' '.join(command[2:])} hangs:\n{said}")
 
     return run
 

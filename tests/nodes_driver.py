@@ -4,6 +4,8 @@ What must happen at a certain place is triggered by the sample or the shard that
 """
 
 import contextlib
+import faulthandler
+import functools
 import gc
 import json
 import os
@@ -204,32 +206,31 @@ def lose_nodes(folder):
     return cluster
 
 
-def lose_nodes_in_updates(folder):
-    """Undisturbed updates on one node; then, on several, one lost between steps, and one in each phase of one step."""
+def lose_nodes_in_update(case, folder):
+    """An undisturbed update on one node; then, on several, one lost between steps, or one in each phase of one step."""
     inputs, labels = tensors(ROWS, dtype=torch.float64)
-    head = Wide(2048).double(), (inputs, labels)
-    layers = lively(Residual).double(), (inputs.repeat(1, 1, 4, 4), labels)  # images with features as large
+    recipe, more, usual = UPDATES[case]
+    if case == "head":
+        model = Wide(2048).double()
+    else:  # on images with features as large
+        model, inputs = lively(Residual).double(), inputs.repeat(1, 1, 4, 4)
     cluster = start_cluster()
     cluster.add_node(num_cpus=2)
 
-    def update(case, place, workers, target=None):
-        model, data = head if case == "head" else layers
-        recipe, more, usual = UPDATES[case]
-        pipeline.resolve_targets = lambda *_: [target or usual]
+    def update(place, workers, target):
+        pipeline.resolve_targets = lambda *_: [target]
         workers = {"resources.workers": workers, "resources.ascent_workers": workers}
         config = UnlearnConfig.from_recipe(recipe).with_overrides(SMALL | more | workers)
-        return imu_ray.unlearn(model, Pairs(*data), config=config, run_dir=place / "run").model
+        return imu_ray.unlearn(model, Pairs(inputs, labels), config=config, run_dir=place / "run").model
 
-    alone = {case: update(case, made(folder, "none", case), 1) for case in UPDATES}
-    for case, expected in alone.items():
-        place, phases = made(folder, case), PHASES if case == "one step" else {}
-        for _ in range(len(phases) or 1):
-            cluster.add_node(num_cpus=2)
-        target = None if phases else NodeLosingTarget(*NEVER, folder=str(place), step=6)
-        with losing(phases, place):
-            changed = update(case, place, 2, target)
-        original, _ = head if case == "head" else layers
-        (place / "apart").write_text(str(apart(changed, expected, original)))
+    alone = update(made(folder, "none"), 1, usual)
+    phases = PHASES if case == "one step" else {}
+    for _ in range(len(phases) or 1):
+        cluster.add_node(num_cpus=2)
+    target = usual if phases else NodeLosingTarget(*NEVER, folder=str(folder), step=6)
+    with losing(phases, folder):
+        changed = update(folder, 2, target)
+    (folder / "apart").write_text(str(apart(changed, alone, model)))
     return cluster
 
 
@@ -308,11 +309,12 @@ def refuse_a_node(folder):
 
 
 SCENARIOS = {
-    "lose": lose_nodes, "lose in updates": lose_nodes_in_updates, "add": add_a_node, "spill": spill, "refuse": refuse_a_node, "count": count_shards,
-}  # fmt: skip
+    "lose": lose_nodes, "add": add_a_node, "spill": spill, "refuse": refuse_a_node, "count": count_shards,
+} | {case: functools.partial(lose_nodes_in_update, case) for case in UPDATES}  # fmt: skip
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(float(os.environ.get("DUMP", 240)))
     running = SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
     ray.shutdown()
     running.shutdown()

@@ -43,20 +43,15 @@ def test_features_that_were_lost_with_their_node_are_made_again(losses):
     assert sum((losses / stage / "reads").stat().st_size for stage in STAGES) > len(STAGES) * (ROWS + 1)
 
 
-@pytest.fixture(scope="module")
-def updates(tmp_path_factory, play):
-    """Updates in which nodes were lost, and how far from the undisturbed ones they ended."""
-    return play("lose in updates", tmp_path_factory.mktemp("updates"))
-
-
 # One step is sums in a fixed order; the steps of two workers differ from one worker's in the order of theirs.
 @pytest.mark.parametrize(
     ("update", "lost", "tolerance"),
     [("head", ["node"], 1e-9), ("layers", ["node"], 1e-9), ("one step", ["curvature", "gradient", "trial"], 0)],
 )
-def test_a_node_lost_while_parameters_move_leaves_the_same_model(updates, update, lost, tolerance):
-    assert all((updates / update / token).exists() for token in lost), "nodes were lost"
-    assert float((updates / update / "apart").read_text()) <= tolerance
+def test_a_node_lost_while_parameters_move_leaves_the_same_model(tmp_path, play, update, lost, tolerance):
+    play(update, tmp_path)
+    assert all((tmp_path / token).exists() for token in lost), "nodes were lost"
+    assert float((tmp_path / "apart").read_text()) <= tolerance
 
 
 @pytest.fixture(scope="module")

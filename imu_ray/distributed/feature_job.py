@@ -30,6 +30,7 @@ from imu_ray.scopes.features import FeatureShard, ShardReport, take_rows
 from imu_ray.tasks.base import rows_at_once
 
 R = TypeVar("R")
+ARRIVAL_SECONDS = 120.0  # within which some of the features that a process waits for must come
 REDUCE_FAN_IN = 8  # a power of two, so that the tree over block index is kept
 
 
@@ -82,8 +83,17 @@ def _made(features: FeatureShard | FeatureSpec) -> FeatureShard:
 
 
 def fetch(refs: "list[ray.ObjectRef[FeatureShard]] | list[FeatureSpec]") -> list[FeatureShard]:
-    """The features of a whole set, in this process, which may be the caller's own."""
+    """The features of a whole set, in this process, which may be the caller's own.
+
+    Raises:
+        TimeoutError: some do not come; they were lost with their node, and there is no room to make them again.
+    """
     if not isinstance(refs[0], FeatureSpec):
+        waiting = refs
+        while waiting:
+            came, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=ARRIVAL_SECONDS)
+            if not came:
+                raise TimeoutError(f"{len(waiting)} of {len(refs)} shards of features did not come")
         return list(ray.get(refs))
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

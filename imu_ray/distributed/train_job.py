@@ -1,6 +1,7 @@
 """An update on Ray Train: data-parallel over features; in this process when one worker is asked for."""
 
 import contextlib
+import logging
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from imu_ray.errors import ImuError, StageFailedError
 from imu_ray.events import event
 from imu_ray.run.directory import RunDirectory
 from imu_ray.scopes.base import Parameters, Part, Record, Scope
-from imu_ray.scopes.features import FeatureStore
+from imu_ray.scopes.features import FeatureShard, FeatureStore
 from imu_ray.scopes.layers import Layers
 from imu_ray.scopes.workers import Workers
 from imu_ray.updates import UPDATES
@@ -82,6 +83,28 @@ def update(
     job = Job(problem, part, sets, str(run.location), resources.cpus_per_worker, report)
     if here:
         return _run(job, Workers(), None if layers is None else TaskScope(layers, features))
+    for left in reversed(range(resources.max_retries + 1)):
+        try:
+            return _fit(job, resources, run, trial)
+        except train.TrainingFailedError as error:
+            cause = _cause(error)
+            if isinstance(cause, ImuError) or not left:
+                raise _explain(cause) from None
+            event("ascent workers lost", level=logging.WARNING, reason=_first_line(cause))
+        # A node that was lost may have held features. They are made again now, because workers that wait for them would
+        # hold the CPUs that this takes.
+        for made in features.values():
+            if not made.runner.recompute:
+                made.map("features", _rows)
+    raise AssertionError("the last failure raises")
+
+
+def _rows(shard: FeatureShard) -> int:
+    return len(shard.ids)
+
+
+def _fit(job: Job, resources: ResourcesConfig, run: RunDirectory, trial: Trial | None) -> UpdateOutcome:
+    """One group of workers, from where the saved state stops."""
     # A name of its own each time: under a known name, Train would go on with a stale run.
     name, storage = f"update-{uuid.uuid4().hex[:8]}", f"{run.storage.root}/state/train"
     per_worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
@@ -91,7 +114,7 @@ def update(
         # nccl refuses two workers on one GPU.
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker >= 1 else "gloo"),
         scaling_config=train.ScalingConfig(
-            num_workers=workers,
+            num_workers=resources.ascent_workers,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={key: value for key, value in per_worker.items() if value},
         ),
@@ -100,13 +123,9 @@ def update(
             storage_path=storage,
             storage_filesystem=run.storage.filesystem,
             callbacks=trial.callbacks if trial else [],
-            failure_config=train.FailureConfig(max_failures=resources.max_retries),
         ),
     )
-    try:
-        outcome = trainer.fit().return_value
-    except train.TrainingFailedError as error:
-        raise _explain(error) from None
+    outcome: UpdateOutcome = trainer.fit().return_value
     return outcome
 
 
@@ -150,16 +169,23 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _explain(error: BaseException) -> ImuError:
+def _cause(error: BaseException) -> BaseException:
+    """The first failure of a group of workers."""
     failures = getattr(error, "worker_failures", None) or {}
     causes = [getattr(failure, "cause", failure) for failure in failures.values()] or [error]
-    for cause in causes:
-        if isinstance(cause, ImuError):
-            return cause
     # When a worker ends, the sums of the others fail in gloo or nccl: that tells of the first failure, not of its
     # cause.
-    causes.sort(key=lambda cause: isinstance(cause, RuntimeError))
+    return min(causes, key=lambda cause: (not isinstance(cause, ImuError), isinstance(cause, RuntimeError)))
+
+
+def _first_line(cause: BaseException) -> str:
+    return f"{type(cause).__name__}: {cause}".partition("\n")[0]
+
+
+def _explain(cause: BaseException) -> ImuError:
+    if isinstance(cause, ImuError):
+        return cause
     return StageFailedError(
-        f"ascent failed: {type(causes[0]).__name__}: {causes[0]}; the last good state is kept in the run directory; "
+        f"ascent failed: {type(cause).__name__}: {cause}; the last good state is kept in the run directory; "
         "the same call takes it up from there"
     )

@@ -238,3 +238,14 @@ def test_a_part_is_scored_as_if_it_were_all():
 def test_a_part_that_is_not_there_is_refused(size, message):
     with pytest.raises(ConfigError, match=message):
         selected(size)
+
+
+@ray.remote(resources={"nowhere": 1})
+def never():
+    return None
+
+
+def test_a_process_does_not_wait_for_ever_for_features_that_nothing_can_make(monkeypatch):
+    monkeypatch.setattr(feature_job, "ARRIVAL_SECONDS", 0.05)
+    with pytest.raises(TimeoutError, match="1 of 2 shards of features did not come"):
+        feature_job.fetch([ray.put(None), never.remote()])

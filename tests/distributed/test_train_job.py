@@ -38,7 +38,7 @@ def update(tmp_path, workers, target=NEVER, retries=2):
 def test_of_several_failures_the_one_that_is_not_about_another_worker_is_told():
     failed = RuntimeError()
     failed.worker_failures = {0: RuntimeError("Connection closed by peer"), 1: MemoryError("no room")}
-    assert "MemoryError: no room" in str(train_job._explain(failed))
+    assert "MemoryError: no room" in str(train_job._explain(train_job._cause(failed)))
 
 
 def test_a_killed_worker_changes_nothing(tmp_path):
