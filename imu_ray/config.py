@@ -117,6 +117,10 @@ class InfluenceConfig(Section):
     """when influence is scored: of the original head; or again, from the cached features, at the start of each epoch of
     the ascent, or within each batch; every sample is then in a batch, and those that are not kept there have no
     weight"""
+    reference: Literal["forget_set", "batch"] = "forget_set"
+    """what a sample is scored against: the mean gradient and the curvature of the whole forget set, or of its own batch
+    alone, a block of `block_rows` rows (paper: re-identification and language models). What `forget_set.size` leaves
+    out of a block is not in its batch; the manifest says how many rows the batches have"""
     curvature_set: str = "forget"
     """samples that the curvature is fitted on: `forget`, or the name of an evaluation set"""
     damping: float = Field(0.01, gt=0)

@@ -67,6 +67,11 @@ def _check_layers(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
         )
     if settings.recipe == "classes" and LABEL not in kind.fields(settings.forget_set):
         raise ConfigError(f"recipe is 'classes' with task {task!r}, whose samples are of no class; expected samples")
+    if influence.reference == "batch" and (influence.refresh, influence.curvature_set) != ("once", "forget"):
+        raise ConfigError(
+            f"influence.refresh is {influence.refresh!r} and influence.curvature_set {influence.curvature_set!r} with "
+            "influence.reference 'batch'; expected once and forget"
+        )
     if ascent.views and not kind.augmented:
         raise ConfigError(f"ascent.views is {ascent.views} with task {task!r}, which has none; expected 0")
     kinds = ("none", "kfac") if deep else ("none", *PRECONDITIONERS)

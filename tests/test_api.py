@@ -154,6 +154,17 @@ def test_the_curvature_may_be_fitted_on_an_evaluation_set(finished, tmp_path):
         score(named("heads.head"), pairs(50), config=config(influence__curvature_set="retain"))
 
 
+def test_rows_can_be_scored_beside_their_own_batches(finished, tmp_path):
+    result = start(tmp_path / "run", influence__reference="batch")
+    assert result.intensities["loss"].equals(finished[2].intensities["loss"])
+    assert not result.intensities["influence"].equals(finished[2].intensities["influence"])
+    figures = result.manifest["influence"]
+    assert (figures["batches"], figures["batch_rows"]) == (4, [2, 16])
+    assert "4 batches of 2 to 16 rows" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(ConfigError, match=r"influence.refresh is 'step' .* with influence.reference 'batch'"):
+        start(tmp_path / "other", influence__reference="batch", influence__refresh="step")
+
+
 @pytest.mark.parametrize("refresh", ["epoch", "step"])
 def test_scoring_again_leaves_the_first_intensities_and_another_model(refresh, finished, tmp_path):
     again = start(tmp_path / "run", influence__refresh=refresh)

@@ -1,14 +1,14 @@
 """Scores on Ray tasks: statistics of the forget set's features, a direction, and every sample against it."""
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from imu_ray.config import UnlearnConfig
+from imu_ray.config import InfluenceConfig, UnlearnConfig
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.influence.direction import fit_directions
 from imu_ray.influence.intensity import Column
@@ -17,6 +17,7 @@ from imu_ray.scopes.features import SCORE_SCHEMA, FeatureShard, labels_column
 
 ROW_GROUP = 65_536  # rows of the table that are written at once
 JOINED = 64  # parts of the table that are copied into one, because each holds the whole message that it came in
+SHARES = ("plain_gradient_share", "fisher_below_damping")  # of a direction, which are told of batches as their means
 INTENSITY_SCHEMA = SCORE_SCHEMA.append(pa.field("outlier", pa.float64())).append(pa.field("intensity", pa.float64()))
 
 
@@ -51,6 +52,23 @@ def score_shard(shard: FeatureShard, part: Part, directions: Parameters) -> pa.T
     return part.scores(shard, directions)
 
 
+def score_batches(shard: FeatureShard, part: Part, settings: InfluenceConfig) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """The same with each block as a batch of its own (``influence.reference``), and what stands behind each batch."""
+    tables, figures = [SCORE_SCHEMA.empty_table()], []
+    for block in shard.split():
+
+        def reduce(statistics: Statistics, block: FeatureShard = block) -> Mapping[str, Any]:
+            return part.statistics(block, dict.fromkeys(part.parameters, statistics)).parts
+
+        def norm_quantile(level: float, block: FeatureShard = block) -> float:
+            return float(np.quantile(part.norms(block), level))
+
+        directions, found = fit_directions(settings, list(part.parameters), reduce, None, norm_quantile)
+        tables.append(part.scores(block, directions))
+        figures.append({**{name: found[name] for name in SHARES}, "rows": len(block.ids)})
+    return pa.concat_tables(tables), figures
+
+
 def norms_of(shard: FeatureShard, part: Part) -> Column:
     """Gradient norm of every sample of a shard."""
     return part.norms(shard)
@@ -65,6 +83,19 @@ def score(features: FeatureSet, part: Part, config: UnlearnConfig, fitted_on: Fe
         config: ``influence.*``.
         fitted_on: features that the curvature is fitted on; None: those of the forget set.
     """
+    if config.influence.reference == "batch":
+        batches: list[dict[str, Any]] = []
+
+        def tables() -> Iterator[pa.Table]:
+            function = functools.partial(score_batches, part=part, settings=config.influence)
+            for table, found in features.stream("scores", function):
+                batches.extend(found)
+                yield table
+
+        scores = _collect(tables(), features, part, config)
+        rows = [each["rows"] for each in batches]
+        means = {name: float(np.mean([each[name] for each in batches])) for name in SHARES}
+        return replace(scores, figures={**means, "batches": len(batches), "batch_rows": [min(rows), max(rows)]})
 
     def norm_quantile(level: float) -> float:
         norms = features.map("gradient norms", functools.partial(norms_of, part=part))
@@ -81,16 +112,22 @@ def score(features: FeatureSet, part: Part, config: UnlearnConfig, fitted_on: Fe
         None if fitted_on is None else functools.partial(reduce, fitted_on, "curvature"),
         norm_quantile,
     )
+    function = functools.partial(score_shard, part=part, directions=directions)
+    return replace(_collect(features.stream("scores", function), features, part, config), figures=figures)
+
+
+def _collect(tables: Iterable[pa.Table], features: FeatureSet, part: Part, config: UnlearnConfig) -> Scores:
+    """The columns of all shards, and what follows from them."""
     columns = {name: np.empty(features.rows) for name in ("loss", "influence", "gradient_norm")}
     counts, start = np.zeros(part.task.num_classes, np.int64), 0
-    for scored in features.stream("scores", functools.partial(score_shard, part=part, directions=directions)):
+    for scored in tables:
         for name, column in columns.items():
             column[start : start + len(scored)] = scored[name]
         counts += np.bincount(scored["label"].drop_null(), minlength=len(counts))
         start += len(scored)
     norm = float(np.quantile(columns["gradient_norm"], config.influence.clip_quantile))
     label_counts = {label: count for label, count in enumerate(counts.tolist()) if count}
-    return Scores(columns["loss"], columns["gradient_norm"], columns["influence"], label_counts, norm, figures)
+    return Scores(columns["loss"], columns["gradient_norm"], columns["influence"], label_counts, norm, {})
 
 
 def _identify(shard: FeatureShard) -> tuple[pa.StringArray, pa.Array]:

@@ -43,6 +43,20 @@ class FeatureShard:
             yield slice(start, start + size)
             start += size
 
+    def split(self) -> Iterator["FeatureShard"]:
+        """Each block that holds rows as a shard of its own."""
+        for rows in self.block_rows():
+            size = rows.stop - rows.start
+            if size:
+                yield replace(
+                    self,
+                    features_nF=self.features_nF[rows],
+                    labels_n=self.labels_n[rows],
+                    ids=self.ids.slice(rows.start, size),
+                    block_sizes=(size,),
+                    places_n=self.places_n[rows],
+                )
+
     def features(self, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """Features of some rows as floating numbers."""
         kept: npt.NDArray[Any] = self.features_nF[rows]

@@ -6,11 +6,12 @@ import pyarrow as pa
 import pytest
 import torch
 from architectures import named
-from pure import pure_scores
+from pure import pure_features, pure_scores
 from samples import Pairs, tensors
 from torch import nn
 
-from imu_ray.config import ForgetSetConfig
+from imu_ray.config import ForgetSetConfig, InfluenceConfig
+from imu_ray.distributed.score_job import score_batches
 from imu_ray.errors import NonFiniteError
 from imu_ray.scopes.features import FeatureShard
 from imu_ray.scopes.head import Head, score_shard
@@ -27,6 +28,18 @@ def test_scores_equal_the_autograd_oracle(name, bias, dtype, tolerance):
     scores = pure_scores(model, Pairs(inputs, labels))
     # Normwise: near zero the elementwise relative error of a float32 score means nothing.
     assert np.abs(scores - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_the_head_is_scored_beside_its_batch_as_the_oracle_scores_each_batch():
+    model = named("fc").double()
+    inputs, labels = tensors(20, dtype=torch.float64)
+    expected = [
+        oracle.influence(model, "fc", inputs[rows], labels[rows]) for rows in (slice(8), slice(8, 16), slice(16, 20))
+    ]
+    made, head = pure_features(model, Pairs(inputs, labels))
+    tables = [score_batches(shard, head, InfluenceConfig())[0] for shard in made]
+    found = np.concatenate([table["influence"].to_numpy() for table in tables])
+    assert np.abs(found - np.concatenate(expected)).max() <= 1e-10 * np.abs(found).max()
 
 
 def test_identity_curvature_is_a_plain_gradient_product():

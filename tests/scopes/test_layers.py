@@ -20,6 +20,7 @@ from imu_ray.audits.accuracy import output_change
 from imu_ray.audits.base import predict_shard
 from imu_ray.config import InfluenceConfig, UnlearnConfig
 from imu_ray.data import ViewSource, open_source
+from imu_ray.distributed.score_job import score_batches
 from imu_ray.errors import UnsupportedModelError
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
@@ -273,6 +274,22 @@ def test_moments_and_influence_are_those_of_single_samples_and_add_up_over_layer
             with torch.no_grad():
                 losses = functional.cross_entropy(it.model(it.inputs[rows]), it.labels[rows], reduction="none")
             np.testing.assert_allclose(table["loss"], losses, rtol=1e-10)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("net", NETS)
+def test_a_batch_is_its_own_reference_whatever_the_shards(net, blocks):
+    it, damping = case(net), 0.01
+    gradients = sample_gradients(it, it.model, it.labels)
+    expected = torch.zeros(ROWS, dtype=torch.float64)
+    for rows in (slice(start, start + 4) for start in range(0, ROWS, 4)):
+        for own in (each[rows] for each in gradients.values()):
+            direction = own.mean(0) / (own.square().mean(0) + damping)
+            expected[rows] -= (own * direction).flatten(1).sum(1)
+    made = [score_batches(shard, it.part, InfluenceConfig(damping=damping)) for shard in shards_of(it, 4, blocks)]
+    found = torch.from_numpy(np.concatenate([table["influence"].to_numpy() for table, _ in made]))
+    close({"influence": found}, {"influence": expected}, 1e-9)
+    assert [each["rows"] for _, figures in made for each in figures] == [4, 4, 4, 4, 4, 1]
 
 
 def test_a_gradient_is_clipped_at_its_norm_over_all_layers():
