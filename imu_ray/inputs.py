@@ -32,7 +32,7 @@ from imu_ray.scopes.features import FeatureShard, ShardReport
 from imu_ray.scopes.head import Head
 from imu_ray.scopes.layers import Layers
 from imu_ray.tasks import TASKS
-from imu_ray.tasks.base import Batch, Task
+from imu_ray.tasks.base import Batch, Task, rows_at_once
 
 EXAMPLES = 8  # rows that a model is traced with
 
@@ -228,7 +228,7 @@ def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConf
     """The layers that ``ascent.scope`` means."""
     if not config.ascent.deep:
         return Head.of(model, task)
-    example = usable_batch(task, samples, EXAMPLES)
+    example = usable_batch(task, samples, rows_at_once(EXAMPLES, task))
     names = choose_layers(model, example.inputs, config.ascent.scope, task.head)
     if task.retrieval_sets and set(names) == {task.head}:
         raise ConfigError(

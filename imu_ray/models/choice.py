@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imu_ray.errors import ConfigError, UnsupportedModelError, nearest
 from imu_ray.influence.layer_io import kind_of
 from imu_ray.models.adapters import adapter_layers, moving_base, pair_of
-from imu_ray.models.layers import evaluation_mode, forward_errors, logits_of
+from imu_ray.models.layers import detached, evaluation_mode, forward_errors, logits_of
 
 SCOPE = re.compile(r"head|all|usable|adapters|last:[1-9][0-9]*")  # what a scope may be besides a list of patterns
 SIMILAR = (nn.modules.conv._ConvNd, nn.Bilinear)  # refused by name where a scope asks for them
@@ -107,7 +107,8 @@ def _usable_layers(
             torch.enable_grad(),  # without, modules such as nn.TransformerEncoderLayer do not call their layers
             forward_errors(model, example_inputs, UnsupportedModelError),
         ):
-            loss = logits_of(torch.func.functional_call(model, parameters, (example_inputs,))).sum()
+            given = {**detached(model), **parameters}
+            loss = logits_of(torch.func.functional_call(model, given, (example_inputs,))).sum()
             inputs = list(parameters.values())
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs and loss.requires_grad else ()
     finally:

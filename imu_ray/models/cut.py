@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from imu_ray.models.layers import evaluation_mode, logits_of
+from imu_ray.models.layers import detached, evaluation_mode, logits_of
 
 Values = tuple[Tensor, ...]
 SHAPE_METHODS = ("size", "dim", "ndimension", "numel")
@@ -122,11 +122,16 @@ class Cut:
         return values
 
     def suffix(self, values: Values, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Logits ``[B, C]``, with ``parameters`` in place of the model's own of these names; differentiable in both."""
+        """Logits ``[B, C]``, with ``parameters`` in place of the model's own of these names; differentiable in both.
+
+        The model's other parameters get no gradient then, so that nothing is kept for one below the lowest of these.
+        """
         if self.plan.copied:
             values = tuple(value.clone() for value in values)
         rest = self.model if self._parts is None else self._parts[1]
-        return logits_of(torch.func.functional_call(rest, dict(parameters), values) if parameters else rest(*values))
+        if not parameters:
+            return logits_of(rest(*values))
+        return logits_of(torch.func.functional_call(rest, {**detached(rest), **parameters}, values))
 
     def join(self, values: Values) -> Tensor:
         """The values as one matrix ``[B, F]``."""

@@ -23,6 +23,11 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def detached(model: nn.Module) -> dict[str, Tensor]:
+    """A model's own parameters by name, which no gradient flows into."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def compile_around(model: nn.Module, head: str) -> None:
     """Compile, in place, every part of the model that does not hold the head, whose input is caught by a hook."""
     for name, child in model.named_children():

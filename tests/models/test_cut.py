@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,3 +216,19 @@ def test_what_does_not_depend_on_a_sample_does_not_cross():
 
 def test_one_sample_is_enough_of_an_example():
     assert not Cut.of(SmallViT(depth=2).eval(), IMAGES[:1], ["blocks.1.fc2"]).trivial
+
+
+def test_nothing_is_kept_for_parameters_that_do_not_move():
+    model = SmallViT(depth=4).eval()
+    layers = [f"blocks.3.{name}" for name in ("fc1", "fc2")]
+    moved = {f"{name}.weight": model.get_submodule(name).weight.detach().requires_grad_() for name in layers}
+    trivial = Cut(model, replace(Cut.of(model, IMAGES, layers).plan, reason="not cut", shapes=((3, 32, 32),)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        logits = trivial.suffix((IMAGES,), moved)
+        some, kept[:] = len(kept), []
+        trivial.suffix((IMAGES,))
+    assert some < len(kept) / 3, "only what follows the first of the layers"
+    own = list(model.parameters())
+    assert torch.autograd.grad(logits.sum(), own, allow_unused=True) == (None,) * len(own)
+    assert all(parameter.requires_grad for parameter in own), "the model is as it was"
