@@ -29,10 +29,14 @@ class ModelSection(Section):
     """name of the classifier head, when it cannot be told"""
     merge_adapter: bool = False
     """write the base model with the adapter merged into it, in place of the adapter alone"""
+    gradient_checkpointing: bool = False
+    """run the blocks of a Hugging Face model again on the way back in place of keeping what they computed: less memory,
+    a third more time, the same numbers"""
 
     def spec(self) -> ModelSpec:
         """The model as the stages take it."""
-        return ModelSpec(self.factory, nest(self.kwargs), self.checkpoint, self.head, self.merge_adapter)
+        own = {"kwargs": nest(self.kwargs)}
+        return ModelSpec(**{**{name: getattr(self, name) for name in type(self).model_fields}, **own})
 
 
 class OriginalSection(ModelSection):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from imu_ray.errors import ConfigError, UnsupportedModelError, nearest
 from imu_ray.influence.layer_io import kind_of
 from imu_ray.models.adapters import adapter_layers, moving_base, pair_of
+from imu_ray.models.blocks import run_again
 from imu_ray.models.layers import detached, evaluation_mode, forward_errors, logits_of
 
 SCOPE = re.compile(r"head|all|usable|adapters|last:[1-9][0-9]*")  # what a scope may be besides a list of patterns
@@ -108,7 +109,10 @@ def _usable_layers(
             forward_errors(model, example_inputs, UnsupportedModelError),
         ):
             given = {**detached(model), **parameters}
-            loss = logits_of(torch.func.functional_call(model, given, (example_inputs,))).sum()
+            with run_again(model):
+                loss = logits_of(torch.func.functional_call(model, given, (example_inputs,))).sum()
+            for hook in hooks:  # a block may be run again
+                hook.remove()
             inputs = list(parameters.values())
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs and loss.requires_grad else ()
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from imu_ray.models.blocks import checkpointed, run_again
 from imu_ray.models.layers import detached, evaluation_mode, logits_of
 
 Values = tuple[Tensor, ...]
@@ -72,6 +73,8 @@ class Cut:
         inputs = example_inputs[rows].clone()
         with _evaluation(model):
             try:
+                if checkpointed(model):
+                    raise _Uncut("blocks that are run again stay whole")
                 cut = cls(model, _plan(model, inputs, tuple(layers)))._guarded(inputs)
                 cut._check(inputs)
                 return cut
@@ -131,7 +134,8 @@ class Cut:
         rest = self.model if self._parts is None else self._parts[1]
         if not parameters:
             return logits_of(rest(*values))
-        return logits_of(torch.func.functional_call(rest, {**detached(rest), **parameters}, values))
+        with run_again(self.model):
+            return logits_of(torch.func.functional_call(rest, {**detached(rest), **parameters}, values))
 
     def join(self, values: Values) -> Tensor:
         """The values as one matrix ``[B, F]``."""

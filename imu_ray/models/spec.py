@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from imu_ray.errors import ConfigError, ImuError, nearest
+from imu_ray.models.blocks import checkpoint_blocks
 from imu_ray.models.checkpoint import load_checkpoint
 from imu_ray.models.copies import to_eval
 from imu_ray.models.pretrained import load_pretrained
@@ -34,6 +35,8 @@ class ModelSpec:
         head: name of the classifier head, when it cannot be told.
         merge_adapter: whether a run writes the base model with the adapter merged into it, in place of the adapter
             alone.
+        gradient_checkpointing: whether the blocks of a Hugging Face model are run again on the way back, which takes
+            less memory and more time.
     """
 
     factory: str | Callable[..., nn.Module]
@@ -41,6 +44,7 @@ class ModelSpec:
     checkpoint: str | Path | None = None
     head: str | None = None
     merge_adapter: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -49,6 +53,7 @@ class ModelSpec:
             ("checkpoint", isinstance(self.checkpoint, str | Path | None), "a path or URI"),
             ("head", isinstance(self.head, str | None), "the name of a layer"),
             ("merge_adapter", isinstance(self.merge_adapter, bool), "true or false"),
+            ("gradient_checkpointing", isinstance(self.gradient_checkpointing, bool), "true or false"),
         ):
             if not fits:
                 raise ConfigError(f"model.{name} is {getattr(self, name)!r}; expected {expected}")
@@ -59,6 +64,7 @@ class ModelSpec:
         Raises:
             ConfigError: the factory cannot be imported or called.
             CheckpointError: the checkpoint cannot be read or does not fit.
+            UnsupportedModelError: there is no block for ``gradient_checkpointing``.
         """
         factory = self._factory() if isinstance(self.factory, str) else self.factory
         try:
@@ -78,6 +84,8 @@ class ModelSpec:
             raise ConfigError(
                 f"model.merge_adapter is true; expected a model with an adapter, not {type(model).__name__}"
             )
+        if self.gradient_checkpointing:
+            checkpoint_blocks(model)
         if self.checkpoint is not None:
             load_checkpoint(model, self.checkpoint)
         return to_eval(model)
@@ -91,6 +99,7 @@ class ModelSpec:
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
             "head": self.head,
             "merge_adapter": self.merge_adapter,
+            "gradient_checkpointing": self.gradient_checkpointing,
         }
 
     @property

@@ -35,6 +35,7 @@ class ModelRecord(Part):
     checkpoint: str | None = None
     head: str | None = None
     merge_adapter: bool = False
+    gradient_checkpointing: bool = False
 
 
 class SamplesRecord(Part):

@@ -233,6 +233,7 @@ def test_a_callable_builds_and_is_recorded_by_its_name():
         "checkpoint": "x.pt",
         "head": "fc",
         "merge_adapter": False,
+        "gradient_checkpointing": False,
     }
     json.dumps(spec.describe(), allow_nan=False)
     assert model_hash(ModelSpec(named, {"name": "fc", "seed": 3}).build()) == model_hash(named("fc", seed=3))
