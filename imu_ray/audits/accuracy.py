@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from imu_ray.audits.base import Predictions
 from imu_ray.config import AuditConfig
-from imu_ray.influence.gradients import classes, shares
+from imu_ray.influence.gradients import classes, position_slices, shares
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard
 
@@ -80,8 +81,17 @@ def output_change(shard: FeatureShard, before: Part, after: Part) -> npt.NDArray
         if rows.stop == rows.start:
             continue
         (first, labels), (second, _) = before.outputs(shard, rows), after.outputs(shard, rows)
-        others = ~torch.nn.functional.one_hot(classes(labels), before.task.num_classes).bool()
-        old, new = (torch.log_softmax(each[others].view(*labels.shape, -1), dim=-1) for each in (first, second))
-        each = (old.exp() * (old - new)).sum(-1)
-        changes.append((each if labels.ndim == 1 else (each * shares(labels)).sum(1)).cpu().numpy())
+        if labels.ndim == 1:
+            each = _change(first, second, labels)
+        else:
+            parts = [(first[:, part], second[:, part], labels[:, part]) for part in position_slices(first)]
+            each = (torch.cat([_change(*part) for part in parts], 1) * shares(labels)).sum(1)
+        changes.append(each.cpu().numpy())
     return np.concatenate(changes)
+
+
+def _change(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
+    """That of each prediction by itself."""
+    others = ~torch.nn.functional.one_hot(classes(labels), before.shape[-1]).bool()
+    old, new = (torch.log_softmax(each[others].view(*labels.shape, -1).double(), dim=-1) for each in (before, after))
+    return (old.exp() * (old - new)).sum(-1)

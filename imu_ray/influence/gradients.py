@@ -12,6 +12,7 @@ from torch import Tensor
 
 HEAD_DTYPE = torch.float64
 IGNORE = -100  # the label of a position without one
+SLICE = 2**20  # numbers of outputs at many positions that are worked on at once in float64
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,31 @@ def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
         labels: class indices ``[B]`` or ``[B, T]``, int64; ``IGNORE`` where a position has none.
 
     Returns:
-        In the shape of the logits, float64; 0 where a position has no label.
+        In the shape of the logits, float64; of several positions in the logits' type, float32 at least, because in
+        float64 they would take several times the memory of the logits. 0 where a position has no label.
     """
+    if logits.ndim == 2:
+        return _output_gradient(logits, labels)
+    found = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+    share = shares(labels).unsqueeze(-1)
+    for part in position_slices(logits):
+        found[:, part] = _output_gradient(logits[:, part], labels[:, part]).mul_(share[:, part])
+    return found
+
+
+def _output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each position by itself, float64."""
     gradient = torch.softmax(logits.to(HEAD_DTYPE), dim=-1)
     own = classes(labels).unsqueeze(-1)
-    gradient = gradient.scatter(-1, own, 0.0)
-    return per_sample(gradient.scatter(-1, own, -gradient.sum(dim=-1, keepdim=True)), labels)
+    gradient.scatter_(-1, own, 0.0)
+    return gradient.scatter_(-1, own, -gradient.sum(dim=-1, keepdim=True))
+
+
+def position_slices(outputs_BTC: Tensor) -> list[slice]:
+    """The positions in slices of at most ``SLICE`` numbers, or of one position."""
+    rows, positions, width = outputs_BTC.shape
+    size = max(1, SLICE // max(1, rows * width))
+    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 def classes(labels: Tensor) -> Tensor:

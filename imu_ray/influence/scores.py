@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from imu_ray.influence.gradients import IGNORE, LayerIO, shares
+from imu_ray.influence.gradients import IGNORE, LayerIO, position_slices, shares
 
 
 def influence_scores(layer_io: LayerIO, direction_CD: Tensor) -> Tensor:
@@ -28,10 +28,13 @@ def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
     r"""Cross-entropy :math:`-\log p_{i,y_i}` of each sample, ``[B]`` float64; of a sequence their mean."""
     if labels.ndim == 1:
         return torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
-    each = torch.nn.functional.cross_entropy(
-        logits.double().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE
-    )
-    return (each * shares(labels)).sum(1)
+    each = [
+        torch.nn.functional.cross_entropy(
+            logits[:, part].double().flatten(0, 1), labels[:, part].flatten(), reduction="none", ignore_index=IGNORE
+        ).view(len(labels), -1)
+        for part in position_slices(logits)
+    ]
+    return (torch.cat(each, 1) * shares(labels)).sum(1)
 
 
 def margins(logits_BC: Tensor, labels_B: Tensor) -> Tensor:

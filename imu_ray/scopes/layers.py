@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from imu_ray.config import UnlearnConfig
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
-from imu_ray.influence.gradients import IGNORE
+from imu_ray.influence.gradients import IGNORE, position_slices
 from imu_ray.influence.layer_io import (
     as_matrix,
     directional_scores,
@@ -134,14 +134,14 @@ class Layers:
     def outputs(
         self, shard: FeatureShard, rows: slice, weights: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Outputs and labels of some rows; float64."""
+        """Outputs and labels of some rows."""
         if rows.stop == rows.start:  # which not every network takes
             shape = shard.labels_n[rows].shape
             outputs = torch.empty(*shape, self.task.num_classes, dtype=torch.float64, device=self.device)
             return outputs, torch.empty(shape, dtype=torch.int64, device=self.device)
         values, labels = self.read(shard, rows)
         with torch.no_grad():
-            return self.run(self.weights() if weights is None else weights, values).double(), labels
+            return wide(self.run(self.weights() if weights is None else weights, values)), labels
 
     def add_gradient(
         self,
@@ -153,7 +153,7 @@ class Layers:
         """Add each weight's gradient to ``total``, float32 at least, for a pull that follows from the outputs."""
         with torch.enable_grad():
             outputs = self.run(weights, values)
-            pull = pull_of(outputs.detach().double()).to(outputs.dtype)
+            pull = pull_of(wide(outputs.detach())).to(outputs.dtype)
             grads = torch.autograd.grad(outputs, list(weights.values()), pull)
         for name, grad in zip(weights, grads, strict=True):
             total[name] = (
@@ -191,7 +191,7 @@ class Layers:
         finally:
             for hook in hooks:
                 hook.remove()
-        found = outputs.detach().double()
+        found = wide(outputs.detach())
         pull = self.task.output_gradient(found, labels_of(found)).to(outputs.dtype)
         grads = torch.autograd.grad(outputs, [caught[name][1] for name in layers], pull)
         seen = zip(layers.items(), grads, strict=True)
@@ -212,8 +212,11 @@ class Layers:
 
             def drawn_labels(outputs: Tensor) -> Tensor:
                 ids = shard.ids.slice(rows.start, rows.stop - rows.start).to_pylist()
-                found = sampled_labels(outputs, uniform_draws(ids, self.seed, *labels.shape[1:]))
-                return found if labels.ndim == 1 else found.where(labels != IGNORE, IGNORE)
+                draws = uniform_draws(ids, self.seed, *labels.shape[1:])
+                if labels.ndim == 1:
+                    return sampled_labels(outputs, draws)
+                parts = [sampled_labels(outputs[:, part], draws[:, part]) for part in position_slices(outputs)]
+                return torch.cat(parts, 1).where(labels != IGNORE, IGNORE)
 
             _, seen = self.seen(values, drawn_labels if drawn else functools.partial(_given, labels))
             seen = seen if limit is None else clipped(seen, limit)
@@ -317,7 +320,7 @@ class LayersScope:
             (values, labels), before = self.part.taken(*self.moved.gather(positions, self.part.kept)), None
             if original is not None:
                 with torch.no_grad():
-                    before = self.part.run(original, values).double()
+                    before = wide(self.part.run(original, values))
             share = torch.from_numpy(weights[positions // self.views]).to(self.workers.device)
             pull_of = functools.partial(_pull, objective, labels, before, share)
             self.part.add_gradient(total, moved, values, pull_of)
@@ -348,7 +351,13 @@ def _pull(objective: OutputGradient, labels: Tensor, before: Tensor | None, shar
 
     ``before`` are those before unlearning, None where they are the same.
     """
-    return weigh(objective(outputs, labels, outputs if before is None else before), share)
+    pull = objective(outputs, labels, outputs if before is None else before)
+    return weigh(pull, share.to(pull.dtype))
+
+
+def wide(outputs: Tensor) -> Tensor:
+    """Outputs in float64; as they are at many positions, which are worked on in slices."""
+    return outputs.double() if outputs.ndim == 2 else outputs
 
 
 def used_positions(labels: Tensor) -> Tensor:

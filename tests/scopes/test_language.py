@@ -7,11 +7,14 @@ import pytest
 import torch
 from language import TOKENS, gpt2, llama, lora
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from imu_ray.config import UnlearnConfig
+from imu_ray.config import ForgetSetConfig, UnlearnConfig
 from imu_ray.influence.layer_io import directional_scores, sample_gradients, squared_gradient_norms
 from imu_ray.models.choice import choose_layers
-from imu_ray.scopes.layers import Layers
+from imu_ray.scopes.layers import Layers, weigh
+from imu_ray.tasks.sequence import SequenceTask
+from imu_ray.updates.objectives import OBJECTIVES
 
 LABELS = TOKENS.roll(-1, 1)
 CASES = {
@@ -90,3 +93,31 @@ def test_gradients_of_a_batch_add_up_to_matrices_and_only_those_layers_move(case
         outputs = case.part.run(case.part.weights(moved), (TOKENS,))
     assert torch.equal(outputs, changed(TOKENS).logits)
     assert not torch.equal(outputs, case.model(TOKENS).logits)
+
+
+class Widest(TorchDispatchMode):
+    """Notes the numbers of the largest float64 tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for each in found if isinstance(found, tuple) else [found]:
+            if isinstance(each, torch.Tensor) and each.dtype == torch.float64:
+                self.numbers = max(self.numbers, each.numel())
+        return found
+
+
+def test_logits_never_stand_whole_in_float64(monkeypatch):
+    monkeypatch.setattr("imu_ray.influence.gradients.SLICE", 2048)
+    model = llama(torch.float32, vocab_size=1024)
+    task = SequenceTask(ForgetSetConfig(), 7, 1024)
+    part = Layers.of_names(model, task, choose_layers(model, TOKENS, ["*.q_proj"], ""), TOKENS, UnlearnConfig())
+    with Widest() as widest:
+        part.seen((TOKENS,), lambda _: LABELS)
+        share = torch.ones(5)
+        part.add_gradient(
+            {}, part.weights(), (TOKENS,), lambda z: weigh(OBJECTIVES["bounded_ascent"](z, LABELS, z), share)
+        )
+        task.sample_metrics(part.run(part.weights(), (TOKENS,)).detach(), LABELS)
+    assert 0 < widest.numbers <= 5 * 1024

@@ -17,6 +17,7 @@ from imu_ray.data import open_source
 from imu_ray.errors import ConfigError, ForgetSetError, UnsupportedModelError
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
+from imu_ray.influence.gradients import position_slices
 from imu_ray.inputs import open_part
 from imu_ray.models.choice import choose_layers
 from imu_ray.recipes import resolve_settings
@@ -246,3 +247,20 @@ def test_few_rows_are_taken_at_once_where_outputs_are_many():
     assert rows_at_once(256, task) == 1
     assert rows_at_once(256, SequenceTask(task.config, positions=20, num_classes=10)) == 256
     assert rows_at_once(256, SequenceTask(task.config, 64, 4096)) == OUTPUTS // (64 * 4096)
+
+
+@pytest.mark.parametrize("size", [1, 40])
+def test_slices_of_positions_change_nothing_and_outputs_stay_in_their_type(size, monkeypatch):
+    whole = case()
+    monkeypatch.setattr("imu_ray.influence.gradients.SLICE", size)
+    task, labels = whole.part.task, torch.from_numpy(whole.shards[0].labels_n)
+    outputs = torch.randn(*labels.shape, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    assert len(position_slices(outputs)) > 1
+    sliced = task.output_gradient(outputs, labels), task.sample_metrics(outputs, labels)["loss"]
+    monkeypatch.undo()
+    exact = outputs.double().requires_grad_()
+    loss = task.sample_metrics(exact, labels)["loss"]
+    (gradient,) = torch.autograd.grad(loss.sum(), exact)
+    assert (sliced[0].dtype, sliced[1].dtype) == (torch.float32, torch.float64)
+    close(sliced[0], gradient, 1e-6)
+    close(sliced[1], loss.detach())
