@@ -121,6 +121,9 @@ class InfluenceConfig(Section):
     """what a sample is scored against: the mean gradient and the curvature of the whole forget set, or of its own batch
     alone, a block of `block_rows` rows (paper: re-identification and language models). What `forget_set.size` leaves
     out of a block is not in its batch; the manifest says how many rows the batches have"""
+    unit: Literal["sample", "token"] = "sample"
+    """what has an influence and an intensity: a sample, or each token that is predicted (tasks `sequence` and
+    `causal_lm`). The influences of a sample's tokens add up to its own; its intensity is the mean of theirs"""
     curvature_set: str = "forget"
     """samples that the curvature is fitted on: `forget`, or the name of an evaluation set"""
     damping: float = Field(0.01, gt=0)

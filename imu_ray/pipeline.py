@@ -36,6 +36,7 @@ from imu_ray.run.recorder import Recorder
 from imu_ray.run.result import UnlearnResult
 from imu_ray.run.storage import below
 from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Parameters
+from imu_ray.scopes.features import of_rows
 from imu_ray.updates.base import UpdateOutcome, UpdateProblem
 from imu_ray.updates.rescoring import Rescoring
 from imu_ray.updates.stopping import StopTarget, Unseen
@@ -43,7 +44,10 @@ from imu_ray.updates.stopping import StopTarget, Unseen
 
 @dataclass(frozen=True)
 class Weighted:
-    """The forget set's influence and intensities, ``[N]``, what gives its table in parts, and its samples per label."""
+    """The forget set's influence ``[N]`` and intensities, what gives its table in parts, and its samples per label.
+
+    Intensities are ``[N]``, or of tokens ``[N, T]``, NaN where a position has no label.
+    """
 
     influence: Column
     weights: Column
@@ -155,36 +159,60 @@ class Pipeline:
                 fisher_below_damping=below,
                 advice=advice,
             )
-        weights = SCHEMES[self.config.intensity.scheme](
-            scores.influence, scores.losses, self.config.intensity, self.config.seed
-        )
+        weights = self._weights(scores)
         table = functools.partial(score_job.intensity_table, self.features["forget"], scores, weights)
         return self._take(Weighted(scores.influence, weights, table, scores.label_counts))
+
+    def _weights(self, scores: score_job.Scores) -> Column:
+        """Intensities ``[N]``, or of all tokens ``[N, T]``."""
+        scheme, settings, seed = SCHEMES[self.config.intensity.scheme], self.config.intensity, self.config.seed
+        if scores.tokens is None:
+            return scheme(scores.influence, scores.losses, settings, seed)
+        influence, losses = scores.tokens
+        known, weights = ~np.isnan(influence), np.full_like(influence, np.nan)
+        weights[known] = scheme(influence[known], losses[known], settings, seed)
+        return weights
 
     def take_intensities(self, table: pa.Table) -> Weighted:
         """A table that was given, checked to be that of the forget set."""
         forget = self.features["forget"]
-        missing = {"sample_id", "label", "influence", "intensity"} - set(table.column_names)
+        tokens = {"token_influence", "token_intensity"} if self.config.influence.unit == "token" else set()
+        missing = {"sample_id", "label", "influence", "intensity", *tokens} - set(table.column_names)
         if missing or not forget.holds(table["sample_id"]):
             raise ForgetSetError(
                 f"the intensities ({len(table)} rows, columns {', '.join(table.column_names)}) are not those of the "
                 f"{forget.rows} samples of {self.inputs.described['forget'].name}; expected the table that score() "
                 "gave for this forget set, in its order"
             )
-        empty = [name for name in ("label", "influence", "intensity") if table[name].null_count]
+        wanted = ("influence", "intensity") if self.task.positions else ("label", "influence", "intensity")
+        empty = [name for name in wanted if table[name].null_count]
         influence, weights = (table[name].to_numpy().astype(np.float64) for name in ("influence", "intensity"))
         if empty or not np.isfinite(influence).all():
             raise ForgetSetError(
                 f"the intensities have rows without a number in {', '.join(empty or ['influence'])}; expected the "
                 "table that score() gave for this forget set, with at most its column 'intensity' changed"
             )
-        labels, counts = np.unique(table["label"].to_numpy(), return_counts=True)
+        if tokens:
+            weights = self._token_weights(*(table[name].to_pylist() for name in sorted(tokens)))
+        labels, counts = np.unique(table["label"].drop_null().to_numpy(), return_counts=True)
         label_counts = dict(zip(labels.tolist(), counts.tolist(), strict=True))
         return self._take(Weighted(influence, weights, lambda: iter([table]), label_counts))
 
+    def _token_weights(self, influence: list[Any], intensity: list[Any]) -> Column:
+        """Intensities of tokens ``[N, T]`` from lists, checked to be of the tokens that were scored."""
+        positions = self.task.positions
+        if all(row and len(row) <= positions for row in (*influence, *intensity)):
+            scored, weights = (score_job.by_position(lists, positions) for lists in (influence, intensity))
+            if np.array_equal(np.isnan(scored), np.isnan(weights)):
+                return weights
+        raise ForgetSetError(
+            "token_intensity has other tokens than token_influence, or than the samples; expected the table that "
+            "score() gave for this forget set, with at most its numbers changed"
+        )
+
     def _take(self, samples: Weighted) -> Weighted:
         """Check that there is something to ascend with, record it, and write the table."""
-        weights = samples.weights
+        weights = samples.weights if samples.weights.ndim == 1 else samples.weights[~np.isnan(samples.weights)]
         wrong = np.count_nonzero(~(np.isfinite(weights) & (weights >= 0)))
         if wrong:
             raise NonFiniteError(
@@ -194,7 +222,7 @@ class Pipeline:
             raise EmptySelectionError(
                 f"all {len(weights)} intensities are 0; expected at least one above; see intensity.scheme"
             )
-        self.record.inputs["set of intensities"] = hashlib.sha256(weights.data).hexdigest()
+        self.record.inputs["set of intensities"] = hashlib.sha256(samples.weights.data).hexdigest()
         if self.begun is not None:
             self.run.check_inputs(self.begun, self.record.inputs)
         if self.record.forget_set is not None:
@@ -238,7 +266,7 @@ class Pipeline:
             status=outcome.status,
             reason=outcome.reason,
             steps=math.ceil(outcome.record["step"]),
-            kept_samples=int((samples.weights > 0).sum()),
+            kept_samples=int((of_rows(samples.weights) > 0).sum()),
             targets=[TargetRecord(**_fields(target)) for target in targets],
             parameter_drift=outcome.record["parameter_drift"],
             output_change=audit_job.mean_output_change(
@@ -350,7 +378,7 @@ class Pipeline:
         if self.write:
             self.run.write_json("metrics.json", figures)
             if self.config.audit.report:
-                drawn = None if samples is None else (samples.influence, samples.weights)
+                drawn = None if samples is None else (samples.influence, of_rows(samples.weights))
                 self.run.write_text("report.html", render_report(self.record.to_json(), figures, drawn, trajectory))
 
 

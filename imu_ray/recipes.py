@@ -72,6 +72,8 @@ def _check_layers(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
             f"influence.refresh is {influence.refresh!r} and influence.curvature_set {influence.curvature_set!r} with "
             "influence.reference 'batch'; expected once and forget"
         )
+    if influence.unit == "token" and LABEL in kind.fields(settings.forget_set):
+        raise ConfigError(f"influence.unit is 'token' with task {task!r}, whose samples have none; expected sample")
     if ascent.views and not kind.augmented:
         raise ConfigError(f"ascent.views is {ascent.views} with task {task!r}, which has none; expected 0")
     kinds = ("none", "kfac") if deep else ("none", *PRECONDITIONERS)

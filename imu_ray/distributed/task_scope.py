@@ -9,7 +9,7 @@ import torch
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.tasks import StageRef
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Weights
-from imu_ray.scopes.features import FeatureShard, Positions
+from imu_ray.scopes.features import FeatureShard, Positions, of_rows
 from imu_ray.scopes.layers import Layers, TensorSum, shard_gradient
 from imu_ray.scopes.measure import record_of, sum_blocks
 from imu_ray.scopes.workers import Workers
@@ -38,14 +38,14 @@ class TaskScope:
         """Weighted mean over the batch's rows and their views, a block at a time."""
         moved = self.sets.get(FORGET_VIEWS, self.sets["forget"])
         views = moved.rows // self.rows
-        column = np.zeros(self.rows)
+        column = np.zeros_like(weights)
         column[batch] = weights[batch]
         same = all(torch.equal(matrix, self.part.parameters[name]) for name, matrix in parameters.items())
         function = functools.partial(
             _gradient, part=self._shared, parameters=parameters, moved=not same, objective=objective
         )
-        sums = moved.reduce("gradient", function, np.repeat(column, views)).parts
-        return {name: part.total / (column.sum() * views) for name, part in sums.items()}
+        sums = moved.reduce("gradient", function, np.repeat(column, views, axis=0)).parts
+        return {name: part.total / (of_rows(column).sum() * views) for name, part in sums.items()}
 
     def measure(self, parameters: Parameters, sets: Iterable[str] | None = None) -> Record:
         """Figures of the sets, or of some of them, under other parameters."""

@@ -28,13 +28,18 @@ def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
     r"""Cross-entropy :math:`-\log p_{i,y_i}` of each sample, ``[B]`` float64; of a sequence their mean."""
     if labels.ndim == 1:
         return torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    return (position_losses(logits, labels) * shares(labels)).sum(1)
+
+
+def position_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy at each position, ``[B, T]`` float64; 0 without a label."""
     each = [
         torch.nn.functional.cross_entropy(
             logits[:, part].double().flatten(0, 1), labels[:, part].flatten(), reduction="none", ignore_index=IGNORE
         ).view(len(labels), -1)
         for part in position_slices(logits)
     ]
-    return (torch.cat(each, 1) * shares(labels)).sum(1)
+    return torch.cat(each, 1)
 
 
 def margins(logits_BC: Tensor, labels_B: Tensor) -> Tensor:

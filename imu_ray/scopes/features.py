@@ -136,6 +136,11 @@ def first_of(ids: Sequence[str | None]) -> str:
     return f"{', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''}"
 
 
+def of_rows(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A weight for each row, ``[N]``: its own, or the mean over its tokens of ``[N, T]`` (NaN: no label)."""
+    return weights if weights.ndim == 1 else np.nanmean(weights, axis=1)
+
+
 def of_views(batch: Positions, views: int) -> Positions:
     """Positions of so many views of each row of a batch, which stand together."""
     return batch if views == 1 else (batch[:, None] * views + np.arange(views)).reshape(-1)

@@ -5,19 +5,21 @@ C outputs and D inputs of a layer (its bias input included), F numbers that cros
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imu_ray.config import UnlearnConfig
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
-from imu_ray.influence.gradients import IGNORE, position_slices
+from imu_ray.influence.gradients import HEAD_DTYPE, IGNORE, position_slices
 from imu_ray.influence.layer_io import (
     as_matrix,
     directional_scores,
@@ -26,9 +28,10 @@ from imu_ray.influence.layer_io import (
     squared_gradient_norms,
     weights_of,
 )  # fmt: skip
+from imu_ray.influence.scores import position_losses
 from imu_ray.models.cut import Cut, Values
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
-from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_views, pieces_of, score_table
+from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_rows, of_views, pieces_of, score_table
 from imu_ray.scopes.measure import measure
 from imu_ray.scopes.seen import Seen, clipped, layer_moments, layer_of, weigh, with_parameters
 from imu_ray.scopes.workers import Workers
@@ -248,6 +251,33 @@ class Layers:
                 column.append(values_B.cpu())
         return score_table(shard, *(torch.cat(parts).double().numpy() for parts in columns))
 
+    def token_scores(self, shard: FeatureShard, directions: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
+        r"""Influence and loss of every token, ``[n, T]``; NaN at a position without a label.
+
+        .. math:: I_{it} = -\frac{1}{T_i} \langle \nabla \ell_{it}, M \rangle
+
+        A row's tokens add up to its influence. The pass that gives the outputs gives their derivative along M with it
+        (forward mode), so that no token needs a pass of its own.
+        """
+        influence, losses = np.full((2, len(shard.ids), self.task.positions), np.nan)
+        weights = {name: weight.detach() for name, weight in self.weights().items()}
+        along = {name: weight.detach() for name, weight in self.weights(directions).items()}
+        for rows in filled(shard):
+            values, labels = self.read(shard, rows)
+            run: Any = functools.partial(self.run, values=values)
+            # Attention's fused kernels have no forward mode, and the rules that torch loads for it warn of torch.jit.
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                made, moved = cast(tuple[Tensor, Tensor], torch.func.jvp(run, (weights,), (along,)))
+            outputs = wide(made)
+            pull, known = self.task.output_gradient(outputs, labels), (labels != IGNORE).cpu().numpy()
+            for column, found in (
+                (influence, -(pull * moved).sum(-1, dtype=HEAD_DTYPE)),
+                (losses, position_losses(outputs, labels)),
+            ):
+                column[rows, : labels.shape[1]][known] = found.cpu().numpy()[known]
+        return influence, losses
+
     def norms(self, shard: FeatureShard) -> Weights:
         """Gradient norm of every sample."""
         nowhere = {name: torch.zeros_like(matrix) for name, matrix in self.parameters.items()}
@@ -273,7 +303,7 @@ def shard_gradient(
             return ByLayer({})
         values, labels = part.read(shard, rows)
         before = None if original is None else original.outputs(shard, rows)[0]
-        share = torch.from_numpy(weights_n[rows].copy()).to(labels.device)
+        share = shares_of(weights_n[rows], labels)
         total: dict[str, Tensor] = {}
         part.add_gradient(total, weights, values, functools.partial(_pull, objective, labels, before, share))
         return ByLayer({name: TensorSum(matrix.cpu()) for name, matrix in part.matrices(total).items()})
@@ -321,10 +351,10 @@ class LayersScope:
             if original is not None:
                 with torch.no_grad():
                     before = wide(self.part.run(original, values))
-            share = torch.from_numpy(weights[positions // self.views]).to(self.workers.device)
+            share = shares_of(weights[positions // self.views], labels)
             pull_of = functools.partial(_pull, objective, labels, before, share)
             self.part.add_gradient(total, moved, values, pull_of)
-        scale = float(weights[batch].sum()) * self.views
+        scale = float(of_rows(weights[batch]).sum()) * self.views
         return {name: self.workers.sum(matrix).div_(scale) for name, matrix in self.part.matrices(total).items()}
 
     def measure(self, parameters: Parameters, sets: Iterable[str] | None = None) -> Record:
@@ -358,6 +388,12 @@ def _pull(objective: OutputGradient, labels: Tensor, before: Tensor | None, shar
 def wide(outputs: Tensor) -> Tensor:
     """Outputs in float64; as they are at many positions, which are worked on in slices."""
     return outputs.double() if outputs.ndim == 2 else outputs
+
+
+def shares_of(weights: Weights, labels: Tensor) -> Tensor:
+    """Weights of rows, or of their tokens as far as there are labels, on the labels' device; 0 without a label."""
+    used = weights if weights.ndim == 1 else np.nan_to_num(weights[:, : labels.shape[1]])
+    return torch.from_numpy(used.copy()).to(labels.device)
 
 
 def used_positions(labels: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from imu_ray.updates.stopping import StopTarget
 
 @dataclass(frozen=True)
 class UpdateProblem:
-    """What an update is to do: weights ``[N]`` of the forget set, settings, targets, and the curvature that steers it.
+    """What an update is to do: weights of the forget set, settings, targets, and the curvature that steers it.
 
     Attributes:
-        weights: intensities of the forget set, 0 where a sample is not kept.
+        weights: intensities of the forget set, ``[N]``, 0 where a sample is not kept; or of its tokens, ``[N, T]``, NaN
+            where there is none.
         config: ``ascent.*``.
         seed: seed of the run.
         targets: the first that is met ends the update.

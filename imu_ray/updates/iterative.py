@@ -11,7 +11,7 @@ from torch import Tensor
 from imu_ray.progress import Progress
 from imu_ray.run.directory import UpdateState
 from imu_ray.scopes.base import Parameters, Record, Scope, Weights, norm
-from imu_ray.scopes.features import Positions
+from imu_ray.scopes.features import Positions, of_rows
 from imu_ray.updates.base import UpdateOutcome, UpdateProblem, ignore_check, ignore_state
 from imu_ray.updates.batches import epoch_batches
 from imu_ray.updates.objectives import OBJECTIVES
@@ -31,7 +31,8 @@ class Iteration:
         self.original = scope.parameters()
         self.optimiser = Optimiser(self.original, problem.config, problem.preconditioners)
         # Samples that are not kept now may be when they are scored again.
-        self.candidates = np.flatnonzero(problem.weights > 0) if problem.rescoring is None else np.arange(scope.rows)
+        kept = np.flatnonzero(of_rows(problem.weights) > 0)
+        self.candidates = kept if problem.rescoring is None else np.arange(scope.rows)
         self.weights, self._scored_at = problem.weights, self.original
         self.steps_per_epoch = math.ceil(len(self.candidates) / self.config.batch_size)
         steps = self.steps_per_epoch * self.config.stop.max_epochs
@@ -128,7 +129,7 @@ class Iteration:
     def check(self, step: float | None = None) -> Record:
         """Every figure of the trajectory with the present parameters; ``step`` when it lies between two steps."""
         at = float(self.step if step is None else step)
-        weights = self.weights
+        weights = of_rows(self.weights)
         return {
             "step": at,
             "epoch": at / self.steps_per_epoch,

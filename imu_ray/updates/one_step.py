@@ -11,6 +11,7 @@ from torch import Tensor
 from imu_ray.progress import Progress
 from imu_ray.run.directory import UpdateState
 from imu_ray.scopes.base import Parameters, Record, Scope, norm
+from imu_ray.scopes.features import of_rows
 from imu_ray.updates.base import UpdateOutcome, UpdateProblem, ignore_check, ignore_state
 from imu_ray.updates.iterative import copies, drift
 from imu_ray.updates.objectives import OBJECTIVES
@@ -30,7 +31,7 @@ class Line:
     @classmethod
     def of(cls, scope: Scope, problem: UpdateProblem, origin: Parameters) -> "Line":
         """In the direction in which the forget set's objective falls fastest under the curvature."""
-        kept, settings = np.flatnonzero(problem.weights > 0), problem.config
+        kept, settings = np.flatnonzero(of_rows(problem.weights) > 0), problem.config
         objective = OBJECTIVES[settings.objective]
         gradient = scope.batch_gradient(origin, kept, problem.weights, objective, settings.piece_rows)
         for name, fitted in problem.preconditioners.items():
@@ -91,7 +92,7 @@ class Search:
     def _check(
         self, parameters: Parameters, length: float, gradient_norm: float, measured: Record | None = None
     ) -> Record:
-        weights = self.problem.weights
+        weights = of_rows(self.problem.weights)
         return {
             "step": float(len(self.trajectory)) if length else 0.0,
             "length": length,

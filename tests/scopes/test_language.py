@@ -1,8 +1,11 @@
 """Layers of Hugging Face's language models against autograd on the whole model, one sample at a time, in float64."""
 
+import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import oracle
+import pyarrow as pa
 import pytest
 import torch
 from language import TOKENS, gpt2, llama, lora
@@ -10,8 +13,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imu_ray.config import ForgetSetConfig, UnlearnConfig
+from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.layer_io import directional_scores, sample_gradients, squared_gradient_norms
 from imu_ray.models.choice import choose_layers
+from imu_ray.scopes.features import FeatureShard
 from imu_ray.scopes.layers import Layers, weigh
 from imu_ray.tasks.sequence import SequenceTask
 from imu_ray.updates.objectives import OBJECTIVES
@@ -77,6 +82,19 @@ def test_what_layers_saw_gives_the_gradients_scores_and_norms_of_single_samples(
         wanted -= (own * direction).sum((1, 2))
     close(scores, wanted)
     close(squares, sum(own.square().sum((1, 2)) for own in expected.values()))
+
+
+def test_tokens_are_scored_in_one_pass_with_their_outputs(case):
+    """Also where attention, adapters and shared weights stand between."""
+    directions = {name: torch.randn_like(matrix) for name, matrix in case.part.parameters.items()}
+    task = SimpleNamespace(positions=7, head="", output_gradient=output_gradient)
+    part = dataclasses.replace(case.part, task=task)
+    shard = FeatureShard(TOKENS.numpy().astype(np.float32), LABELS.numpy(), pa.array(list("abcde")), (3, 2))
+    influence, _ = part.token_scores(shard, directions)
+    expected = gradients_one_by_one(case.model, case.names)
+    wanted = -sum((own * directions[name]).sum((1, 2)) for name, own in expected.items()) / 7
+    # Hugging Face's RMSNorm works in float32, and rounds otherwise on the way back.
+    assert (torch.from_numpy(influence).sum(1) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
 def test_gradients_of_a_batch_add_up_to_matrices_and_only_those_layers_move(case):

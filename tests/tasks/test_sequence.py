@@ -11,6 +11,7 @@ from architectures import Reader, Untraced
 from oracle import layer_factors
 from torch.nn import functional
 
+import imu_ray
 from imu_ray.audits.base import predict_shard
 from imu_ray.config import UnlearnConfig
 from imu_ray.data import open_source
@@ -62,9 +63,14 @@ class Case:
 
     def loss(self, row, model=None):
         """Mean cross-entropy of the labelled tokens of one row, without padding."""
+        return self.losses(row, model).mean()
+
+    def losses(self, row, model=None):
+        """Cross-entropy of each labelled token of one row."""
         tokens, labels = (torch.tensor(column[row]) for column in (self.table["tokens"].to_pylist(), self.labels))
         output = (model or self.model)(tokens[None, :-1])
-        return functional.cross_entropy(getattr(output, "logits", output)[0], labels[1:])
+        each = functional.cross_entropy(getattr(output, "logits", output)[0], labels[1:], reduction="none")
+        return each[labels[1:] != -100]
 
     def gradients(self):
         """Of every row: by layer ``[B, C, D]``."""
@@ -109,6 +115,50 @@ def test_moments_scores_and_losses_are_those_of_each_row_by_itself(net, answers)
     )
     metrics = [predict_shard(shard, it.part).metrics for shard in it.shards]
     close(torch.from_numpy(np.concatenate([each["probability"] for each in metrics])), torch.exp(-losses))
+
+
+@pytest.mark.parametrize("net", [Reader, Untraced])
+def test_influences_of_tokens_are_those_of_their_own_losses_and_add_up(net):
+    it = case(net)
+    directions = {name: torch.randn_like(matrix) for name, matrix in it.part.parameters.items()}
+    made = [it.part.token_scores(shard, directions) for shard in it.shards]
+    found = [np.concatenate(each) for each in zip(*made, strict=True)]
+    influence, losses = map(torch.from_numpy, found)
+    for row, labels in enumerate(it.labels):
+        places = [place for place, label in enumerate(labels[1:]) if label != -100]
+        assert (~influence[row].isnan()).nonzero()[:, 0].tolist() == places
+        each = it.losses(row)
+        for place, loss in zip(places, each, strict=True):
+            wanted = 0.0
+            for name in SCOPE:
+                own = list(it.model.get_submodule(name).parameters())
+                grads = torch.autograd.grad(loss, own, retain_graph=True)
+                grad = torch.cat([part.reshape(len(own[0]), -1) for part in grads], 1)
+                wanted = wanted - (grad * directions[name]).sum() / len(places)
+            close(influence[row, place], wanted, 1e-9)
+        close(losses[row, places], each.detach())
+    table = pa.concat_tables([it.part.scores(shard, directions) for shard in it.shards])
+    close(influence.nansum(1), torch.from_numpy(table["influence"].to_numpy()))
+
+
+def test_a_step_weighs_the_tokens_of_a_row_one_by_one():
+    it = case()
+    scope = LayersScope(it.part, {"forget": FeatureStore(it.shards)}, Workers())
+    weights = np.full((9, it.part.task.positions), np.nan)
+    for row, labels in enumerate(it.labels):
+        places = [place for place, label in enumerate(labels[1:]) if label != -100]
+        weights[row, places] = np.random.default_rng(row).random(len(places))
+    batch = np.array([0, 2, 3, 7])
+    found = scope.batch_gradient(scope.parameters(), batch, weights, OBJECTIVES["ascent"], 3)
+    loss = 0.0
+    for row in batch:
+        own = torch.from_numpy(weights[row][~np.isnan(weights[row])])
+        loss = loss - (own * it.losses(row)).mean()
+    loss = loss / np.nanmean(weights[batch], axis=1).sum()
+    for name in SCOPE:
+        own = list(it.model.get_submodule(name).parameters())
+        grads = torch.autograd.grad(loss, own, retain_graph=True)
+        close(found[name], torch.cat([grad.reshape(len(own[0]), -1) for grad in grads], 1))
 
 
 def npo(loss, before, tokens):
@@ -264,3 +314,41 @@ def test_slices_of_positions_change_nothing_and_outputs_stay_in_their_type(size,
     assert (sliced[0].dtype, sliced[1].dtype) == (torch.float32, torch.float64)
     close(sliced[0], gradient, 1e-6)
     close(sliced[1], loss.detach())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tokens_have_intensities_of_their_own_which_a_table_carries_to_the_update(tmp_path):
+    more = {"influence.unit": "token", "intensity.scheme": "imu", "ascent.scope": SCOPE, "ascent.objective": "ascent"}
+    more |= {"influence.block_rows": 4, "influence.blocks_per_shard": 1, "forget_set.token_labels_column": "answer"}
+    more |= {"ascent.stop.targets": {"forget.loss": 20.0}}
+    runs = {
+        workers: imu_ray.unlearn(
+            made(Reader), rows_of(), task="sequence", run_dir=tmp_path / str(workers),
+            config=UnlearnConfig.from_recipe("samples").with_overrides(more | {"resources.workers": workers}),
+        )
+        for workers in (1, 2)
+    }  # fmt: skip
+    table = runs[1].intensities
+    assert table.equals(runs[2].intensities)
+    assert runs[1].manifest["model"]["hash_after"] == runs[2].manifest["model"]["hash_after"]
+    for row in table.to_pylist():
+        influence, weights = ([x for x in row[f"token_{name}"] if x is not None] for name in ("influence", "intensity"))
+        assert row["influence"] == pytest.approx(sum(influence), rel=1e-9)
+        assert row["intensity"] == pytest.approx(np.mean(weights))
+        assert [value > 0 for value in weights] == [value < 0 for value in influence]
+    config = UnlearnConfig.from_recipe("samples").with_overrides(more)
+    settings = {"task": "sequence", "config": config}
+    again = imu_ray.ascend(made(Reader), rows_of(), table, run_dir=tmp_path / "again", **settings)
+    assert again.manifest["model"]["hash_after"] == runs[1].manifest["model"]["hash_after"]
+    wrong = table.set_column(
+        table.column_names.index("token_intensity"),
+        "token_intensity",
+        table["token_influence"].slice(0).take(list(range(9))[::-1]),
+    )
+    with pytest.raises(ForgetSetError, match="token_intensity has other tokens than token_influence"):
+        imu_ray.ascend(made(Reader), rows_of(), wrong, run_dir=tmp_path / "wrong", **settings)
+
+
+def test_tokens_are_refused_where_samples_have_none():
+    with pytest.raises(ConfigError, match="influence.unit is 'token' with task 'classification'"):
+        resolve_settings(None, UnlearnConfig().with_overrides({"influence.unit": "token"}), "classification")
