@@ -73,14 +73,17 @@ def _report(job: "JobConfig") -> str | None:
 
 def _plan(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
     """The plan, with its figures in words on standard error."""
-    made = imu_ray.plan(**job.arguments())
+    made = imu_ray.plan(**job.arguments(), memory=options.memory)
     for name, part in made["sets"].items():
         features = f"{part['feature_bytes'] / 1e6:,.1f} MB of features"
         print(f"{name}: {part['samples']:,} samples, {part['shards']:,} shards, {features}", file=sys.stderr)
     for key, value in made["peak_bytes"].items():
         print(f"{key.replace('_', ' ')}: {value / 1e6:,.1f} MB at most", file=sys.stderr)
-    seconds = f"{made['seconds']['without_ascent']:,.1f} s on {made['workers']} workers"
-    print(f"{seconds}, the ascent not included (estimate)", *made["notes"], sep="\n", file=sys.stderr)
+    told = list(made["memory"]["why"]) if "memory" in made else []
+    if made["seconds"]:
+        seconds = f"{made['seconds']['without_ascent']:,.1f} s on {made['workers']} workers"
+        told.append(f"{seconds}, the ascent not included (estimate)")
+    print(*told, *made["notes"], sep="\n", file=sys.stderr)
     return {"run_dir": None, "plan": made}
 
 
@@ -210,6 +213,15 @@ def _parser() -> argparse.ArgumentParser:
                 "--train-set", metavar="PATH", help="the training set; default the job's forget_set.path"
             )
             stage.add_argument("--rows", type=int, metavar="N", help="so many rows, drawn at random; default all")
+        if name == "plan":
+            stage.add_argument(
+                "--memory",
+                type=float,
+                nargs="+",
+                default=(40.0, 80.0),
+                metavar="GB",
+                help="sizes of a device that layers of a language model are held against; default 40 80",
+            )
         if name == "sweep":
             stage.add_argument("--resume", action="store_true", help="go on with what run_dir holds")
     commands.add_parser("schema", help="print the JSON schema of a job file, for editors")

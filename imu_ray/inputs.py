@@ -60,8 +60,11 @@ class Inputs:
         task: str,
         evaluation: Mapping[str, Any] | None,
         config: UnlearnConfig,
+        skeleton: nn.Module | None = None,
     ) -> "Inputs":
         """Check the model and all samples as far as that needs no forward pass.
+
+        A ``skeleton``, of shapes without numbers, stands for the model where nothing is to be run.
 
         Raises:
             ImuError: something cannot be used; the message says what.
@@ -88,7 +91,7 @@ class Inputs:
             read = unlabelled if name in TASKS[task].retrieval_sets else fields
             sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}", read)
         # What travels is on the CPU and in eval mode; the caller's model stays as it is.
-        built = to_eval(plain_copy(model.build() if isinstance(model, ModelSpec) else model))
+        built = skeleton or to_eval(plain_copy(model.build() if isinstance(model, ModelSpec) else model))
         named_head = model.head if isinstance(model, ModelSpec) else None
         chosen = TASKS[task].for_model(built, sources, config.forget_set, named_head)
         for source in sources.values():

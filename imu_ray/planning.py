@@ -1,7 +1,8 @@
 """What a run will cost, before it runs: counted where it can be counted, and estimated from two timed blocks."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,12 +10,16 @@ from torch import nn
 
 from imu_ray.config import UnlearnConfig
 from imu_ray.data import Source
+from imu_ray.distributed.factor_job import kinds_of
 from imu_ray.distributed.session import object_store_bytes, ray_session, resolve_workers, slots
+from imu_ray.errors import ConfigError
 from imu_ray.influence.curvature import LAYER_CURVATURES
 from imu_ray.inputs import Inputs
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import resolve_settings
 from imu_ray.scopes.extraction import extract_features
+from imu_ray.scopes.layers import Layers
+from imu_ray.scopes.memory import LayersMemory, memory_of
 from imu_ray.tasks.base import rows_at_once
 
 # As measured: of one task; of a shard, in the driver; of a sample, what an ascent takes beside the features.
@@ -33,43 +38,86 @@ def plan(
     evaluation: Mapping[str, Any] | None = None,
     recipe: str | None = None,
     config: UnlearnConfig | None = None,
+    memory: Sequence[float] = (40, 80),
 ) -> dict[str, Any]:
     """Count and estimate what ``unlearn`` with the same arguments will take. Nothing is written.
 
     Two blocks are read, run through the model and scored in this process, on the CPU with ``resources.cpus_per_worker``
-    threads; the second is timed.
+    threads; the second is timed. Of a Hugging Face model's folder that holds ``config.json`` and no weights everything
+    is counted and nothing is run.
+
+    ``memory`` are sizes of a device in GB of 10⁹ bytes, which a language model's layers that move are held against.
 
     Returns:
         ``sets`` (per sample set: samples, blocks, shards, feature bytes, forward seconds of one worker),
         ``forward_passes`` (per sample), ``tasks``, ``peak_bytes`` (per worker above its imports, in the object store,
         in the driver), ``seconds`` (estimates: features, scoring and audit, in all; the ascent depends on when it stops
-        and is not in it), ``workers`` and ``workers_that_fit``, ``fits`` and ``notes``.
+        and is not in it; None without weights), ``workers`` and ``workers_that_fit``, ``fits`` and ``notes``. Where
+        layers of a sequence or language model move also ``memory``: bytes of one worker by what takes them
+        (``LayersMemory``), and for each size whether that ``fits``, and why.
 
     Raises:
         ImuError: as ``unlearn`` would.
     """
     settings = resolve_settings(recipe, config, task)
-    inputs = Inputs.open(model, forget_set, task, evaluation, settings)
+    skeleton = model.skeleton() if isinstance(model, ModelSpec) else None
+    inputs = Inputs.open(model, forget_set, task, evaluation, settings, skeleton)
     with ray_session(settings.with_overrides({"resources.workers": 1}).resources):  # too many are told, not refused
         store, room, workers = object_store_bytes(), slots(settings.resources), resolve_workers(settings.resources)
-    reading, scoring = _time_block(inputs, settings)
+    reading, scoring = _time_block(inputs, settings) if skeleton is None else (None, None)
     sets = {name: _count(source, inputs, settings, reading) for name, source in inputs.sources.items()}
     samples, shards = (sum(part[key] for part in sets.values()) for key in ("samples", "shards"))
     passes = 1 + SCORING_ROUNDS + 1 if _recompute(settings) else 1  # the ascent makes them once more
-    features = passes * reading * samples / workers + TASK_SECONDS * shards
-    scored = SCORING_ROUNDS * (scoring * samples / workers + TASK_SECONDS * shards)
-    peak = _peak_bytes(sets, inputs, settings)
+    seconds = None
+    if reading is not None and scoring is not None:
+        features = passes * reading * samples / workers + TASK_SECONDS * shards
+        scored = SCORING_ROUNDS * (scoring * samples / workers + TASK_SECONDS * shards)
+        seconds = {"features": features, "scoring_and_audit": scored, "without_ascent": features + scored}
+    held = _memory(inputs, settings)
+    peak = _peak_bytes(sets, inputs, settings, held)
+    notes = _notes(_held(sets), peak["object_store"], store, workers, room, settings)
+    notes += [] if seconds else ["seconds are not given, because the model's folder holds no weights to run"]
     return {
         "sets": sets,
         "forward_passes": passes,
         "tasks": shards * (1 + SCORING_ROUNDS),
         "peak_bytes": peak,
-        "seconds": {"features": features, "scoring_and_audit": scored, "without_ascent": features + scored},
+        "seconds": seconds,
         "workers": workers,
         "workers_that_fit": room,
         "fits": peak["object_store"] <= store and workers <= room,
-        "notes": _notes(_held(sets), peak["object_store"], store, workers, room, settings),
+        "notes": notes + _refusal(inputs, settings),
+        **({} if held is None else {"memory": _held_against(held, memory)}),
     }
+
+
+def _memory(inputs: Inputs, settings: UnlearnConfig) -> LayersMemory | None:
+    """Of a worker, where layers of a model with outputs at many positions move."""
+    if not (isinstance(inputs.part, Layers) and inputs.task.positions):
+        return None
+    rows = max(settings.influence.block_rows, settings.ascent.piece_rows)
+    return memory_of(inputs.part, settings.ascent, rows_at_once(rows, inputs.task))
+
+
+def _held_against(held: LayersMemory, sizes: Sequence[float]) -> dict[str, Any]:
+    fits = {f"{size:g} GB": held.verdict(size) for size in sizes}
+    return {
+        **asdict(held),
+        "peak": held.peak,
+        "peak_checkpointed": held.peak_checkpointed,
+        "fits": {name: fit for name, (fit, _) in fits.items()},
+        "why": [reason for _, reason in fits.values()],
+    }
+
+
+def _refusal(inputs: Inputs, settings: UnlearnConfig) -> list[str]:
+    """Why a run would be refused for its curvature."""
+    try:
+        if settings.ascent.curvature != "none":
+            kinds_of(inputs.part, settings.ascent)
+    except ConfigError as error:
+        return [f"a run is refused: {error}"]
+    return []
 
 
 def _recompute(settings: UnlearnConfig) -> bool:
@@ -80,14 +128,14 @@ def _block_rows(inputs: Inputs, settings: UnlearnConfig) -> int:
     return rows_at_once(settings.influence.block_rows, inputs.task)
 
 
-def _count(source: Source, inputs: Inputs, settings: UnlearnConfig, seconds: float) -> dict[str, Any]:
+def _count(source: Source, inputs: Inputs, settings: UnlearnConfig, seconds: float | None) -> dict[str, Any]:
     shards = source.shards(_block_rows(inputs, settings), settings.influence.blocks_per_shard)
     return {
         "samples": source.num_rows,
         "blocks": sum(len(list(shard.blocks())) for shard in shards),
         "shards": len(shards),
         "feature_bytes": source.num_rows * _feature_bytes(inputs, settings),
-        "forward_seconds": source.num_rows * seconds,
+        "forward_seconds": None if seconds is None else source.num_rows * seconds,
     }
 
 
@@ -102,7 +150,9 @@ def _held(sets: Mapping[str, Any]) -> int:
     return sum(part["feature_bytes"] for part in sets.values())
 
 
-def _peak_bytes(sets: Mapping[str, Any], inputs: Inputs, settings: UnlearnConfig) -> dict[str, int]:
+def _peak_bytes(
+    sets: Mapping[str, Any], inputs: Inputs, settings: UnlearnConfig, held: LayersMemory | None
+) -> dict[str, int]:
     """Memory of one worker above its imports, of the object stores, and of the driver."""
     rows, shard_blocks = _block_rows(inputs, settings), settings.influence.blocks_per_shard
     head_bytes = sum(tensor.nbytes for tensor in inputs.part.parameters.values())
@@ -116,7 +166,7 @@ def _peak_bytes(sets: Mapping[str, Any], inputs: Inputs, settings: UnlearnConfig
     curvature = [LAYER_CURVATURES["kfac"].memory(*matrix.shape) for matrix in inputs.part.parameters.values()]
     matrices = sum(curvature) if inputs.part.deep else MATRICES * head_bytes
     return {
-        "per_worker": WORKER_BYTES + max(shard, ascent) + matrices + model_bytes,
+        "per_worker": WORKER_BYTES + max(shard, ascent) + (matrices + model_bytes if held is None else held.peak),
         "object_store": kept + model_bytes,
         "driver": SHARD_BYTES * sum(part["shards"] for part in sets.values()) + ascent,
     }

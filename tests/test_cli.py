@@ -261,6 +261,7 @@ def test_a_command_hands_on_what_the_job_file_says(command, job_file, command_li
     assert (given.get("run_dir"), last["run_dir"]) == ((None, None) if name == "plan" else (job.run_dir, job.run_dir))
     assert (last["report"] is not None) == (name in ("unlearn", "ascend", "audit"))
     assert given.get("intensities") == (scores if more else None)
+    assert given.get("memory") == ((40, 80) if name == "plan" else None)
 
 
 @pytest.mark.parametrize("name", ["nowhere.parquet", "job.yaml"])

@@ -2,11 +2,13 @@
 
 import math
 
+import pyarrow as pa
 import pytest
 from architectures import named
+from language import llama
 from samples import SMALL, pairs, paper
 
-from imu_ray import ConfigError, plan, unlearn
+from imu_ray import ConfigError, ModelSpec, UnlearnConfig, plan, unlearn
 
 SETTINGS = SMALL | {
     "influence.blocks_per_shard": 2, "ascent.stop.max_epochs": 1, "ascent.stop.targets": {"forget.accuracy": None},
@@ -63,3 +65,19 @@ def test_what_does_not_fit_is_told_and_not_refused(monkeypatch):
 def test_what_a_run_would_refuse_is_refused():
     with pytest.raises(ConfigError, match="forget_set.size is 500"):
         planned(20, forget_set__size=500)
+
+
+def test_a_folder_without_weights_is_counted_and_held_against_sizes_of_memory(tmp_path):
+    llama().config.save_pretrained(tmp_path)
+    rows = pa.table({"tokens": [[1, 2, 3, 4], [5, 6]]})
+    tight = UnlearnConfig().with_overrides({"ascent.scope": ["*.q_proj"], "ascent.preconditioner_memory": 1e-6})
+    made = plan(ModelSpec(f"hf:{tmp_path}"), rows, task="sequence", config=tight, memory=(1e-6, 3))
+    assert (made["seconds"], made["sets"]["forget"]["forward_seconds"]) == (None, None)
+    assert "no weights to run" in made["notes"][0]
+    assert made["notes"][1].startswith(
+        "a run is refused: ascent.preconditioner kfac of model.layers.0.self_attn.q_proj"
+    )
+    assert made["memory"]["fits"] == {"1e-06 GB": False, "3 GB": True}
+    assert made["peak_bytes"]["per_worker"] > made["memory"]["peak"] > made["memory"]["weights"] > 0
+    tight = tight.with_overrides({"ascent.preconditioner": "none"})
+    assert plan(ModelSpec(f"hf:{tmp_path}"), rows, task="sequence", config=tight)["memory"]["curvature"] == 0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imu_ray.errors import UnsupportedModelError
@@ -25,7 +25,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: the model has no such block.
     """
-    for block in _blocks(model):  # as Hugging Face marks them, so that the model also trains so
+    for block in blocks_of(model):  # as Hugging Face marks them, so that the model also trains so
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     if not checkpointed(model):
@@ -37,10 +37,10 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 def checkpointed(model: nn.Module) -> list[nn.Module]:
     """The blocks that are marked."""
-    return [block for block in _blocks(model) if block.gradient_checkpointing]
+    return [block for block in blocks_of(model) if block.gradient_checkpointing]
 
 
-def _blocks(model: nn.Module) -> list[Any]:
+def blocks_of(model: nn.Module) -> list[Any]:
     """The blocks of a model that Hugging Face could run again; the library is loaded where there is such a model."""
     kind = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
     return [module for module in model.modules() if isinstance(module, kind)]
@@ -80,4 +80,6 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(bare, parameters, args, kwargs)
 
     own = dict(bare.named_parameters())
+    if not any(isinstance(each, Tensor) and each.requires_grad for each in (*own.values(), *args, *kwargs.values())):
+        return run(own, *args, **kwargs)  # below the lowest layer that moves nothing is kept
     return checkpoint(run, own, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

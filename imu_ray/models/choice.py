@@ -12,6 +12,7 @@ from imu_ray.errors import ConfigError, UnsupportedModelError, nearest
 from imu_ray.influence.layer_io import kind_of
 from imu_ray.models.adapters import adapter_layers, moving_base, pair_of
 from imu_ray.models.blocks import run_again
+from imu_ray.models.copies import has_numbers
 from imu_ray.models.layers import detached, evaluation_mode, forward_errors, logits_of
 
 SCOPE = re.compile(r"head|all|usable|adapters|last:[1-9][0-9]*")  # what a scope may be besides a list of patterns
@@ -134,7 +135,7 @@ def _usable_layers(
 
 def _silent(gradients: Mapping[str, Tensor | None]) -> set[str]:
     """Layers without a gradient. One half of an adapter may have none, because the other half is zero at first."""
-    still = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
+    still = {name for name, grad in gradients.items() if grad is None or (has_numbers(grad) and not grad.any())}
     pairs = {name: pair_of(name) for name in still}
     return {
         name

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
@@ -35,6 +36,24 @@ def plain_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); expected a model that "
             "copy.deepcopy takes, without open files, locks and computed tensors; remove them"
         ) from None
+
+
+def without_numbers(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
+    """A copy whose tensors have shapes on the CPU and no numbers, and the mode in which new ones have none either."""
+    first = next(model.parameters())
+    mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, object] = {}
+    with mode:
+        for tensor in (*model.parameters(), *model.buffers()):
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            kept = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if kept else empty
+        return copy.deepcopy(model, memo), mode
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor has more than a shape."""
+    return not isinstance(tensor, FakeTensor)
 
 
 def to_eval(model: nn.Module) -> nn.Module:

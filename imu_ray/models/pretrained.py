@@ -6,15 +6,18 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from imu_ray.errors import CheckpointError, ConfigError, ImuError
+from imu_ray.models.copies import without_numbers
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "*.model", "chat_template*",
 )  # fmt: skip
 ADAPTER = "adapter_config.json"
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
 def load_pretrained(path: str, **settings: Any) -> nn.Module:
@@ -64,6 +67,34 @@ def load_pretrained(path: str, **settings: Any) -> nn.Module:
             "that save_pretrained wrote, or a model in the local cache; model.kwargs.local_files_only=false downloads "
             "it"
         ) from None
+
+
+def load_skeleton(path: str, **settings: Any) -> nn.Module | None:
+    """A model of shapes without numbers; None unless its folder, or that of an adapter's base, holds settings alone."""
+    model = _on_meta(path, settings)
+    return None if model is None else without_numbers(model.eval())[0]
+
+
+def _on_meta(path: str, settings: dict[str, Any]) -> nn.Module | None:
+    folder, model = Path(path), None
+    if (folder / ADAPTER).is_file():
+        from peft import PeftConfig, get_peft_model
+
+        config: Any = PeftConfig.from_pretrained(path)
+        base: Any = _on_meta(config.base_model_name_or_path or "", settings)
+        with torch.device("meta"):
+            model = None if base is None else get_peft_model(base, config)
+    elif (folder / "config.json").is_file() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        kind = settings.get("dtype", "auto")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if kind == "auto" else kind)
+        model.config.use_cache = False
+    if model is not None:
+        model.name_or_path = path
+    return model
 
 
 def save_pretrained(model: nn.Module, folder: Path, merge_adapter: bool = False) -> None:

@@ -17,7 +17,7 @@ from imu_ray.errors import ConfigError, ImuError, nearest
 from imu_ray.models.blocks import checkpoint_blocks
 from imu_ray.models.checkpoint import load_checkpoint
 from imu_ray.models.copies import to_eval
-from imu_ray.models.pretrained import load_pretrained
+from imu_ray.models.pretrained import load_pretrained, load_skeleton
 
 PRETRAINED = "hf:"
 
@@ -89,6 +89,16 @@ class ModelSpec:
         if self.checkpoint is not None:
             load_checkpoint(model, self.checkpoint)
         return to_eval(model)
+
+    def skeleton(self) -> nn.Module | None:
+        """The model as shapes without numbers, where its folder holds its settings alone; else None."""
+        name = self.factory if isinstance(self.factory, str) else ""
+        if not name.startswith(PRETRAINED):
+            return None
+        model = load_skeleton(name.removeprefix(PRETRAINED), **self.kwargs)
+        if model is not None and self.gradient_checkpointing:
+            checkpoint_blocks(model)
+        return model
 
     def describe(self) -> dict[str, Any]:
         """The spec as plain values, for the record."""
