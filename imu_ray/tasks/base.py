@@ -126,7 +126,10 @@ class Task(Protocol):
         ...
 
     def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Gradient of each sample's loss with respect to the outputs, in their shape; float64."""
+        """Gradient of each sample's loss with respect to the outputs, in their shape.
+
+        Float64; of outputs at many positions in their type, float32 at least.
+        """
         ...
 
 

@@ -43,14 +43,13 @@ from imu_ray.updates.objectives import OBJECTIVES
 from imu_ray.updates.optimiser import Optimiser
 from tests.benchmarks.bench_layers import medians, seconds
 
-VOCABULARY, LENGTH, ROWS, BATCH, RATE, MOMENTUM = 2048, 96, 64, 32, 1e-4, 0.9
+VOCABULARY, LENGTH, ROWS, BATCH, RATE, MOMENTUM = 2048, 96, 32, 16, 1e-4, 0.9
 SHAPE = {
     "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 704,
     "max_position_embeddings": LENGTH, "vocab_size": VOCABULARY, "tie_word_embeddings": True, "use_cache": False,
 }  # fmt: skip
 SCOPES: dict[str, str | list[str]] = {
     "o_proj and down_proj": ["*.o_proj", "*.down_proj"],
-    "the last two blocks": ["model.layers.4", "model.layers.5"],
     "all layers": "usable",
     "LoRA": "adapters",
 }
@@ -196,7 +195,6 @@ def scoring(repeat: int) -> dict[str, Any]:
 
 def grown(results: Any, scope: str, side: str, again: bool) -> None:
     """By how many MB a process grows at most in a batch."""
-    torch.set_num_threads(1)
     kind, work = side.split(".")
     made = {"plain": Plain, "ours": Ours}[kind](part_of(scope, again))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -213,7 +211,7 @@ def memory(repeat: int) -> dict[str, Any]:
         ("plain.backward", False),
         ("ours.score", False),
     ]
-    context, found = multiprocessing.get_context("spawn"), {}
+    context, found = multiprocessing.get_context("fork"), {}
     for scope in SCOPES:
         found[scope] = {}
         for side, again in sides:

@@ -17,7 +17,8 @@ from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.layer_io import directional_scores, sample_gradients, squared_gradient_norms
 from imu_ray.models.choice import choose_layers
 from imu_ray.scopes.features import FeatureShard
-from imu_ray.scopes.layers import Layers, weigh
+from imu_ray.scopes.layers import Layers
+from imu_ray.scopes.seen import weigh
 from imu_ray.tasks.sequence import SequenceTask
 from imu_ray.updates.objectives import OBJECTIVES
 

@@ -16,8 +16,9 @@ from imu_ray.inputs import Inputs
 from imu_ray.models.blocks import checkpoint_blocks
 from imu_ray.models.choice import choose_layers
 from imu_ray.models.spec import ModelSpec
-from imu_ray.scopes.layers import Layers, weigh
+from imu_ray.scopes.layers import Layers
 from imu_ray.scopes.memory import memory_of
+from imu_ray.scopes.seen import weigh
 from imu_ray.tasks.sequence import SequenceTask
 from imu_ray.updates.objectives import OBJECTIVES
 
