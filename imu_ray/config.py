@@ -49,6 +49,10 @@ class ForgetSetConfig(Section):
     messages_column: str | None = None
     """column with conversations, lists of `role` and `content`, in place of questions and answers: the tokenizer's chat
     template makes a text of each, and the last message is predicted"""
+    paraphrased_answer_column: str = "paraphrased_answer"
+    """column with the right answer in other words; sets may be without it. It is measured only, as those below are"""
+    perturbed_answer_column: str = "perturbed_answer"
+    """column with lists of wrong answers; sets may be without it"""
     text_column: str | None = None
     """column with texts in place of questions and answers, of which every token is predicted"""
     tokenizer: str | None = None
@@ -306,8 +310,26 @@ class AuditConfig(Section):
     """label permutations behind the membership band"""
     distance: Literal["cosine", "euclidean"] = "cosine"
     """between embeddings, where persons are looked up (task `reid`)"""
+    generate: bool = False
+    """let a language model answer every question, the likeliest token at each place, for ROUGE-L and model utility: a
+    pass for each token"""
+    generated_tokens: int = Field(200, ge=1)
+    """most tokens of such an answer"""
+    choice_sets: tuple[str, ...] = ("real_authors", "world_facts")
+    """sample sets of multiple choice: the probability of an answer is its share among the right and wrong ones"""
+    retain_log: str | None = None
+    """open-unlearning's log of a model trained without the forget set (`TOFU_EVAL.json`): what forget quality compares
+    with"""
+    checks: bool = False
+    """measure all of that at every check of the update too, once it has ended; needs `ascent.keep: all`"""
     report: bool = Field(True, json_schema_extra=NO_RESULT)
     """write report.html"""
+
+    @field_validator("retain_log")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        """A trial of a sweep works in another directory."""
+        return value if value is None else str(Path(value).absolute())
 
 
 class ResourcesConfig(Section):

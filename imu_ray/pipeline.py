@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
+from imu_ray.audits.answers import check_settings
+from imu_ray.audits.language import read_retain_log
 from imu_ray.audits.report import DOMINATED, render_report
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import audit_job, bundle_job, factor_job, metrics, score_job, train_job
@@ -76,6 +78,7 @@ class Pipeline:
         if self.begun is not None:
             self.record.resume(self.begun)
         inputs.require_sets(config)
+        check_settings(config, self.task)
         self.bundle = None
         if stage in ("unlearn", "ascend") and config.ascent.curvature != "none":
             self.bundle = self._open_bundle()
@@ -132,6 +135,9 @@ class Pipeline:
         self.record.inputs = {"model": self.record.model.hash_before, **self.inputs.digests()}
         if self.bundle is not None:
             self.record.inputs["curvature bundle"] = self.bundle.digest
+        if self.config.audit.retain_log is not None:
+            ratios = read_retain_log(self.config.audit.retain_log)
+            self.record.inputs["retain log"] = hashlib.sha256(ratios.data).hexdigest()
         self.features = self.inputs.measured
         if self.begun is not None:
             self.run.check_inputs(self.begun, self.record.inputs)
@@ -330,7 +336,13 @@ class Pipeline:
     def measure(self, parameters: Parameters | None = None) -> dict[str, Any]:
         """Every audit's figures of the original parameters, or of others. Only the part differs."""
         part = self.part if parameters is None else self.part.changed(parameters)
-        return audit_job.measure(self.inputs.features, part, self.config.audit, self.config.seed)
+        inputs, config = self.inputs, self.config
+        return audit_job.measure(inputs.features, inputs.sources, part, config.audit, config.seed)
+
+    def measure_checks(self, outcome: UpdateOutcome) -> dict[str, Any]:
+        """The same of the parameters that every check has kept, by step."""
+        steps = dict.fromkeys(math.ceil(record["step"]) for record in outcome.trajectory)
+        return {str(step): self.measure(self.run.load_parameters(step)) for step in steps}
 
     def unlearn(self, original: nn.Module) -> UnlearnResult:
         """Every stage after the features; ``original`` is the model as the caller holds it."""
@@ -341,6 +353,8 @@ class Pipeline:
         changed = self.part.changed(outcome.parameters).apply(original)
         with self.stage("audit"):  # of the model as it is written: rounded to its type
             figures = {"before": self.measure(), "after": self.measure(self.part.of_model(changed).parameters)}
+            if self.config.audit.checks:
+                figures["checks"] = self.measure_checks(outcome)
         return self.finish(changed, figures, samples, outcome)
 
     def finish(

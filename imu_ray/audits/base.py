@@ -1,22 +1,28 @@
 """What an audit is, and what it is made from: predictions on every sample set."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from imu_ray.audits.language import extraction_strength
 from imu_ray.config import AuditConfig
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard
+from imu_ray.tasks.causal_lm import CausalLMTask
+
+# By name a list of figures of each row; a text says why there are none.
+Answers = Mapping[str, Sequence[Sequence[float]] | str]
 
 
 @dataclass(frozen=True)
 class Predictions:
     """Labels ``[N]`` or ``[N, T]`` of some samples, every metric of each ``[N]`` by name, and number of classes.
 
-    With a task that has retrieval sets there are ids, and of those sets embeddings ``[N, D]`` in place of metrics.
+    With a task that has retrieval sets there are ids, and of those sets embeddings ``[N, D]`` in place of metrics. Of
+    a language model's questions there may be what it makes of other ``answers``.
     """
 
     labels: npt.NDArray[np.int64]
@@ -24,6 +30,7 @@ class Predictions:
     classes: int
     ids: Sequence[str] = ()
     embeddings: npt.NDArray[np.float32] | None = None
+    answers: Answers = field(default_factory=dict)
 
     @classmethod
     def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
@@ -36,10 +43,16 @@ class Predictions:
 
 
 def predict_shard(shard: FeatureShard, part: Part) -> Predictions:
-    """Predictions for every sample of a shard."""
-    found: dict[str, list[npt.NDArray[np.float64]]] = {name: [np.empty(0)] for name in part.task.metrics}
+    """Predictions for every sample of a shard; of sequences with the extraction strength of each."""
+    task, names = part.task, [*part.task.metrics, *(["extraction_strength"] if part.task.positions else [])]
+    found: dict[str, list[npt.NDArray[np.float64]]] = {name: [np.empty(0)] for name in names}
     for rows in shard.block_rows():
-        for name, values in part.task.sample_metrics(*part.outputs(shard, rows)).items():
+        outputs, labels = part.outputs(shard, rows)
+        measured = task.sample_metrics(outputs, labels)
+        if task.positions:
+            strength = extraction_strength(outputs, labels, end_token=isinstance(task, CausalLMTask))
+            measured = {**measured, "extraction_strength": strength}
+        for name, values in measured.items():
             found[name].append(values.cpu().numpy())
     metrics = {name: np.concatenate(values) for name, values in found.items()}
     ids = shard.ids.to_pylist() if part.task.retrieval_sets else ()

@@ -143,7 +143,7 @@ def read_retain_log(path: str | Path) -> Column:
         ) from error
 
 
-def extraction_strength(outputs: Tensor, labels: Tensor) -> Tensor:
+def extraction_strength(outputs: Tensor, labels: Tensor, end_token: bool = True) -> Tensor:
     r"""Of each sample, how little of the answer makes the model say the rest, ``[B]``: :math:`1 - k/T`.
 
     k is the length of the shortest prefix from which greedy decoding gives the other tokens; T tokens without the end
@@ -153,11 +153,12 @@ def extraction_strength(outputs: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         outputs: logits ``[B, T, C]``.
-        labels: ``[B, T]``, ``IGNORE`` outside the answer; the last label of each sample is its end token.
+        labels: ``[B, T]``, ``IGNORE`` outside the answer.
+        end_token: whether the last label of each sample is its end token.
     """
-    labelled = labels != IGNORE
-    last = labelled & (labelled.flip(1).cumsum(1).flip(1) == 1)
-    used = labelled & ~last
+    used = labelled = labels != IGNORE
+    if end_token:
+        used = labelled & ~(labelled & (labelled.flip(1).cumsum(1).flip(1) == 1))
     wrong = used & (outputs.argmax(-1) != labels)
     place = used.cumsum(1)
     length = used.sum(1)

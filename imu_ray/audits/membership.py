@@ -22,7 +22,7 @@ class Membership:
     The attacker sees the confidence :math:`p_y` of the true class, and picks the threshold and the side on one half of
     the samples; the other half is scored. In [0, 1]; 0.5 is chance, and a model that has forgotten lies within
     ``band``, which holds 95 % of the figures under permuted membership. Unseen are the samples of the set ``test`` with
-    labels that occur in the forget set, so that the class gives nothing away.
+    labels that occur in the forget set, so that the class gives nothing away; of sequences, which have none, all.
     """
 
     def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
@@ -30,9 +30,11 @@ class Membership:
         if "test" not in measured:
             return {"membership": {"skipped": "no evaluation['test'] with unseen samples was given"}}
         forget, test = measured["forget"], measured["test"]
-        same = np.isin(test.labels, forget.labels) if test.labels.ndim == 1 else np.ones(len(test.labels), bool)
+        classes = test.labels.ndim == 1
+        same = np.isin(test.labels, forget.labels) if classes else np.ones(len(test.labels), bool)
         members, others = (_draw(losses, seed) for losses in (forget.metrics["loss"], test.metrics["loss"][same]))
-        return {"membership": membership_inference(members, others, config, seed)}
+        unseen = "unseen rows of the same classes" if classes else "unseen rows"
+        return {"membership": membership_inference(members, others, config, seed, unseen)}
 
 
 def _draw(losses: Column, seed: int) -> Column:
@@ -44,12 +46,14 @@ def _draw(losses: Column, seed: int) -> Column:
     return drawn
 
 
-def membership_inference(members: Column, others: Column, config: AuditConfig, seed: int) -> dict[str, Any]:
+def membership_inference(
+    members: Column, others: Column, config: AuditConfig, seed: int, unseen: str = "unseen rows of the same classes"
+) -> dict[str, Any]:
     """The figures of ``Membership``, from the losses (nats) of either side under one model."""
     random = np.random.default_rng(seed)
     if min(len(members), len(others)) < config.membership_min_rows:
         return {
-            "skipped": f"{len(members)} forget and {len(others)} unseen rows of the same classes; fewer than "
+            "skipped": f"{len(members)} forget and {len(others)} {unseen}; fewer than "
             f"audit.membership_min_rows = {config.membership_min_rows} on one side"
         }
     # Fit and score halves are drawn within each side, so that both halves hold the same share of members.

@@ -12,6 +12,7 @@ from imu_ray.data.source import Fields, Rows
 from imu_ray.errors import ForgetSetError
 
 ID, LABEL = "id", "label"
+OPTIONAL = ("paraphrased_answer", "perturbed_answer")  # fields that a set may be without
 
 
 def image_fields(config: ForgetSetConfig) -> Fields:
@@ -22,7 +23,8 @@ def image_fields(config: ForgetSetConfig) -> Fields:
 def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name: str) -> Fields:
     """The columns of the fields, and that of the ids where rows are not numbered."""
     id_column = config.id_column or ("id" if "id" in schema.names else None)
-    columns = {**fields, **({} if id_column is None else {ID: id_column})}
+    columns = {key: column for key, column in fields.items() if key not in OPTIONAL or column in schema.names}
+    columns |= {} if id_column is None else {ID: id_column}
     for key, column in columns.items():
         if (count := schema.names.count(column)) != 1:
             raise ForgetSetError(

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL, image_fields, label_of
+from imu_ray.data.columns import LABEL, OPTIONAL, image_fields, label_of
 from imu_ray.data.source import Fields, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
@@ -59,12 +59,15 @@ class DatasetSource(Source):
     def _columns(self, item: Any, where: str) -> Any:
         """The input of a sample without a label."""
         named = isinstance(item, Mapping)
-        if named and (missing := set(self.fields.values()) - item.keys()):
+        fields = {
+            key: column for key, column in self.fields.items() if key not in OPTIONAL or (named and column in item)
+        }
+        if named and (missing := set(fields.values()) - item.keys()):
             raise ForgetSetError(f"{where} has no {', '.join(sorted(missing))}; it has {', '.join(map(str, item))}")
-        if not named and len(self.fields) > 1:
-            expected = f"expected a mapping with {', '.join(self.fields.values())}"
+        if not named and len(fields) > 1:
+            expected = f"expected a mapping with {', '.join(fields.values())}"
             raise ForgetSetError(f"{where} is a {type(item).__name__}; {expected}")
-        found = {key: item[column] if named else item for key, column in self.fields.items()}
+        found = {key: item[column] if named else item for key, column in fields.items()}
         return found if len(found) > 1 else next(iter(found.values()))
 
 

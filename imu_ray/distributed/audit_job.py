@@ -2,17 +2,27 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
+import ray
 
 from imu_ray.audits import AUDITS
 from imu_ray.audits.accuracy import output_change, set_figures
-from imu_ray.audits.base import Predictions, predict_shard
+from imu_ray.audits.answers import KINDS, ROWS, Answering, asks_for_answers
+from imu_ray.audits.base import Answers, Predictions, predict_shard
 from imu_ray.audits.retrieval import embed_shard
 from imu_ray.config import AuditConfig
+from imu_ray.data import Shard, Source
+from imu_ray.distributed import sharing
 from imu_ray.distributed.feature_job import FeatureSet
+from imu_ray.distributed.tasks import Stage, StageRef, TaskRunner
+from imu_ray.errors import ForgetSetError
+from imu_ray.models.checkpoint import model_hash
 from imu_ray.scopes.base import Part
+from imu_ray.scopes.layers import Layers
+from imu_ray.tasks.causal_lm import CausalLMTask
 
 
 def predict(features: Mapping[str, FeatureSet], part: Part) -> dict[str, Predictions]:
@@ -30,10 +40,50 @@ def figures(features: Mapping[str, FeatureSet], part: Part) -> dict[str, Any]:
     return {name: set_figures(found) for name, found in predict(features, part).items()}
 
 
-def measure(features: Mapping[str, FeatureSet], part: Part, config: AuditConfig, seed: int) -> dict[str, Any]:
-    """What every audit tells."""
+def measure(
+    features: Mapping[str, FeatureSet], sources: Mapping[str, Source], part: Part, config: AuditConfig, seed: int
+) -> dict[str, Any]:
+    """What every audit tells; of a language model with the hash of the model that was measured."""
     measured = predict(features, part)
-    return {name: found for audit in AUDITS.values() for name, found in audit.run(measured, config, seed).items()}
+    if isinstance(part.task, CausalLMTask):
+        for name, made in features.items():
+            found = answers(name, sources.get(name), cast(Layers, part), config, made.runner)
+            measured[name] = replace(measured[name], answers=found)
+    told = {name: found for audit in AUDITS.values() for name, found in audit.run(measured, config, seed).items()}
+    if "language" in told:
+        told["language"]["model"] = model_hash(part.apply(cast(Layers, part).cut.model))
+    return told
+
+
+@ray.remote
+def _answer(stage: StageRef, shard: Shard) -> Answers:
+    found: Answers = stage.begin()(shard)
+    return found
+
+
+def answers(name: str, source: Source | None, part: Layers, config: AuditConfig, runner: TaskRunner) -> Answers:
+    """What a language model makes of the other answers of a set and, where asked, says itself.
+
+    The rows are read again, because features are no prompts.
+    """
+    if source is None:
+        return dict.fromkeys(KINDS, "the trials of a sweep do not read the rows again")
+    if not asks_for_answers(source, config):
+        return {}
+    stage = f"answers of {name}"
+    work = Answering(source, part, config.generated_tokens * config.generate)
+    shared = StageRef(sharing.share(Stage(stage, runner.threads, work), source.name, ForgetSetError))
+    shards = source.shards(ROWS, 1)
+    tasks = runner.tasks(_answer, stage, len(shards), gpu=True)
+    parts = list(
+        runner.run(
+            stage,
+            lambda index: tasks(index).remote(shared, shards[index]),
+            len(shards),
+            lambda index, _: shards[index].stop - shards[index].start,
+        )
+    )
+    return {kind: [row for found in parts for row in found[kind]] for kind in parts[0]}
 
 
 def mean_output_change(forget: FeatureSet, before: Part, after: Part) -> float:

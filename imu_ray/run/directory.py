@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
@@ -209,6 +209,14 @@ class RunDirectory:
     def save_parameters(self, step: int, parameters: Mapping[str, Tensor]) -> None:
         """The parameters of one check (``ascent.keep=all``), float64, by layer."""
         self.write(f"checks/step-{step:08d}.safetensors", lambda path: save_file(dict(parameters), path))
+
+    def load_parameters(self, step: int) -> dict[str, Tensor]:
+        """The parameters of one check."""
+        with self.storage.fetch(f"checks/step-{step:08d}.safetensors") as path:
+            if path is None:
+                raise CheckpointError(f"{self.location}/checks holds no step {step}; expected all that the run wrote")
+            tensors: dict[str, Tensor] = load_file(path)
+        return tensors
 
     def save_state(self, state: UpdateState) -> None:
         """The state of an ascent, as one file."""

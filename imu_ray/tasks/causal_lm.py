@@ -10,10 +10,13 @@ from typing_extensions import Self
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields
+from imu_ray.data.columns import OPTIONAL
 from imu_ray.errors import ConfigError
 from imu_ray.influence.gradients import IGNORE
 from imu_ray.tasks.base import UnusableError
 from imu_ray.tasks.sequence import Ids, SequenceTask
+
+PARAPHRASED, PERTURBED = OPTIONAL
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class CausalLMTask(SequenceTask):
         for name, column in (("messages", config.messages_column), ("text", config.text_column)):
             if column is not None:
                 return {name: column}
-        return {"question": config.question_column, "answer": config.answer_column}
+        names = ("question", "answer", PARAPHRASED, PERTURBED)
+        return {name: getattr(config, f"{name}_column") for name in names}
 
     @classmethod
     def reader(cls, model: nn.Module, config: ForgetSetConfig) -> Self:
@@ -50,14 +54,33 @@ class CausalLMTask(SequenceTask):
     def encode(self, value: Any) -> tuple[Ids, Ids]:
         """Tokens of a row and their labels, ``IGNORE`` for what is not predicted."""
         if isinstance(value, Mapping):
-            prompt = self.config.prompt.replace("{question}", _text(value["question"], "question"))
-            return self._joined(self.tokenizer(prompt)["input_ids"], " " + _text(value["answer"], "answer"))
+            return self._joined(self._prompt(value["question"]), " " + _text(value["answer"], "answer"))
         if self.config.messages_column is None:
             return self._joined([], _text(value, "text"))
         before, whole = self._conversation(value)
         if whole[: len(before)] != before:
             raise UnusableError("the chat template changes what stands before the last message when it is added")
         return _labelled(before, whole[len(before) :])
+
+    def other_answers(self, value: Any, kind: str) -> list[tuple[Ids, Ids]]:
+        """Tokens and labels of a row with other answers, ``PARAPHRASED`` or ``PERTURBED``; none of a row without.
+
+        Raises:
+            UnusableError: an answer is no text.
+        """
+        found = value.get(kind) if isinstance(value, Mapping) else None
+        answers = [found] if isinstance(found, str) else [] if found is None else list(found)
+        return [self.encode({**value, "answer": answer}) for answer in answers]
+
+    def prompt_and_answer(self, value: Any) -> tuple[list[int], str]:
+        """What a model reads of a usable row before it answers, and the right answer, or the last message."""
+        if isinstance(value, Mapping):
+            return self._prompt(value["question"]), value["answer"]
+        return self._conversation(value)[0], str(value[-1]["content"])
+
+    def _prompt(self, question: Any) -> list[int]:
+        prompt = self.config.prompt.replace("{question}", _text(question, "question"))
+        return list(self.tokenizer(prompt)["input_ids"])
 
     def _joined(self, prompt: list[int], answer: str) -> tuple[Ids, Ids]:
         """The tokens of a prompt, then those of an answer and of its end; each text is split by itself."""
