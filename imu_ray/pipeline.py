@@ -337,7 +337,7 @@ class Pipeline:
         """Every audit's figures of the original parameters, or of others. Only the part differs."""
         part = self.part if parameters is None else self.part.changed(parameters)
         inputs, config = self.inputs, self.config
-        return audit_job.measure(inputs.features, inputs.sources, part, config.audit, config.seed)
+        return audit_job.measure(inputs.features, part, config.audit, config.seed, inputs.sources)
 
     def measure_checks(self, outcome: UpdateOutcome) -> dict[str, Any]:
         """The same of the parameters that every check has kept, by step."""

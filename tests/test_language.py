@@ -1,5 +1,8 @@
 """Language models end to end on two workers: read from a folder, unlearned, and written as one that others open."""
 
+import json
+import math
+
 import pyarrow as pa
 import pytest
 import torch
@@ -7,7 +10,8 @@ from language import ANSWERS, QUESTIONS, gpt2, llama, lora, tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from imu_ray import ModelSpec, UnlearnConfig, unlearn
+from imu_ray import ModelSpec, UnlearnConfig, audit, unlearn
+from imu_ray.distributed import audit_job
 from imu_ray.tasks.causal_lm import CausalLMTask
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -69,6 +73,56 @@ def test_a_model_forgets_answers_and_from_pretrained_opens_what_is_written(make,
     moved = {key for key, value in again.state_dict().items() if not torch.equal(value, original[key])}
     assert moved
     assert {key.rpartition(".")[0] for key in moved} <= set(result.manifest["model"]["layers"])
+
+
+OTHERS = [
+    {"paraphrased_answer": f"By the water. {answer}", "perturbed_answer": [ANSWERS[row - 1], ANSWERS[row - 3]]}
+    for row, answer in enumerate(ANSWERS)
+]
+
+
+def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_written(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_job, "ROWS", 2)
+    model = llama(torch.float32, max_position_embeddings=64, hidden_size=32, **SIZES)
+    fit(model, rows, model.parameters()).save_pretrained(tmp_path / "source")
+    tokenizer().save_pretrained(tmp_path / "source")
+    whole = [row | others for row, others in zip(rows, OTHERS, strict=True)]
+    log = {str(row): {"score": 0.5 + row / 10} for row in range(4)}
+    (tmp_path / "TOFU_EVAL.json").write_text(json.dumps({"forget_truth_ratio": {"value_by_index": log}}))
+    given = {
+        "forget_set": pa.Table.from_pylist(whole[:4]),
+        "task": "causal_lm",
+        "evaluation": {
+            "test": pa.Table.from_pylist(UNSEEN[:4]),
+            "retain": pa.Table.from_pylist(whole[4:]),
+            "real_authors": pa.Table.from_pylist(whole[1:6]).drop_columns("paraphrased_answer"),
+            "world_facts": pa.Table.from_pylist(whole[2:5]),
+        },
+    }
+    more = {"audit.generate": True, "audit.generated_tokens": 12, "audit.retain_log": str(tmp_path / "TOFU_EVAL.json")}
+    more |= {"ascent.keep": "all", "audit.checks": True, "forget_set.tokenizer": str(tmp_path / "source")}
+    spec = ModelSpec(f"hf:{tmp_path / 'source'}")
+    config = settings(["*.o_proj", "*.down_proj"], **more)
+    result = unlearn(spec, config=config, run_dir=tmp_path / "run", **given)
+    before, after = (result.metrics[key]["language"] for key in ("before", "after"))
+    assert [before["model"], after["model"]] == [result.manifest["model"][f"hash_{key}"] for key in ("before", "after")]
+    said, still = before["sets"], after["sets"]
+    assert said["forget"]["rouge"] > 0.9
+    assert said["forget"]["rouge"] > still["forget"]["rouge"]
+    assert said["forget"]["probability"] == pytest.approx(result.metrics["before"]["forget"]["probability"])
+    assert said["forget"]["truth_ratio"] < still["forget"]["truth_ratio"]
+    assert "perturbed_answer" in said["test"]["skipped"]["truth_ratio"]
+    assert said["real_authors"]["choice_probability"] > 0.5
+    for found in (before, after):
+        assert found["skipped"] == {}
+        assert min(found["model_utility"], found["forget_quality"]) > 0
+    checks = result.metrics["checks"]
+    assert {int(step) for step in checks} == {math.ceil(step) for step in result.trajectory["step"].to_pylist()}
+    assert checks["0"] == result.metrics["before"]
+    alone = config.with_overrides({"resources.workers": 1})
+    again = audit(result.model, original=spec, config=alone, **given)
+    assert again == {key: result.metrics[key] for key in ("before", "after")}
+    assert "What the model still says" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_an_adapter_alone_forgets(rows, tmp_path):

@@ -18,6 +18,11 @@ from imu_ray.influence.intensity import Column
 # Squared cosine with the plain gradient above which the curvature has no say to speak of.
 DOMINATED = 0.99
 
+SPOKEN = {
+    "perplexity": "Perplexity", "probability": "Probability", "choice_probability": "Among the choices",
+    "extraction_strength": "Extraction strength", "rouge": "ROUGE-L", "truth_ratio": "Truth ratio",
+}  # fmt: skip
+
 
 def render_report(
     manifest: Mapping[str, Any],
@@ -40,7 +45,12 @@ def render_report(
         figures["Influence and intensity"] = _draw_distributions(*intensities)
     sides = [side for side in ("before", "after") if side in metrics]
     sets = [name for name in metrics[sides[-1]] if name not in AUDITS] if sides else []
-    shown = {"sides": sides, "sets": sets, "figures": figures, "dominated": DOMINATED}
+    language = metrics[sides[-1]].get("language") if sides else None
+    shown = {"sides": sides, "sets": sets, "figures": figures, "dominated": DOMINATED, "language": language}
+    if language:
+        present = {name for found in language["sets"].values() for name in found}
+        shown["spoken"] = {name: title for name, title in SPOKEN.items() if name in present}
+        shown["unsaid"] = _unsaid(language)
     return render_page("report.html.j2", manifest=manifest, metrics=metrics, **shown)
 
 
@@ -66,6 +76,16 @@ def svg_of(figure: Figure) -> Markup:
     figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return Markup(svg[svg.index("<svg") :])
+
+
+def _unsaid(language: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What of a language model was not measured, by reason."""
+    found: dict[str, list[str]] = {}
+    parts = {"": language, **{f" of {name}": each for name, each in language["sets"].items()}}
+    for where, part in parts.items():
+        for name, reason in part["skipped"].items():
+            found.setdefault(reason, []).append(SPOKEN.get(name, name.replace("_", " ")) + where)
+    return found
 
 
 def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]]) -> list[Markup]:

@@ -41,13 +41,20 @@ def figures(features: Mapping[str, FeatureSet], part: Part) -> dict[str, Any]:
 
 
 def measure(
-    features: Mapping[str, FeatureSet], sources: Mapping[str, Source], part: Part, config: AuditConfig, seed: int
+    features: Mapping[str, FeatureSet],
+    part: Part,
+    config: AuditConfig,
+    seed: int,
+    sources: Mapping[str, Source] | None = None,
 ) -> dict[str, Any]:
-    """What every audit tells; of a language model with the hash of the model that was measured."""
+    """What every audit tells; of a language model with the hash of the model that was measured.
+
+    ``sources`` are where the rows of the sets can be read again.
+    """
     measured = predict(features, part)
     if isinstance(part.task, CausalLMTask):
         for name, made in features.items():
-            found = answers(name, sources.get(name), cast(Layers, part), config, made.runner)
+            found = answers(name, (sources or {}).get(name), cast(Layers, part), config, made.runner)
             measured[name] = replace(measured[name], answers=found)
     told = {name: found for audit in AUDITS.values() for name, found in audit.run(measured, config, seed).items()}
     if "language" in told:

@@ -38,6 +38,36 @@ def test_retrieval_has_a_table_in_which_a_part_may_be_without_queries():
     assert "<h2>Retrieval</h2>" not in render_report(MANIFEST, {"before": side(0.9)}, None, None)
 
 
+SAID = {
+    "perplexity": 12.345,
+    "probability": 0.25,
+    "extraction_strength": 0.5,
+    "truth_ratio": 0.75,
+    "skipped": {"rouge": "no <b>"},
+}
+
+
+def test_what_a_language_model_says_has_a_table_and_reasons_and_no_sentence_is_of_classes():
+    language = {
+        "sets": {"forget": SAID},
+        "skipped": {"model_utility": "no <b>"},
+        "forget_quality": 0.0123,
+        "model": "cafe" * 16,
+    }
+    forget = {**FIGURES, "per_class": {}}
+    attack = {"balanced_accuracy": 0.5, "band": [0.4, 0.6], "members": 3, "non_members": 4}
+    sides = {name: {"forget": forget, "membership": attack, "language": language} for name in ("before", "after")}
+    manifest = {**MANIFEST, "ascent": {**ASCENT, "status": "reached"}}
+    page = render_report(manifest, sides, None, None)
+    for shown in ("12.35", "Extraction strength", "0.0123", "cafecafecafe"):
+        assert page.count(shown) >= 2
+    assert "Not measured: model utility, ROUGE-L of forget: no &lt;b&gt;." in page
+    assert "Among the choices" not in page
+    for word in ("same class", "true class", "labelled samples", "Per class"):
+        assert word not in page
+    assert "What the model still says" not in render_report(manifest, {"before": side(0.9)}, None, None)
+
+
 def test_a_run_without_metrics_still_has_a_page():
     page = render_report(MANIFEST, {}, (np.array([-1.0, 0.5, -3.0]), np.array([1.0, 0.0, 1.0])), None)
     assert page.count("<svg") == 2
