@@ -30,11 +30,9 @@ class Membership:
         if "test" not in measured:
             return {"membership": {"skipped": "no evaluation['test'] with unseen samples was given"}}
         forget, test = measured["forget"], measured["test"]
-        classes = test.labels.ndim == 1
-        same = np.isin(test.labels, forget.labels) if classes else np.ones(len(test.labels), bool)
+        same = np.isin(test.labels, forget.labels) if test.labels.ndim == 1 else np.ones(len(test.labels), bool)
         members, others = (_draw(losses, seed) for losses in (forget.metrics["loss"], test.metrics["loss"][same]))
-        unseen = "unseen rows of the same classes" if classes else "unseen rows"
-        return {"membership": membership_inference(members, others, config, seed, unseen)}
+        return {"membership": membership_inference(members, others, config, seed)}
 
 
 def _draw(losses: Column, seed: int) -> Column:
@@ -46,15 +44,13 @@ def _draw(losses: Column, seed: int) -> Column:
     return drawn
 
 
-def membership_inference(
-    members: Column, others: Column, config: AuditConfig, seed: int, unseen: str = "unseen rows of the same classes"
-) -> dict[str, Any]:
+def membership_inference(members: Column, others: Column, config: AuditConfig, seed: int) -> dict[str, Any]:
     """The figures of ``Membership``, from the losses (nats) of either side under one model."""
     random = np.random.default_rng(seed)
     if min(len(members), len(others)) < config.membership_min_rows:
         return {
-            "skipped": f"{len(members)} forget and {len(others)} {unseen}; fewer than "
-            f"audit.membership_min_rows = {config.membership_min_rows} on one side"
+            "skipped": f"{len(members)} forget and {len(others)} unseen rows (of the same classes, if rows have any); "
+            f"fewer than audit.membership_min_rows = {config.membership_min_rows} on one side"
         }
     # Fit and score halves are drawn within each side, so that both halves hold the same share of members.
     order_m, order_o = random.permutation(len(members)), random.permutation(len(others))

@@ -66,10 +66,12 @@ class CausalLMTask(SequenceTask):
         """Tokens and labels of a row with other answers, ``PARAPHRASED`` or ``PERTURBED``; none of a row without.
 
         Raises:
-            UnusableError: an answer is no text.
+            UnusableError: they are no text and no list of texts.
         """
         found = value.get(kind) if isinstance(value, Mapping) else None
-        answers = [found] if isinstance(found, str) else [] if found is None else list(found)
+        if not isinstance(found, str | list | None):
+            raise UnusableError(f"its {kind} is no list of texts")
+        answers = [found] if isinstance(found, str) else found or []
         return [self.encode({**value, "answer": answer}) for answer in answers]
 
     def prompt_and_answer(self, value: Any) -> tuple[list[int], str]:

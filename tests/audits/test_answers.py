@@ -90,10 +90,11 @@ def test_answers_end_where_the_model_has_no_more_positions(tmp_path):
 
 def test_rows_that_are_left_out_have_no_answers_and_unusable_answers_are_none(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "answer": ""}, {**ROWS[2], PERTURBED: ["right", ""], PARAPHRASED: None}]
+    rows.append({**ROWS[3], PERTURBED: []})
     part, source, _ = opened(tmp_path, rows, on_bad_row="skip")
-    found = Answering(source, part, 0)(Shard(0, 0, 3, 3))
-    assert [len(row) for row in found[PERTURBED]] == [2, 0]
-    assert [len(row) for row in found[PARAPHRASED]] == [1, 0]
+    found = Answering(source, part, 0)(Shard(0, 0, 4, 4))
+    assert [len(row) for row in found[PERTURBED]] == [2, 0, 0]
+    assert [len(row) for row in found[PARAPHRASED]] == [1, 0, 1]
 
 
 def test_a_set_without_other_answers_is_read_again_only_to_be_answered(tmp_path):
