@@ -144,16 +144,19 @@ def audit(
         ``before`` (of ``original``) and ``after`` (of ``model``): figures per set, and membership inference.
     """
     settings = resolve_settings(recipe, config, task)
-    metrics: dict[str, Any] = {}
+    metrics, beside = dict[str, Any](), dict[str, Any]()
     if original is not None:
         with Pipeline.open("audit", original, forget_set, task, evaluation, settings, None, write=False) as job:
             metrics["before"] = job.measure()
+            beside = job.compare({"before": job.part})
     with Pipeline.open(
         "audit", model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None
     ) as job:
         if job.finished:
             return dict(job.run.read_json("metrics.json"))
         metrics["after"] = job.measure()
+        if beside := beside | job.compare({"after": job.part}):
+            metrics["reference"] = beside
         job.write_audit(metrics, None, None)
         job.recorder.complete()
     return metrics

@@ -320,16 +320,19 @@ class AuditConfig(Section):
     retain_log: str | None = None
     """open-unlearning's log of a model trained without the forget set (`TOFU_EVAL.json`): what forget quality compares
     with"""
+    reference: str | None = None
+    """a model of the same kind that was trained without the forget set, to compare with: path or URI of its checkpoint,
+    or a folder that `save_pretrained` wrote"""
     checks: bool = False
     """measure all of that at every check of the update too, once it has ended; needs `ascent.keep: all`"""
     report: bool = Field(True, json_schema_extra=NO_RESULT)
     """write report.html"""
 
-    @field_validator("retain_log")
+    @field_validator("retain_log", "reference")
     @classmethod
     def _is_absolute(cls, value: str | None) -> str | None:
         """A trial of a sweep works in another directory."""
-        return value if value is None else str(Path(value).absolute())
+        return value if value is None or "://" in value else str(Path(value).absolute())
 
 
 class ResourcesConfig(Section):

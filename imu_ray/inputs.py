@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.session import node_store_bytes, object_store_bytes
 from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError
 from imu_ray.events import event
-from imu_ray.models.checkpoint import model_hash
+from imu_ray.models.checkpoint import load_checkpoint, model_hash
 from imu_ray.models.choice import choose_layers
 from imu_ray.models.copies import plain_copy, to_eval
 from imu_ray.models.spec import ModelSpec
@@ -177,6 +178,20 @@ class Inputs:
                 f"expected {config.ascent.views} of each, with finite numbers; name another transform"
             )
         return dataclasses.replace(self, features=features, described=described)
+
+    def of_reference(self, location: str, config: UnlearnConfig) -> "Inputs":
+        """The same samples under another model of this kind, from its checkpoint or its folder.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        if Path(location).is_dir():
+            model = to_eval(ModelSpec(f"hf:{location}").build())
+        else:
+            model = plain_copy(self.model)
+            load_checkpoint(model, location)
+        part = open_part(model, self.task, self.sources["forget"], config)
+        return dataclasses.replace(self, model=model, part=part)
 
     def without_sources(self) -> "Inputs":
         """The same without the samples, which nobody needs once there are features."""

@@ -37,7 +37,7 @@ from imu_ray.run.record import AscentRecord, CurvatureRecord, RunRecord, TargetR
 from imu_ray.run.recorder import Recorder
 from imu_ray.run.result import UnlearnResult
 from imu_ray.run.storage import below
-from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Parameters
+from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Parameters, Part
 from imu_ray.scopes.features import of_rows
 from imu_ray.updates.base import UpdateOutcome, UpdateProblem
 from imu_ray.updates.rescoring import Rescoring
@@ -79,6 +79,7 @@ class Pipeline:
             self.record.resume(self.begun)
         inputs.require_sets(config)
         check_settings(config, self.task)
+        self.reference = self._open_reference() if stage in ("unlearn", "audit") else None
         self.bundle = None
         if stage in ("unlearn", "ascend") and config.ascent.curvature != "none":
             self.bundle = self._open_bundle()
@@ -114,6 +115,9 @@ class Pipeline:
                 job.config = job.inputs.fitting(config.with_overrides({"resources": resources.model_dump()}))
                 with job.stage("features"):
                     job.inputs = job.inputs.extract(job.config)
+                if job.reference is not None:
+                    with job.stage("reference"):
+                        job.reference = job.reference.extract(job.config).select(job.config)
                 job.take_inputs()
                 yield job
 
@@ -294,6 +298,17 @@ class Pipeline:
         }
         return resolve_targets(self.config, self.task.metrics, counts, self.task.num_classes, unseen, kept)
 
+    def _open_reference(self) -> Inputs | None:
+        location = self.config.audit.reference
+        if location is None:
+            return None
+        if not self.inputs.sources:
+            raise ConfigError(
+                "audit.reference is set in a sweep, whose trials do not read the rows again; expected none; compare "
+                "the run that you keep"
+            )
+        return self.inputs.of_reference(location, self.config)
+
     def _open_bundle(self) -> Bundle | None:
         settings = self.config.ascent
         if settings.bundle is None:
@@ -339,6 +354,14 @@ class Pipeline:
         inputs, config = self.inputs, self.config
         return audit_job.measure(inputs.features, part, config.audit, config.seed, inputs.sources)
 
+    def compare(self, parts: Mapping[str, Part]) -> dict[str, Any]:
+        """How far each part is from the reference model on every sample set; nothing where there is none."""
+        if self.reference is None:
+            return {}
+        beside, features = self.reference, self.inputs.measured
+        found = {name: audit_job.compare(features, part, beside.features, beside.part) for name, part in parts.items()}
+        return {"model": model_hash(beside.model), **found}
+
     def measure_checks(self, outcome: UpdateOutcome) -> dict[str, Any]:
         """The same of the parameters that every check has kept, by step."""
         steps = dict.fromkeys(math.ceil(record["step"]) for record in outcome.trajectory)
@@ -352,7 +375,10 @@ class Pipeline:
         outcome = self.ascend(samples)
         changed = self.part.changed(outcome.parameters).apply(original)
         with self.stage("audit"):  # of the model as it is written: rounded to its type
-            figures = {"before": self.measure(), "after": self.measure(self.part.of_model(changed).parameters)}
+            written = self.part.of_model(changed)
+            figures = {"before": self.measure(), "after": self.measure(written.parameters)}
+            if beside := self.compare({"before": self.part, "after": written}):
+                figures["reference"] = beside
             if self.config.audit.checks:
                 figures["checks"] = self.measure_checks(outcome)
         return self.finish(changed, figures, samples, outcome)

@@ -11,8 +11,9 @@ import pytest
 import ray
 import torch
 from architectures import Moody, NoLinear, Scaled, Twice, cosine, named, same_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from samples import SMALL, Pairs, image_table, pairs, paper, tensors
+from scipy.stats import entropy
 
 from imu_ray import (
     CheckpointError,
@@ -103,6 +104,30 @@ def test_the_audit_is_that_of_the_saved_model(finished):
         assert figures["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
         assert figures["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     assert json.loads((result.run_dir / "metrics.json").read_text()) == result.metrics
+
+
+def test_a_run_says_how_far_it_is_from_a_reference_model(tmp_path):
+    other = named("heads.head", seed=1)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    result = start(tmp_path / "run", audit__reference=str(tmp_path / "other.safetensors"))
+    samples = {"forget": pairs(50), **sets()}
+    for side, model in (("before", named("heads.head")), ("after", result.model)):
+        for name, each in samples.items():
+            with torch.no_grad():
+                p, q = (torch.softmax(net.eval()(each.inputs).double(), 1).numpy() for net in (other, model))
+            found = result.metrics["reference"][side][name]
+            assert found["kl"] == pytest.approx(np.mean([entropy(*pair) for pair in zip(p, q, strict=True)]), rel=1e-5)
+            assert found["agreement"] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
+    assert "Beside the reference model" in (tmp_path / "run" / "report.html").read_text()
+    alone = audit(
+        result.model,
+        pairs(50),
+        evaluation=sets(),
+        config=config(audit__reference=str(tmp_path / "run" / "model.safetensors")),
+    )
+    assert alone["reference"]["after"]["forget"] == {"kl": pytest.approx(0, abs=1e-12), "agreement": 1.0}
+    with pytest.raises(CheckpointError, match="does not exist"):
+        start(tmp_path / "none", audit__reference=str(tmp_path / "none.safetensors"))
 
 
 def test_the_manifest_says_what_was_done_and_how_far_the_damping_dominates(finished):

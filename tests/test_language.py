@@ -59,12 +59,16 @@ def test_a_model_forgets_answers_and_from_pretrained_opens_what_is_written(make,
         pa.Table.from_pylist(rows[:4]),
         task="causal_lm",
         evaluation={"test": pa.Table.from_pylist(UNSEEN[:4]), "retain": pa.Table.from_pylist(rows[4:])},
-        config=settings(scope, **{"ascent.objective": objective}),
+        # The original as its own reference: at first nothing is between them.
+        config=settings(scope, **{"ascent.objective": objective, "audit.reference": str(tmp_path / "source")}),
         run_dir=tmp_path / "run",
     )
     assert result.manifest["ascent"]["status"] == "reached"
     before, after = (result.metrics[key]["forget"] for key in ("before", "after"))
     assert after["probability"] < before["probability"] / 2
+    apart = [result.metrics["reference"][side]["forget"]["kl"] for side in ("before", "after")]
+    assert apart[0] == pytest.approx(0, abs=1e-9)
+    assert apart[1] > 0.1
     assert "Per class" not in (tmp_path / "run" / "report.html").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     ids = torch.tensor(AutoTokenizer.from_pretrained(tmp_path / "run" / "model")(QUESTIONS[0])["input_ids"])[None]

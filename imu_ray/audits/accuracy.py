@@ -90,6 +90,39 @@ def output_change(shard: FeatureShard, before: Part, after: Part) -> npt.NDArray
     return np.concatenate(changes)
 
 
+def divergence(shard: FeatureShard, other: FeatureShard, part: Part, reference: Part) -> npt.NDArray[np.float64]:
+    r"""How far each sample's prediction is from that of a reference model, ``[n, 2]``.
+
+    :math:`D_{KL}(p_{ref} \,\|\, p)` in nats, 0 where they are alike; and whether both predict the same class. Means
+    over the labelled positions, where a sample has several.
+
+    Args:
+        shard: features of the samples.
+        other: features of the same samples under the reference model.
+        part: what makes outputs of the first.
+        reference: what makes outputs of the second.
+    """
+    found = [np.empty((0, 2))]
+    for rows in shard.block_rows():
+        if rows.stop == rows.start:
+            continue
+        (outputs, labels), (wanted, _) = part.outputs(shard, rows), reference.outputs(other, rows)
+        if labels.ndim == 1:
+            each = _apart(outputs, wanted)
+        else:
+            parts = [_apart(outputs[:, part], wanted[:, part]) for part in position_slices(outputs)]
+            each = (torch.cat(parts, 1) * shares(labels).unsqueeze(-1)).sum(1)
+        found.append(each.cpu().numpy())
+    return np.concatenate(found)
+
+
+def _apart(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Divergence and agreement of each prediction, ``[..., 2]`` float64."""
+    log, wanted_log = (torch.log_softmax(each.double(), -1) for each in (outputs, wanted))
+    divergence = (wanted_log.exp() * (wanted_log - log)).sum(-1)
+    return torch.stack([divergence, (outputs.argmax(-1) == wanted.argmax(-1)).double()], -1)
+
+
 def _change(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
     """That of each prediction by itself."""
     others = ~torch.nn.functional.one_hot(classes(labels), before.shape[-1]).bool()

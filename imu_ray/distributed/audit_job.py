@@ -9,7 +9,7 @@ import numpy as np
 import ray
 
 from imu_ray.audits import AUDITS
-from imu_ray.audits.accuracy import output_change, set_figures
+from imu_ray.audits.accuracy import divergence, output_change, set_figures
 from imu_ray.audits.answers import KINDS, ROWS, Answering, asks_for_answers
 from imu_ray.audits.base import Answers, Predictions, predict_shard
 from imu_ray.audits.retrieval import embed_shard
@@ -91,6 +91,18 @@ def answers(name: str, source: Source | None, part: Layers, config: AuditConfig,
         )
     )
     return {kind: [row for found in parts for row in found[kind]] for kind in parts[0]}
+
+
+def compare(
+    features: Mapping[str, FeatureSet], part: Part, others: Mapping[str, FeatureSet], reference: Part
+) -> dict[str, Any]:
+    """Of every sample set the mean divergence from a reference model, and how often both predict the same class."""
+    found = {}
+    for name, made in features.items():
+        function = functools.partial(divergence, part=part, reference=reference)
+        means = np.concatenate(list(made.stream(f"reference on {name}", function, beside=others[name]))).mean(0)
+        found[name] = dict(zip(("kl", "agreement"), means.tolist(), strict=True))
+    return found
 
 
 def mean_output_change(forget: FeatureSet, before: Part, after: Part) -> float:

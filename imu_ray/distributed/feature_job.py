@@ -119,8 +119,8 @@ def _report(spec: FeatureSpec) -> ShardReport:
 
 
 @ray.remote
-def _map(stage: StageRef, features: FeatureShard | FeatureSpec, *column: npt.NDArray[Any]) -> Any:
-    return stage.begin()(_made(features), *column)
+def _map(stage: StageRef, *given: FeatureShard | FeatureSpec | npt.NDArray[Any]) -> Any:
+    return stage.begin()(*(each.make()[0] if isinstance(each, FeatureSpec) else each for each in given))
 
 
 @ray.remote
@@ -198,22 +198,30 @@ class FeatureSet:
         return list(self.stream(stage, function))
 
     def stream(
-        self, stage: str, function: Callable[..., R], *, fetch: bool = True, column: npt.NDArray[Any] | None = None
+        self,
+        stage: str,
+        function: Callable[..., R],
+        *,
+        fetch: bool = True,
+        column: npt.NDArray[Any] | None = None,
+        beside: "FeatureSet | None" = None,
     ) -> Iterator[R]:
         """``function`` of every shard as the results come, in shard order.
 
         Args:
             stage: name of the tasks.
-            function: of a shard, and of the rows of ``column`` that belong to it.
+            function: of a shard, of the rows of ``column`` that belong to it, and of the same shard ``beside``.
             fetch: whether results are fetched; otherwise they stay where they were made and references are yielded.
             column: a value for each sample of the set, in its order.
+            beside: features of the same samples under another model.
         """
         tasks = self.runner.tasks(_map, stage, len(self.refs), gpu=self.runner.recompute or self.runner.deep)
         shared = self.runner.share(stage, function)
         ends = np.cumsum([report.rows for report in self.reports])
 
         def submit(index: int) -> "ray.ObjectRef[R]":
-            more = () if column is None else (column[ends[index] - self.reports[index].rows : ends[index]],)
+            more: list[Any] = [] if column is None else [column[ends[index] - self.reports[index].rows : ends[index]]]
+            more += [] if beside is None else [beside.refs[index]]
             return tasks(index).remote(shared, self.refs[index], *more)
 
         return self.runner.run(stage, submit, len(self.refs), lambda index, _: self.reports[index].rows, fetch=fetch)
