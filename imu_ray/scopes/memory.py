@@ -101,7 +101,7 @@ def memory_of(part: Layers, settings: AscentConfig, rows: int) -> LayersMemory:
     fewer = kept[True][0] if True in kept else None
     share = 0 if fewer is None else (plain - fewer) // _blocks_from(model, part.parameters)
     return LayersMemory(
-        weights=sum(tensor.nbytes for tensor in {id(each): each for each in model.state_dict().values()}.values()),
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         activations=plain + share,
         activations_checkpointed=None if fewer is None else fewer + share,
         outputs=numbers * (2 * item + 2 * max(item, 4)) + min(SLICE, numbers) * WIDE * SLICES,
