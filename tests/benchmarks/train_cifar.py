@@ -45,17 +45,17 @@ def load_split(data: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def forget_rows(labels: Tensor, without: str) -> Tensor:
-    """Boolean mask ``[N]`` of the rows that ``without`` names: ``class:K``, ``random:FRACTION``, ``random:FRACTION:SEED`` or ``none``."""
+    """Boolean mask ``[N]`` of the rows that ``without`` names: ``class:K[,K...]``, ``random:FRACTION[:SEED]`` or ``none``."""
     kind, _, value = without.partition(":")
     value, _, seed = value.partition(":")
     mask = torch.zeros(len(labels), dtype=torch.bool)
     if kind == "class":
-        mask = labels == int(value)
+        mask = torch.isin(labels, torch.tensor([int(each) for each in value.split(",")]))
     elif kind == "random":
         order = np.random.default_rng(int(seed or 2026)).permutation(len(labels))
         mask[torch.from_numpy(order[: round(float(value) * len(labels))].copy())] = True
     elif kind != "none":
-        raise SystemExit(f"--without {without}: expected class:K, random:FRACTION[:SEED] or none")
+        raise SystemExit(f"--without {without}: expected class:K[,K...], random:FRACTION[:SEED] or none")
     return mask
 
 
