@@ -4,6 +4,7 @@ import json
 
 import pyarrow as pa
 import pytest
+import torch
 from language import ANSWERS, QUESTIONS, llama, tokenizer
 
 from imu_ray.config import UnlearnConfig
@@ -97,3 +98,29 @@ def test_broken_json_lines_are_refused_by_file(tmp_path):
 def test_what_cannot_be_read_is_refused(given, settings, error, message, tmp_path):
     with pytest.raises(error, match=message):
         opened(pa.Table.from_pylist(given), tmp_path, **settings)
+
+
+class Listed(torch.utils.data.Dataset):
+    """A Dataset of mappings."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.rows[row]
+
+
+@pytest.mark.parametrize("given", [pa.Table.from_pylist, Listed])
+def test_other_answers_are_read_where_a_set_has_them_and_change_nothing_that_is_predicted(given, tmp_path):
+    others = {"paraphrased_answer": "By the sea.", "wrong": ["Here.", "There."]}
+    task, plain = opened(given(ROWS), tmp_path)
+    more, source = opened(given([row | others for row in ROWS]), tmp_path, perturbed_answer_column="wrong")
+    assert predicted(task, plain, 1) == predicted(more, source, 1)
+    value = source.read(1, 2).inputs[0]
+    found = [more.other_answers(value, kind) for kind in ("paraphrased_answer", "perturbed_answer")]
+    said = [[more.tokenizer.decode(labels[labels != IGNORE]) for _, labels in pairs] for pairs in found]
+    assert said == [[" By the sea.</s>"], [" Here.</s>", " There.</s>"]]
+    assert more.other_answers(plain.read(1, 2).inputs[0], "perturbed_answer") == []
