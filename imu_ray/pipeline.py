@@ -362,10 +362,10 @@ class Pipeline:
         found = {name: audit_job.compare(features, part, beside.features, beside.part) for name, part in parts.items()}
         return {"model": model_hash(beside.model), **found}
 
-    def measure_checks(self, outcome: UpdateOutcome) -> dict[str, Any]:
-        """The same of the parameters that every check has kept, by step."""
+    def measure_checks(self, outcome: UpdateOutcome, before: dict[str, Any]) -> dict[str, Any]:
+        """The same of the parameters that every check has kept, by step; those at step 0 are the original ones."""
         steps = dict.fromkeys(math.ceil(record["step"]) for record in outcome.trajectory)
-        return {str(step): self.measure(self.run.load_parameters(step)) for step in steps}
+        return {str(step): self.measure(self.run.load_parameters(step)) if step else before for step in steps}
 
     def unlearn(self, original: nn.Module) -> UnlearnResult:
         """Every stage after the features; ``original`` is the model as the caller holds it."""
@@ -380,7 +380,7 @@ class Pipeline:
             if beside := self.compare({"before": self.part, "after": written}):
                 figures["reference"] = beside
             if self.config.audit.checks:
-                figures["checks"] = self.measure_checks(outcome)
+                figures["checks"] = self.measure_checks(outcome, figures["before"])
         return self.finish(changed, figures, samples, outcome)
 
     def finish(

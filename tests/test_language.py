@@ -104,7 +104,12 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
         },
     }
     more = {"audit.generate": True, "audit.generated_tokens": 12, "audit.retain_log": str(tmp_path / "TOFU_EVAL.json")}
-    more |= {"ascent.keep": "all", "audit.checks": True, "forget_set.tokenizer": str(tmp_path / "source")}
+    more |= {
+        "ascent.keep": "all",
+        "audit.checks": True,
+        "ascent.stop.tolerance": 0.5,
+        "forget_set.tokenizer": str(tmp_path / "source"),
+    }
     spec = ModelSpec(f"hf:{tmp_path / 'source'}")
     config = settings(["*.o_proj", "*.down_proj"], **more)
     result = unlearn(spec, config=config, run_dir=tmp_path / "run", **given)
@@ -123,6 +128,8 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
     checks = result.metrics["checks"]
     assert {int(step) for step in checks} == {math.ceil(step) for step in result.trajectory["step"].to_pylist()}
     assert checks["0"] == result.metrics["before"]
+    same = [each for each in checks.values() if each["language"]["model"] == after["model"]]
+    assert same[0] == result.metrics["after"]
     alone = config.with_overrides({"resources.workers": 1})
     again = audit(result.model, original=spec, config=alone, **given)
     assert again == {key: result.metrics[key] for key in ("before", "after")}
