@@ -4,8 +4,9 @@ N rows, K wrong answers of each. Texts stay in the task that reads them; what le
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -198,6 +199,11 @@ class Answering:
         """The whole model, made once per process."""
         return self.part.apply(self.part.cut.model).to(self.part.device)
 
+    @property
+    def room(self) -> float:
+        """Tokens that the model takes at most, as far as it says so."""
+        return getattr(getattr(self.model, "config", None), "max_position_embeddings", None) or math.inf
+
     def __call__(self, shard: Shard) -> Answers:
         """Of each usable row the losses (nats a token) of its other answers, and ROUGE-L recall of the model's own."""
         rows = self.source.read(shard.start, shard.stop)
@@ -209,9 +215,10 @@ class Answering:
 
     def _others(self, value: Any, kind: str) -> list[tuple[Ids, Ids]]:
         try:
-            return self.task.other_answers(value, kind)
+            found = self.task.other_answers(value, kind)
         except UnusableError:
             return []
+        return found if all(len(tokens) <= self.room for tokens, _ in found) else []
 
     def _losses(self, answers: Sequence[Sequence[tuple[Ids, Ids]]]) -> list[list[float]]:
         """Loss of every answer of each row."""
@@ -219,7 +226,8 @@ class Answering:
         return [[next(losses) for _ in row] for row in answers]
 
     def _each_loss(self, pairs: Sequence[tuple[Ids, Ids]]) -> Iterator[float]:
-        step = rows_at_once(ROWS, self.task)
+        longest = max((len(tokens) for tokens, _ in pairs), default=1)
+        step = rows_at_once(ROWS, replace(self.task, positions=longest))
         for start in range(0, len(pairs), step):
             tokens, labels = (
                 pad_sequence([torch.from_numpy(each) for each in part], True, filling).to(self.part.device)
@@ -239,8 +247,13 @@ class Answering:
         if not values:
             return []
         prompts, answers = zip(*map(self.task.prompt_and_answer, values), strict=True)
-        room = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        limit = min(self.generated, *([room - max(map(len, prompts))] if room else []))
-        said = language.greedy_answers(self.model, prompts, self.task.tokenizer.eos_token_id, limit, ROWS)
+        # A row has its own limit, so that its answer does not depend on the rows beside it.
+        limits = np.array([int(max(0, min(self.generated, self.room - len(prompt)))) for prompt in prompts])
+        said: list[list[int]] = [[] for _ in prompts]
+        for limit in np.unique(limits[limits > 0]).tolist():
+            rows = np.flatnonzero(limits == limit).tolist()
+            asked, end = [prompts[row] for row in rows], self.task.tokenizer.eos_token_id
+            for row, answer in zip(rows, language.greedy_answers(self.model, asked, end, limit, ROWS), strict=True):
+                said[row] = answer
         texts = [self.task.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
         return [[recall] for recall in language.rouge_l_recall(texts, answers).tolist()]

@@ -50,7 +50,8 @@ def predict_shard(shard: FeatureShard, part: Part) -> Predictions:
         outputs, labels = part.outputs(shard, rows)
         measured = task.sample_metrics(outputs, labels)
         if task.positions:
-            strength = extraction_strength(outputs, labels, end_token=isinstance(task, CausalLMTask))
+            ends = isinstance(task, CausalLMTask) and task.tokenizer.eos_token_id is not None
+            strength = extraction_strength(outputs, labels, end_token=ends)
             measured = {**measured, "extraction_strength": strength}
         for name, values in measured.items():
             found[name].append(values.cpu().numpy())

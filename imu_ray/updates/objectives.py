@@ -1,7 +1,7 @@
 r"""What each objective does to a sample's outputs: the gradient that a descent step is taken along.
 
 Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, labels and the logits before unlearning to a gradient
-in the shape of the logits, float64. Not every useful one is the gradient of a loss. p is the softmax of the current
+in the shape of the logits, float64 (at many positions in their type). Not every useful one is the gradient of a loss. p is the softmax of the current
 logits, p0 that of the original ones, :math:`\ell` the loss of a sample, the mean over its T labelled positions. They
 hold in every scope: on the head the gradient is multiplied by the features, deeper it is back-propagated.
 """
@@ -90,7 +90,8 @@ def uniform_target(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
 
 def _weighed(outputs: Tensor, labels: Tensor, original: Tensor, weight_B: Tensor) -> Tensor:
     """Ascent, with a weight for each sample."""
-    return ascent(outputs, labels, original) * weight_B.view(-1, *[1] * (outputs.ndim - 1))
+    pull = ascent(outputs, labels, original)
+    return pull * weight_B.to(pull).view(-1, *[1] * (outputs.ndim - 1))
 
 
 def _positions(labels: Tensor) -> Tensor | int:
