@@ -80,8 +80,7 @@ def test_a_model_forgets_answers_and_from_pretrained_opens_what_is_written(make,
 
 
 OTHERS = [
-    {"paraphrased_answer": f"By the water. {answer}", "perturbed_answer": [ANSWERS[row - 1], ANSWERS[row - 3]]}
-    for row, answer in enumerate(ANSWERS)
+    {"paraphrased_answer": f"{answer[:-1]}!", "perturbed_answer": [answer[::-1], answer.upper()]} for answer in ANSWERS
 ]
 
 
@@ -119,12 +118,13 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
     assert said["forget"]["rouge"] > 0.9
     assert said["forget"]["rouge"] > still["forget"]["rouge"]
     assert said["forget"]["probability"] == pytest.approx(result.metrics["before"]["forget"]["probability"])
-    assert said["forget"]["truth_ratio"] < still["forget"]["truth_ratio"]
+    assert said["forget"]["truth_ratio"] < 0.1
     assert "perturbed_answer" in said["test"]["skipped"]["truth_ratio"]
     assert said["real_authors"]["choice_probability"] > 0.5
     for found in (before, after):
         assert found["skipped"] == {}
-        assert min(found["model_utility"], found["forget_quality"]) > 0
+        assert 0 < found["forget_quality"] <= 1
+    assert before["model_utility"] > 0.1
     checks = result.metrics["checks"]
     assert {int(step) for step in checks} == {math.ceil(step) for step in result.trajectory["step"].to_pylist()}
     assert checks["0"] == result.metrics["before"]

@@ -1,9 +1,10 @@
 r"""What each objective does to a sample's outputs: the gradient that a descent step is taken along.
 
 Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, labels and the logits before unlearning to a gradient
-in the shape of the logits, float64 (at many positions in their type). Not every useful one is the gradient of a loss. p is the softmax of the current
-logits, p0 that of the original ones, :math:`\ell` the loss of a sample, the mean over its T labelled positions. They
-hold in every scope: on the head the gradient is multiplied by the features, deeper it is back-propagated.
+in the shape of the logits, float64 (at many positions in their type). Not every useful one is the gradient of a loss. p
+is the softmax of the current logits, p0 that of the original ones, :math:`\ell` the loss of a sample, the mean over its
+T labelled positions. They hold in every scope: on the head the gradient is multiplied by the features, deeper it is
+back-propagated.
 """
 
 import math

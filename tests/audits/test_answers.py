@@ -88,6 +88,18 @@ def test_answers_end_where_the_model_has_no_more_positions(tmp_path):
     assert np.shape(found[ROUGE]) == (2, 1)
 
 
+def test_a_long_row_changes_no_other_and_what_the_model_has_no_room_for_is_left_out(tmp_path):
+    part, source, _ = opened(tmp_path)
+    alone = Answering(source, part, 10)(Shard(0, 0, 1, 1))
+    long = {**ROWS[1], "question": QUESTIONS[1] * 8, PERTURBED: [ANSWERS[0] * 5, ANSWERS[0]]}
+    part, source, _ = opened(tmp_path, [ROWS[0], long])
+    prompt, _ = part.task.prompt_and_answer(source.read(1, 2).inputs[0])
+    part.cut.model.config.max_position_embeddings = len(prompt)  # room for the question and no answer
+    found = Answering(source, part, 10)(Shard(0, 0, 2, 2))
+    assert [found[kind][0] for kind in (ROUGE, PERTURBED)] == [alone[kind][0] for kind in (ROUGE, PERTURBED)]
+    assert (found[ROUGE][1], found[PERTURBED][1]) == ([0.0], [])
+
+
 def test_rows_that_are_left_out_have_no_answers_and_unusable_answers_are_none(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "answer": ""}, {**ROWS[2], PERTURBED: ["right", ""], PARAPHRASED: None}]
     rows.append({**ROWS[3], PERTURBED: []})
