@@ -140,10 +140,11 @@ def stop_targets(
                     f"ascent.stop.targets.{name} is 'auto' without unseen samples; expected evaluation['test'], whose "
                     "samples show what such samples are like when they were never learnt; give it, or a number"
                 )
-            threshold, reason = (
-                unseen.expected(name),
-                "auto: the mean over unseen samples of the same labels",
-            )
+            threshold = unseen.expected(name)
+            reason = "auto: the mean over unseen samples" + (" of the same labels" if unseen.label_counts else "")
+            if name.endswith(".bounded_loss") and metric.chance is not None:
+                # Where all unseen samples are at the bound, only rounding would tell whether a mean has come to it.
+                threshold = min(threshold, metric.chance - config.tolerance)
         # The mean of a counted metric moves in steps of one sample, so no run can be asked to end nearer than that.
         tolerance = max(config.tolerance, 1 / rows) if metric.counted else config.tolerance
         targets.append(StopTarget(name, float(threshold), reason, tolerance, metric.rises))

@@ -30,6 +30,16 @@ def test_auto_is_the_mean_over_unseen_samples_of_the_same_labels(counts, metric,
     assert target.threshold == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("counts", [{1: 50}, {}])
+def test_where_unseen_samples_are_at_the_bound_the_target_is_not(counts):
+    bound = METRICS["bounded_loss"].chance
+    unseen = Unseen({"bounded_loss": bound, "per_class": {"1": {"bounded_loss": bound}}}, counts)
+    (target,) = stop_targets(StopConfig(targets={"forget.bounded_loss": "auto"}), METRICS, 50, unseen)
+    assert target.threshold == bound - 0.005
+    assert target.reached({"forget.bounded_loss": bound - 1e-12}), "whatever the order of a sum"
+    assert ("labels" in target.reason) == bool(counts)
+
+
 def test_auto_needs_unseen_samples():
     with pytest.raises(ConfigError, match=r"forget\.accuracy is 'auto' without unseen samples; expected evaluation\["):
         targets({"forget.accuracy": "auto"}, unseen=False)
