@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -11,11 +14,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from imu_ray import ModelSpec, UnlearnConfig, audit, unlearn
+from imu_ray.cli import main
 from imu_ray.distributed import audit_job
 from imu_ray.tasks.causal_lm import CausalLMTask
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 SIZES = {"vocab_size": 320}
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
 UNSEEN = [{"question": q, "answer": a} for q, a in zip(QUESTIONS, reversed(ANSWERS), strict=True)]
 
 
@@ -134,6 +139,30 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
     again = audit(result.model, original=spec, config=alone, **given)
     assert again == {key: result.metrics[key] for key in ("before", "after")}
     assert "What the model still says" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_job_of_the_documentation_runs_as_it_is_shown(rows, tmp_path, monkeypatch, restored_log):
+    """But for its paths, and for the layers, of which the small model has two."""
+    model = llama(torch.float32, max_position_embeddings=64, hidden_size=32, **SIZES)
+    fit(model, rows, model.parameters()).save_pretrained(tmp_path / "mine")
+    tokenizer().save_pretrained(tmp_path / "mine")
+    for name, part in (("forget", rows[:4]), ("unseen", UNSEEN[:4]), ("kept", rows[4:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part))
+    job = re.search(r"```yaml\n(# forget.yaml\n.*?)```", PAGE.read_text(), re.S)[1]
+    for shown, here in (
+        ("/models/mine", tmp_path / "mine"),
+        ("/data", tmp_path),
+        ("/runs/request-7", tmp_path / "run"),
+    ):
+        job = job.replace(shown, str(here))
+    (tmp_path / "forget.yaml").write_text(job.replace("layers.1?.", "layers.?."))
+    arguments = ["--config", str(tmp_path / "forget.yaml"), "--set", "resources.workers=2"]
+    monkeypatch.setattr(sys, "argv", ["imu-ray", *arguments])
+    assert main("unlearn") == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["ascent"]["status"] == "reached"
+    assert {name.split(".")[-1] for name in manifest["model"]["layers"]} == {"o_proj", "down_proj"}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
 def test_an_adapter_alone_forgets(rows, tmp_path):
