@@ -228,7 +228,7 @@ def test_figures_of_a_running_job_are_exported(head, job_file):
     others = figures(head)  # of the jobs before it
     with head.start("measured", job_file, *settings) as job:
         seen = set()
-        for _ in range(40):
+        for _ in range(200):  # a slow machine takes long to begin the job
             seen |= {line.partition("{")[0] for line in figures(head) - others} & wanted
             if seen == wanted or job.poll() is not None:
                 break
