@@ -1,6 +1,6 @@
 """The metrics of a sample set, overall and per class, and how far predictions have moved."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,7 @@ def output_change(shard: FeatureShard, before: Part, after: Part) -> npt.NDArray
         if rows.stop == rows.start:
             continue
         (first, labels), (second, _) = before.outputs(shard, rows), after.outputs(shard, rows)
-        if labels.ndim == 1:
-            each = _change(first, second, labels)
-        else:
-            parts = [(first[:, part], second[:, part], labels[:, part]) for part in position_slices(first)]
-            each = (torch.cat([_change(*part) for part in parts], 1) * shares(labels)).sum(1)
-        changes.append(each.cpu().numpy())
+        changes.append(_of_samples(_change, first, second, labels).squeeze(1).cpu().numpy())
     return np.concatenate(changes)
 
 
@@ -107,16 +102,19 @@ def divergence(shard: FeatureShard, other: FeatureShard, part: Part, reference: 
         if rows.stop == rows.start:
             continue
         (outputs, labels), (wanted, _) = part.outputs(shard, rows), reference.outputs(other, rows)
-        if labels.ndim == 1:
-            each = _apart(outputs, wanted)
-        else:
-            parts = [_apart(outputs[:, part], wanted[:, part]) for part in position_slices(outputs)]
-            each = (torch.cat(parts, 1) * shares(labels).unsqueeze(-1)).sum(1)
-        found.append(each.cpu().numpy())
+        found.append(_of_samples(_apart, outputs, wanted, labels).cpu().numpy())
     return np.concatenate(found)
 
 
-def _apart(outputs: Tensor, wanted: Tensor) -> Tensor:
+def _of_samples(of: Callable[[Tensor, Tensor, Tensor], Tensor], some: Tensor, others: Tensor, labels: Tensor) -> Tensor:
+    """Figures of predictions ``[..., K]`` as those of samples, ``[B, K]``; of several positions some at a time."""
+    if labels.ndim == 1:
+        return of(some, others, labels)
+    parts = [of(some[:, part], others[:, part], labels[:, part]) for part in position_slices(some)]
+    return (torch.cat(parts, 1) * shares(labels).unsqueeze(-1)).sum(1)
+
+
+def _apart(outputs: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
     """Divergence and agreement of each prediction, ``[..., 2]`` float64."""
     log, wanted_log = (torch.log_softmax(each.double(), -1) for each in (outputs, wanted))
     divergence = (wanted_log.exp() * (wanted_log - log)).sum(-1)
@@ -124,7 +122,7 @@ def _apart(outputs: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _change(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
-    """That of each prediction by itself."""
+    """That of each prediction by itself, ``[..., 1]``."""
     others = ~torch.nn.functional.one_hot(classes(labels), before.shape[-1]).bool()
     old, new = (torch.log_softmax(each[others].view(*labels.shape, -1).double(), dim=-1) for each in (before, after))
-    return (old.exp() * (old - new)).sum(-1)
+    return (old.exp() * (old - new)).sum(-1, keepdim=True)

@@ -77,9 +77,9 @@ class FeatureSpec:
         return made, report
 
 
-def _made(features: FeatureShard | FeatureSpec) -> FeatureShard:
-    """Features that were kept, or that are made now."""
-    return features.make()[0] if isinstance(features, FeatureSpec) else features
+def _made(given: Any) -> Any:
+    """Features that are made now; what was kept, or is no features, as it is."""
+    return given.make()[0] if isinstance(given, FeatureSpec) else given
 
 
 def fetch(refs: "list[ray.ObjectRef[FeatureShard]] | list[FeatureSpec]") -> list[FeatureShard]:
@@ -120,7 +120,7 @@ def _report(spec: FeatureSpec) -> ShardReport:
 
 @ray.remote
 def _map(stage: StageRef, *given: FeatureShard | FeatureSpec | npt.NDArray[Any]) -> Any:
-    return stage.begin()(*(each.make()[0] if isinstance(each, FeatureSpec) else each for each in given))
+    return stage.begin()(*map(_made, given))
 
 
 @ray.remote

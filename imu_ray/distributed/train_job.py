@@ -83,12 +83,13 @@ def update(
     job = Job(problem, part, sets, str(run.location), resources.cpus_per_worker, report)
     if here:
         return _run(job, Workers(), None if layers is None else TaskScope(layers, features))
-    for left in reversed(range(resources.max_retries + 1)):
+    failures = 0
+    while True:
         try:
             return _fit(job, resources, run, trial)
         except train.TrainingFailedError as error:
-            cause = _cause(error)
-            if isinstance(cause, ImuError) or not left:
+            cause, failures = _cause(error), failures + 1
+            if isinstance(cause, ImuError) or failures > resources.max_retries:
                 raise _explain(cause) from None
             event("ascent workers lost", level=logging.WARNING, reason=_first_line(cause))
         # A node that was lost may have held features. They are made again now, because workers that wait for them would
@@ -96,7 +97,6 @@ def update(
         for made in features.values():
             if not made.runner.recompute:
                 made.map("features", _rows)
-    raise AssertionError("the last failure raises")
 
 
 def _rows(shard: FeatureShard) -> int:

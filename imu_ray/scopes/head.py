@@ -24,7 +24,7 @@ from imu_ray.models.layers import linear_layers
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
 from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_views, pieces_of, score_table
 from imu_ray.scopes.measure import measure
-from imu_ray.scopes.seen import with_parameters
+from imu_ray.scopes.seen import weigh, with_parameters
 from imu_ray.scopes.workers import Workers
 from imu_ray.tasks.base import Batch, Outputs, Task
 
@@ -197,11 +197,7 @@ class HeadScope:
         for positions in self.workers.take(pieces_of(of_views(batch, self.views), pieces)):
             features, labels = (part.to(self.workers.device) for part in self.moved.gather(positions))
             pull = objective(self.head.logits(features, matrix), labels, self.head.logits(features, self._start_CD))
-            pull *= (
-                torch.from_numpy(weights[positions // self.views])
-                .to(self.workers.device)
-                .view(-1, *[1] * (pull.ndim - 1))
-            )
+            pull = weigh(pull, torch.from_numpy(weights[positions // self.views]))
             gradient += self.head.gradient(pull, features)
         return {self.head.name: self.workers.sum(gradient) / (float(weights[batch].sum()) * self.views)}
 

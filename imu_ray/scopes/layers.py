@@ -381,8 +381,7 @@ def _pull(objective: OutputGradient, labels: Tensor, before: Tensor | None, shar
 
     ``before`` are those before unlearning, None where they are the same.
     """
-    pull = objective(outputs, labels, outputs if before is None else before)
-    return weigh(pull, share.to(pull.dtype))
+    return weigh(objective(outputs, labels, outputs if before is None else before), share)
 
 
 def wide(outputs: Tensor) -> Tensor:

@@ -63,4 +63,4 @@ def with_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Mo
 
 def weigh(pull: Tensor, share: Tensor) -> Tensor:
     """Each sample's pull, or that at each of its positions, times its share."""
-    return pull * share.view(*share.shape, *[1] * (pull.ndim - share.ndim))
+    return pull * share.to(pull).view(*share.shape, *[1] * (pull.ndim - share.ndim))

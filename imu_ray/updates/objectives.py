@@ -16,6 +16,7 @@ from torch import Tensor
 from imu_ray.influence.gradients import IGNORE, classes, output_gradient, per_sample
 from imu_ray.influence.scores import sample_losses
 from imu_ray.scopes.base import OutputGradient
+from imu_ray.scopes.seen import weigh
 
 
 def ascent(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
@@ -91,8 +92,7 @@ def uniform_target(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
 
 def _weighed(outputs: Tensor, labels: Tensor, original: Tensor, weight_B: Tensor) -> Tensor:
     """Ascent, with a weight for each sample."""
-    pull = ascent(outputs, labels, original)
-    return pull * weight_B.to(pull).view(-1, *[1] * (outputs.ndim - 1))
+    return weigh(ascent(outputs, labels, original), weight_B)
 
 
 def _positions(labels: Tensor) -> Tensor | int:
