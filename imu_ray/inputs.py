@@ -21,11 +21,12 @@ from imu_ray.data.columns import LABEL
 from imu_ray.distributed import feature_job, metrics
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.session import node_store_bytes, object_store_bytes
-from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError
+from imu_ray.errors import CheckpointError, ConfigError, ForgetSetError, NonFiniteError
 from imu_ray.events import event
 from imu_ray.models.checkpoint import load_checkpoint, model_hash
 from imu_ray.models.choice import choose_layers
 from imu_ray.models.copies import plain_copy, to_eval
+from imu_ray.models.layers import logits_of
 from imu_ray.models.spec import ModelSpec
 from imu_ray.run.record import ModelRecord, SamplesRecord
 from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Part
@@ -187,6 +188,13 @@ class Inputs:
         """
         if Path(location).is_dir():
             model = to_eval(ModelSpec(f"hf:{location}").build())
+            with torch.no_grad():
+                width = logits_of(model(usable_batch(self.task, self.sources["forget"], 1).inputs)).shape[-1]
+            if width != self.task.num_classes:
+                raise CheckpointError(
+                    f"audit.reference {location} tells {width} tokens apart, the model {self.task.num_classes}; "
+                    "expected a model with the same tokenizer"
+                )
         else:
             model = plain_copy(self.model)
             load_checkpoint(model, location)

@@ -363,9 +363,9 @@ class Pipeline:
         return {"model": model_hash(beside.model), **found}
 
     def measure_checks(self, outcome: UpdateOutcome, before: dict[str, Any]) -> dict[str, Any]:
-        """The same of the parameters that every check has kept, by step; those at step 0 are the original ones."""
-        steps = dict.fromkeys(math.ceil(record["step"]) for record in outcome.trajectory)
-        return {str(step): self.measure(self.run.load_parameters(step)) if step else before for step in steps}
+        """The same of what every check has kept, by its row in the trajectory; row 0 is the original model."""
+        checks = range(1, len(outcome.trajectory))
+        return {"0": before, **{str(check): self.measure(self.run.load_parameters(check)) for check in checks}}
 
     def unlearn(self, original: nn.Module) -> UnlearnResult:
         """Every stage after the features; ``original`` is the model as the caller holds it."""

@@ -29,6 +29,7 @@ from imu_ray import (
     score,
     unlearn,
 )
+from imu_ray.influence.layer_io import matrix_of
 from imu_ray.run.directory import RunDirectory
 from imu_ray.run.storage import open_storage
 
@@ -471,7 +472,14 @@ def test_other_heads_can_be_kept(keep, tmp_path):
     if keep == "best":
         assert result.metrics["after"]["forget"]["accuracy"] == min(accuracies)
     else:
-        assert len(list((tmp_path / "run" / "checks").iterdir())) == len(accuracies) - 1
+        checks = range(1, len(accuracies))
+        kept = sorted(path.name for path in (tmp_path / "run" / "checks").iterdir())
+        assert kept == [f"check-{check:06d}.safetensors" for check in checks]
+        run = RunDirectory(tmp_path / "run")
+        moved = [float((run.load_parameters(check)["fc"] - matrix_of(named("fc").fc)).norm()) for check in checks]
+        scale = float(matrix_of(named("fc").fc).norm())
+        drift = result.trajectory["parameter_drift"].to_pylist()[1:]
+        assert [each / scale for each in moved] == pytest.approx(drift)
 
 
 def test_a_row_of_another_shape_is_named_or_left_out(tmp_path):

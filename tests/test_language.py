@@ -1,7 +1,6 @@
 """Language models end to end on two workers: read from a folder, unlearned, and written as one that others open."""
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from language import ANSWERS, QUESTIONS, gpt2, llama, lora, tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from imu_ray import ModelSpec, UnlearnConfig, audit, unlearn
+from imu_ray import CheckpointError, ModelSpec, UnlearnConfig, audit, unlearn
 from imu_ray.cli import main
 from imu_ray.distributed import audit_job
 from imu_ray.tasks.causal_lm import CausalLMTask
@@ -131,7 +130,7 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
         assert 0 < found["forget_quality"] <= 1
     assert before["model_utility"] > 0.1
     checks = result.metrics["checks"]
-    assert {int(step) for step in checks} == {math.ceil(step) for step in result.trajectory["step"].to_pylist()}
+    assert list(checks) == [str(row) for row in range(len(result.trajectory))]
     assert checks["0"] == result.metrics["before"]
     same = [each for each in checks.values() if each["language"]["model"] == after["model"]]
     assert same[0] == result.metrics["after"]
@@ -139,6 +138,17 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
     again = audit(result.model, original=spec, config=alone, **given)
     assert again == {key: result.metrics[key] for key in ("before", "after")}
     assert "What the model still says" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_reference_with_another_vocabulary_is_refused_before_anything_is_run(rows, tmp_path):
+    for name, sizes in (("source", SIZES), ("other", {"vocab_size": 352})):
+        llama(torch.float32, max_position_embeddings=64, hidden_size=32, **sizes).save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    config = settings(["*.o_proj"], **{"audit.reference": str(tmp_path / "other")})
+    spec, forget = ModelSpec(f"hf:{tmp_path / 'source'}"), pa.Table.from_pylist(rows[:4])
+    with pytest.raises(CheckpointError, match="tells 352 tokens apart, the model 320"):
+        unlearn(spec, forget, task="causal_lm", config=config, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_job_of_the_documentation_runs_as_it_is_shown(rows, tmp_path, monkeypatch, restored_log):

@@ -1,8 +1,8 @@
 """An update on Ray Train: data-parallel over features; in this process when one worker is asked for."""
 
 import contextlib
+import itertools
 import logging
-import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -146,12 +146,14 @@ def _run(job: Job, workers: Workers, scope: Scope | None = None) -> UpdateOutcom
             # Every worker reports, because Train waits for all of them.
             return run_update(scope, job.problem, resume=resume, checked=lambda record, _: job.report(record))
 
+        numbers = itertools.count(1 if resume is None else len(resume.trajectory))
+
         def checked(record: Record, parameters: Parameters) -> None:
             for name in scope.metrics:
                 metrics.gauge(f"forget_{name}", record[f"forget.{name}"], "ascent")
             metrics.flush(every=1.0)
             if job.problem.config.keep == "all":
-                run.save_parameters(math.ceil(record["step"]), parameters)
+                run.save_parameters(next(numbers), parameters)
             job.report(record)
 
         if resume is not None:

@@ -206,15 +206,15 @@ class RunDirectory:
 
         self.write("tensorboard/events.out.tfevents.0", fill)
 
-    def save_parameters(self, step: int, parameters: Mapping[str, Tensor]) -> None:
-        """The parameters of one check (``ascent.keep=all``), float64, by layer."""
-        self.write(f"checks/step-{step:08d}.safetensors", lambda path: save_file(dict(parameters), path))
+    def save_parameters(self, check: int, parameters: Mapping[str, Tensor]) -> None:
+        """The parameters of a row of the trajectory (``ascent.keep=all``), float64, by layer."""
+        self.write(_check(check), lambda path: save_file(dict(parameters), path))
 
-    def load_parameters(self, step: int) -> dict[str, Tensor]:
-        """The parameters of one check."""
-        with self.storage.fetch(f"checks/step-{step:08d}.safetensors") as path:
+    def load_parameters(self, check: int) -> dict[str, Tensor]:
+        """The same, read."""
+        with self.storage.fetch(_check(check)) as path:
             if path is None:
-                raise CheckpointError(f"{self.location}/checks holds no step {step}; expected all that the run wrote")
+                raise CheckpointError(f"{self.location} holds no {_check(check)}; expected all that the run wrote")
             tensors: dict[str, Tensor] = load_file(path)
         return tensors
 
@@ -241,3 +241,7 @@ class RunDirectory:
     def clear_state(self, *, but_last: bool = False) -> None:
         """Remove the state of a finished run; ``but_last`` keeps what it may take more steps from."""
         self.storage.remove("state/train" if but_last else "state")
+
+
+def _check(number: int) -> str:
+    return f"checks/check-{number:06d}.safetensors"
