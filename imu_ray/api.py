@@ -155,6 +155,7 @@ def audit(
         if job.finished:
             return dict(job.run.read_json("metrics.json"))
         metrics["after"] = job.measure()
+        metrics |= job.measure_reference()
         if beside := beside | job.compare({"after": job.part}):
             metrics["reference"] = beside
         job.write_audit(metrics, None, None)

@@ -354,6 +354,13 @@ class Pipeline:
         inputs, config = self.inputs, self.config
         return audit_job.measure(inputs.features, part, config.audit, config.seed, inputs.sources)
 
+    def measure_reference(self) -> dict[str, Any]:
+        """Every audit's figures of the reference model, as ``retrained``; nothing where there is none."""
+        if self.reference is None:
+            return {}
+        beside, config, sources = self.reference, self.config, self.inputs.sources
+        return {"retrained": audit_job.measure(beside.features, beside.part, config.audit, config.seed, sources)}
+
     def compare(self, parts: Mapping[str, Part]) -> dict[str, Any]:
         """How far each part is from the reference model on every sample set; nothing where there is none."""
         if self.reference is None:
@@ -377,6 +384,7 @@ class Pipeline:
         with self.stage("audit"):  # of the model as it is written: rounded to its type
             written = self.part.of_model(changed)
             figures = {"before": self.measure(), "after": self.measure(written.parameters)}
+            figures |= self.measure_reference()
             if beside := self.compare({"before": self.part, "after": written}):
                 figures["reference"] = beside
             if self.config.audit.checks:

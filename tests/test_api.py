@@ -119,7 +119,11 @@ def test_a_run_says_how_far_it_is_from_a_reference_model(tmp_path):
             found = result.metrics["reference"][side][name]
             assert found["kl"] == pytest.approx(np.mean([entropy(*pair) for pair in zip(p, q, strict=True)]), rel=1e-5)
             assert found["agreement"] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
-    assert "Beside the reference model" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Beside the reference model" in page
+    assert "Accuracy retrained" in page
+    beside = audit(other, pairs(50), evaluation=sets(), config=config())["after"]
+    assert result.metrics["retrained"] == beside
     alone = audit(
         result.model,
         pairs(50),

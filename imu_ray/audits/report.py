@@ -18,6 +18,7 @@ from imu_ray.influence.intensity import Column
 # Squared cosine with the plain gradient above which the curvature has no say to speak of.
 DOMINATED = 0.99
 
+SIDES = ("before", "after", "retrained")  # doing nothing is what stands before
 SPOKEN = {
     "perplexity": "Perplexity", "probability": "Probability", "choice_probability": "Among the choices",
     "extraction_strength": "Extraction strength", "rouge": "ROUGE-L", "truth_ratio": "Truth ratio",
@@ -43,10 +44,11 @@ def render_report(
         figures["Trajectory"] = _draw_trajectory(trajectory, (manifest.get("ascent") or {}).get("targets", []))
     if intensities is not None:
         figures["Influence and intensity"] = _draw_distributions(*intensities)
-    sides = [side for side in ("before", "after") if side in metrics]
-    sets = [name for name in metrics[sides[-1]] if name not in AUDITS] if sides else []
-    language = metrics[sides[-1]].get("language") if sides else None
-    shown = {"sides": sides, "sets": sets, "figures": figures, "dominated": DOMINATED, "language": language}
+    sides = [side for side in SIDES if side in metrics]
+    last = metrics[[side for side in sides if side != "retrained"][-1]] if sides else {}
+    sets, language = [name for name in last if name not in AUDITS], last.get("language")
+    shown = {"sides": sides, "last": last, "sets": sets, "language": language}
+    shown |= {"figures": figures, "dominated": DOMINATED}
     if language:
         present = {name for found in language["sets"].values() for name in found}
         shown["spoken"] = {name: title for name, title in SPOKEN.items() if name in present}
@@ -71,11 +73,13 @@ def new_panel() -> tuple[Figure, Axes]:
 
 
 def svg_of(figure: Figure) -> Markup:
-    """A figure as an inline picture."""
-    text = io.StringIO()
+    """A figure as an inline picture, with its axes and its lines in words for who cannot see it."""
+    text, axes = io.StringIO(), figure.axes[0]
     figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
-    return Markup(svg[svg.index("<svg") :])
+    lines = ", ".join(axes.get_legend_handles_labels()[1])
+    told = f"{axes.get_ylabel()} against {axes.get_xlabel()}{lines and f': {lines}'}"
+    return Markup('<svg role="img" aria-label="{}"').format(told) + Markup(svg[svg.index("<svg") + 4 :])
 
 
 def _unsaid(language: Mapping[str, Any]) -> dict[str, list[str]]:

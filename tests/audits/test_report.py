@@ -145,3 +145,11 @@ def test_every_cell_that_is_stacked_on_a_phone_has_its_name_and_the_status_comes
         assert not re.findall(r"<td>", stacked)
     assert re.search(r'<td class="first">\s*reached</td>', sweep)
     assert 'data-name="Accuracy after"' in report
+
+
+def test_a_picture_is_told_in_words_and_a_retrained_model_stands_beside_every_figure():
+    figures = {"before": side(0.9), "after": side(0.1), "retrained": side(0.2)}
+    page = render_report(MANIFEST, figures, (np.array([-1.0, 0.5]), np.array([1.0, 0.0])), None)
+    assert page.count("<svg") == page.count('<svg role="img" aria-label="samples against ') == 2
+    assert 'data-name="Accuracy retrained">20.00 %' in page
+    assert page.index("Accuracy before") < page.index("Accuracy after") < page.index("Accuracy retrained")
