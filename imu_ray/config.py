@@ -128,6 +128,9 @@ class InfluenceConfig(Section):
     unit: Literal["sample", "token"] = "sample"
     """what has an influence and an intensity: a sample, or each token that is predicted (tasks `sequence` and
     `causal_lm`). The influences of a sample's tokens add up to its own; its intensity is the mean of theirs"""
+    scores: str | None = Field(None, json_schema_extra=NO_RESULT)
+    """path of influence that another engine has computed, in place of our own: a folder of bergson's or kronfluence's
+    scores, or Parquet with `sample_id` and `influence`. The run is known by its content, not by its path"""
     curvature_set: str = "forget"
     """samples that the curvature is fitted on: `forget`, or the name of an evaluation set"""
     damping: float = Field(0.01, gt=0)
@@ -138,6 +141,12 @@ class InfluenceConfig(Section):
     """`clip`: no sample enters the mean gradient and the Fisher with a larger gradient norm than the quantile below"""
     clip_quantile: float = Field(0.95, gt=0, le=1)
     """quantile of the gradient norms: where `robust` clips, and what `outlier` is measured against"""
+
+    @field_validator("scores")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        """A trial of a sweep works in another directory."""
+        return value if value is None else str(Path(value).absolute())
 
     @field_validator("blocks_per_shard")
     @classmethod
@@ -391,9 +400,10 @@ class UnlearnConfig(Section):
         return cls(**merge(cls, recipe_settings(name)))
 
     def identity(self) -> str:
-        """As of any section, with what counts at times: a bundle, limits of a schedule, shards of layers."""
+        """As of any section, with what counts at times: a bundle, scores, limits of a schedule, shards of layers."""
         ascent, digest = self.ascent, super().identity()
         digest += "-bundle" if ascent.bundle else ""
+        digest += "-scores" if self.influence.scores else ""
         if ascent.deep:  # evenly spaced shards stand for all rows in the curvature and in the first trials
             digest += f"-{self.influence.blocks_per_shard}"
         return digest if ascent.schedule == "constant" else f"{digest}-{ascent.stop.max_epochs}-{ascent.stop.max_steps}"

@@ -1,6 +1,7 @@
 """What computes: every stage of a run on open inputs, from the features to the audit."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -19,11 +20,12 @@ from imu_ray.audits.answers import check_settings
 from imu_ray.audits.language import read_retain_log
 from imu_ray.audits.report import DOMINATED, render_report
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import audit_job, bundle_job, factor_job, metrics, score_job, train_job
+from imu_ray.distributed import audit_job, bundle_job, factor_job, feature_job, metrics, score_job, train_job
 from imu_ray.distributed.session import ray_session, require_gpus
 from imu_ray.errors import ConfigError, EmptySelectionError, ForgetSetError, NonFiniteError
 from imu_ray.events import event
 from imu_ray.influence.curvature.base import FittedCurvature
+from imu_ray.influence.given import given_influence
 from imu_ray.influence.intensity import SCHEMES, Column
 from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import load_checkpoint, model_hash
@@ -80,7 +82,8 @@ class Pipeline:
         inputs.require_sets(config)
         check_settings(config, self.task)
         self.reference = self._open_reference() if stage in ("unlearn", "audit") else None
-        self.bundle = None
+        self.bundle: Bundle | None = None
+        self.given: Column | None = None  # influence of another engine
         if stage in ("unlearn", "ascend") and config.ascent.curvature != "none":
             self.bundle = self._open_bundle()
             factor_job.kinds_of(self.part, config.ascent)  # whether it has room
@@ -143,6 +146,10 @@ class Pipeline:
             ratios = read_retain_log(self.config.audit.retain_log)
             self.record.inputs["retain log"] = hashlib.sha256(ratios.data).hexdigest()
         self.features = self.inputs.measured
+        if self.config.influence.scores is not None:
+            forget, name = self.features["forget"], self.inputs.described["forget"].name
+            self.given = given_influence(self.config.influence.scores, forget.rows, forget.holds, name)
+            self.record.inputs["set of influence scores"] = hashlib.sha256(self.given.data).hexdigest()
         if self.begun is not None:
             self.run.check_inputs(self.begun, self.record.inputs)
         if self.finished:
@@ -154,9 +161,15 @@ class Pipeline:
         with self.stage("scores"):
             fitted_on = None if curvature_set == "forget" else self.features[curvature_set]
             scores = score_job.score(self.features["forget"], self.part, self.config, fitted_on)
+            if self.given is not None:
+                ids = hashlib.sha256()
+                for part in self.features["forget"].stream("ids", feature_job.ids_of):
+                    ids.update("".join(f"{sample_id}\n" for sample_id in part.to_pylist()).encode())
+                told = {"given": self.config.influence.scores, "ids": ids.hexdigest()}
+                scores = dataclasses.replace(scores, influence=self.given, figures=told)
         figures = self.record.influence = scores.figures
         weighted = self.config.intensity.scheme in ("imu", "permuted") and self.config.influence.curvature != "identity"
-        if weighted and figures["plain_gradient_share"] > DOMINATED:
+        if weighted and figures.get("plain_gradient_share", 0) > DOMINATED:
             share, below = figures["plain_gradient_share"], figures["fisher_below_damping"]
             advice = (
                 "the scores are nearly a plain gradient product; influence.damping_mode=relative or another curvature "

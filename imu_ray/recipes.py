@@ -74,6 +74,12 @@ def _check_layers(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
         )
     if influence.unit == "token" and LABEL in kind.fields(settings.forget_set):
         raise ConfigError(f"influence.unit is 'token' with task {task!r}, whose samples have none; expected sample")
+    asked = (influence.refresh, influence.unit, influence.reference)
+    if influence.scores is not None and asked != ("once", "sample", "forget_set"):
+        raise ConfigError(
+            f"influence.refresh, unit and reference are {', '.join(asked)} with influence.scores, which is scored "
+            "already, by sample; expected once, sample and forget_set"
+        )
     if ascent.views and not kind.augmented:
         raise ConfigError(f"ascent.views is {ascent.views} with task {task!r}, which has none; expected 0")
     kinds = ("none", "kfac") if deep else ("none", *PRECONDITIONERS)

@@ -1,5 +1,6 @@
 """The public functions on one Ray session, in process with one worker."""
 
+import hashlib
 import json
 import re
 import stat
@@ -436,6 +437,30 @@ def test_intensities_of_other_samples_are_refused(tmp_path):
     with pytest.raises(ForgetSetError, match="are not those of the 30 samples"):
         ascend(named("fc"), pairs(30), table, config=config(), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_influence_of_another_engine_makes_the_weights_and_stands_in_the_record(tmp_path):
+    own = score(named("fc"), pairs(20), config=config())
+    given = -np.random.default_rng(0).random(20)
+    table = pa.table({"sample_id": own["sample_id"], "influence": given})
+    pq.write_table(table, tmp_path / "scores.parquet")
+    settings = config(influence__scores=str(tmp_path / "scores.parquet"))
+    scored = score(named("fc"), pairs(20), config=settings, run_dir=tmp_path / "run")
+    assert scored["influence"].to_numpy() == pytest.approx(given)
+    strength = np.sqrt(-given)
+    quantile = settings.intensity.clip_quantile
+    assert scored["intensity"].to_numpy() == pytest.approx(np.minimum(strength, np.quantile(strength, quantile)))
+    assert scored.select(["loss", "gradient_norm"]) == own.select(["loss", "gradient_norm"])
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    ids = "".join(f"{row}\n" for row in own["sample_id"].to_pylist())
+    assert manifest["influence"]["ids"] == hashlib.sha256(ids.encode()).hexdigest()
+    pq.write_table(table.set_column(1, "influence", [given / 2]), tmp_path / "scores.parquet")
+    with pytest.raises(CheckpointError, match="another set of influence scores"):
+        score(named("fc"), pairs(20), config=settings, run_dir=tmp_path / "run")
+    with pytest.raises(CheckpointError, match="20 scores for the 10 samples"):
+        score(named("fc"), pairs(10), config=settings)
+    with pytest.raises(ConfigError, match="expected once, sample and forget_set"):
+        score(named("fc"), pairs(20), config=settings.with_overrides({"influence.refresh": "epoch"}))
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def _merge(*parts: Any) -> Any:
     return merge_tree(parts)
 
 
-def _ids(shard: FeatureShard) -> pa.StringArray:
+def ids_of(shard: FeatureShard) -> pa.StringArray:
+    """Ids of the samples of a shard."""
     return shard.ids
 
 
@@ -158,7 +159,7 @@ class FeatureSet:
         if len(ids) != self.rows:
             return False
         start = 0
-        for part in self.stream("ids", _ids):
+        for part in self.stream("ids", ids_of):
             if ids.slice(start, len(part)).to_pylist() != part.to_pylist():
                 return False
             start += len(part)
