@@ -1,0 +1,87 @@
+import pytest
+
+from imu_ray.audits.verdict import verdict
+
+ATTACK = {"balanced_accuracy": 0.51, "band": [0.47, 0.53]}
+
+
+def metrics(forget=0.8, test=0.82, attack=ATTACK, recovery=None, **more):
+    before = {"forget": {"accuracy": 0.95}, "test": {"accuracy": 0.82}}
+    after = {"forget": {"accuracy": forget}, "test": {"accuracy": test}, "membership": attack, **more}
+    found = {"probe": {"accuracy": 0.81}} if recovery is None else recovery
+    return {"before": before, "after": after, "recovery": {"after": found} if found else {}}
+
+
+@pytest.mark.parametrize("status", ["not_reached", "stopped_by_guard"])
+def test_a_run_that_did_not_reach_its_target_is_not_reached_whatever_was_measured(status):
+    found = verdict(status, "the loss is 0.3", metrics())
+    assert (found.word, found.reason) == ("not_reached", "the loss is 0.3")
+
+
+@pytest.mark.parametrize(("status", "why"), [("already_met", "before the first step"), ("epochs_done", "no target")])
+def test_where_nothing_was_asked_or_done_nothing_can_be_said(status, why):
+    found = verdict(status, "", metrics())
+    assert found.word == "inconclusive"
+    assert why in found.reason
+
+
+def test_what_no_measure_tells_is_forgotten_as_measured_and_what_is_left_open_is_named():
+    found = verdict("reached", "the loss is 0.5", metrics())
+    assert (found.word, found.reason) == ("forgotten_as_measured", "the loss is 0.5")
+    assert [each.partition(" ")[0] for each in found.checked] == ["membership", "recovery"]
+    assert any("retrained" in each for each in found.not_checked)
+    assert any("imu-ray ensemble" in each for each in found.not_checked)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"attack": {**ATTACK, "balanced_accuracy": 0.531}}, "membership inference is right 53.1 %"),
+        ({"forget": 0.01, "recovery": {"probe": {"accuracy": 0.868}}}, "a new head: 86.8 % right, of the model's own head 1.0 %"),
+        ({"forget": 0.6, "forget_fresh_views": {"accuracy": 0.701}}, "fresh views are right 70.1 %, the rows 60.0 %"),
+    ],
+)  # fmt: skip
+def test_a_measure_that_tells_the_rows_says_contained(changed, why):
+    found = verdict("reached", "", metrics(**changed))
+    assert found.word == "contained"
+    assert why in found.reason
+    assert why not in " ".join(found.checked)
+
+
+def test_recovery_is_compared_with_that_of_the_retrained_model_where_there_is_one():
+    figures = metrics(forget=0.01, recovery={"probe": {"accuracy": 0.7}, "relearn": {"accuracy": [0.0, 0.5, 0.9]}})
+    assert verdict("reached", "", figures).word == "contained"
+    figures["recovery"]["reference"] = {"probe": {"accuracy": 0.68}, "relearn": {"accuracy": [0.0, 0.6, 0.85]}}
+    figures["retrained"] = figures["after"]
+    found = verdict("reached", "", figures)
+    assert found.word == "forgotten_as_measured"
+    assert "recovery by a few steps: 90.0 % right, of the retrained model 85.0 %" in found.checked
+    figures["recovery"]["reference"]["relearn"]["accuracy"][-1] = 0.79
+    assert verdict("reached", "", figures).word == "contained"
+
+
+def test_steps_without_a_retrained_model_say_nothing():
+    found = verdict("reached", "", metrics(recovery={"relearn": {"accuracy": [0.1, 0.9]}}))
+    assert found.word == "inconclusive"
+    assert any("90.0 % right, with no retrained model beside it" in each for each in found.not_checked)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"attack": {"skipped": "no test"}}, "membership could not be measured"),
+        ({"recovery": {"skipped": {"probe": "one class"}}}, "recovery could not be measured"),
+        ({"recovery": {}, "attack": {"skipped": "no test"}}, "membership and recovery could not be measured"),
+        ({"test": 0.71}, "the accuracy on test fell by 11.0 points"),
+        ({"test": 0.71, "forget": 0.0, "recovery": {"probe": {"accuracy": 0.9}}}, "fell by 11.0 points"),
+    ],
+)
+def test_what_could_not_be_measured_or_is_broken_is_inconclusive(changed, why):
+    found = verdict("reached", "", metrics(**changed))
+    assert found.word == "inconclusive"
+    assert why in found.reason
+
+
+def test_a_reason_for_what_is_missing_is_passed_on():
+    found = verdict("reached", "", metrics(recovery={"skipped": {"probe": "one class"}}))
+    assert "recovery by a new head: one class" in found.not_checked
