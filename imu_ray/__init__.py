@@ -18,6 +18,8 @@ from imu_ray.errors import (
 if TYPE_CHECKING:
     from imu_ray.api import ascend, audit, remember, score, unlearn
     from imu_ray.experiments.sweep import SweepResult, sweep
+    from imu_ray.handover.export import export_run
+    from imu_ray.handover.verify import verify_run
     from imu_ray.job import JobConfig
     from imu_ray.models.spec import ModelSpec
     from imu_ray.planning import plan
@@ -42,11 +44,13 @@ __all__ = [
     "UnsupportedModelError",
     "ascend",
     "audit",
+    "export_run",
     "plan",
     "remember",
     "score",
     "sweep",
     "unlearn",
+    "verify_run",
 ]
 
 # Imported when first asked for: a worker process needs a part of the package, and Ray Train, Tune and the plots take
@@ -55,6 +59,8 @@ _HOMES = {
     **dict.fromkeys(("ascend", "audit", "remember", "score", "unlearn"), "imu_ray.api"),
     **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.experiments.sweep"),
     "JobConfig": "imu_ray.job",
+    "export_run": "imu_ray.handover.export",
+    "verify_run": "imu_ray.handover.verify",
     "ModelSpec": "imu_ray.models.spec",
     "UnlearnResult": "imu_ray.run.result",
     "plan": "imu_ray.planning",

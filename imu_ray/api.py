@@ -88,7 +88,7 @@ def score(
         if job.finished:
             return job.run.read_table(INTENSITIES)
         scored = job.score()
-        job.recorder.complete()
+        job.complete()
         return pa.concat_tables(scored.table())
 
 
@@ -159,7 +159,7 @@ def audit(
         if beside := beside | job.compare({"after": job.part}):
             metrics["reference"] = beside
         job.write_audit(metrics, None, None)
-        job.recorder.complete()
+        job.complete()
     return metrics
 
 

@@ -22,7 +22,7 @@ ENDING = """\
 The last line of standard output is a JSON object with status, reason, run_dir, report (path or null) and metrics.
 Exit status, by status:
   0    reached, already_met, epochs_done (there was no target), complete (a command without a target)
-  1    failed: the run, or trials of a sweep
+  1    failed: the run, or trials of a sweep; `verify`: something is not as the record says
   2    refused: the configuration or the input is wrong
   3    not_reached, stopped_by_guard: the model has not forgotten what it was asked to
   130  interrupted: Ctrl-C          the same command goes on with the run; `sweep` with --resume
@@ -122,6 +122,30 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
     return {"run_dir": str(out), "metrics": {name: run["metrics"] for name, run in made.items()}, **made}
 
 
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from imu_ray.handover.export import export_run
+
+    return {"run_dir": options.run, "export": str(export_run(options.run, options.out, options.sign_key))}
+
+
+def _verify(options: argparse.Namespace) -> dict[str, Any]:
+    """What was found, a line for each part on standard error."""
+    from imu_ray.handover.verify import verify_run
+
+    keys = {"checkpoint": options.checkpoint, "public_key": options.public_key, "key": options.key}
+    found = verify_run(options.run, **keys, ids=options.id)
+    for each in found:
+        print(f"{each.part}: {each.status}: {each.told}", file=sys.stderr)
+    changed = sorted({each.part for each in found if each.status == "changed"})
+    told = f"changed: {', '.join(changed)}" if changed else "everything that was looked at is as the record says"
+    return {
+        "status": "failed" if changed else "complete",
+        "reason": told,
+        "run_dir": options.run,
+        "findings": [vars(each) for each in found],
+    }
+
+
 STAGES = {
     "unlearn": (_unlearn, "make a model forget: score, ascend, audit"),
     "score": (_score, "write every sample's influence and intensity, and change nothing"),
@@ -131,6 +155,9 @@ STAGES = {
     "remember": (_remember, "keep the curvature of a training set for later requests, without a sample"),
     "sweep": (_sweep, "try settings and forget-set sizes"),
 }
+
+
+OTHERS = {"demo": _demo, "export": _export, "verify": _verify}  # no job file is read
 
 
 def main(*command: str) -> int:
@@ -147,7 +174,8 @@ def main(*command: str) -> int:
     ending: dict[str, Any] = {"status": "complete", "reason": None, "run_dir": None, "report": None, "metrics": None}
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        ending |= _demo(options) if options.command == "demo" else _run_stage(options, ending)
+        of_its_own = OTHERS.get(options.command)
+        ending |= of_its_own(options) if of_its_own else _run_stage(options, ending)
     except ImuError as error:
         failed = isinstance(error, StageFailedError | EmptySelectionError)
         ending |= {"status": "failed" if failed else "refused", "reason": f"{type(error).__name__}: {error}"}
@@ -227,4 +255,16 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("schema", help="print the JSON schema of a job file, for editors")
     demo = commands.add_parser("demo", help="forget a handwritten digit, and 5 %% random digits, on two local workers")
     demo.add_argument("--out", help="directory of data, models and runs; default runs/<time>-<id>")
+    text = "write what may be handed on of a run: record, figures and report, without an id"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("run", metavar="RUN", help="run directory, or its URI")
+    export.add_argument("--out", required=True, metavar="PATH", help="a new folder, or a .zip file")
+    export.add_argument("--sign-key", metavar="PEM", help="Ed25519 private key to sign the record with")
+    text = "say whether a run, or what was exported of it, is still what was written; exit status 1 where it is not"
+    verify = commands.add_parser("verify", help=text, description=text)
+    verify.add_argument("run", metavar="RUN", help="run directory, its URI, or an exported folder or .zip")
+    verify.add_argument("--checkpoint", metavar="PATH", help="the checkpoint to hold against the record")
+    verify.add_argument("--public-key", metavar="PEM", help="key that the signature must be of")
+    verify.add_argument("--key", metavar="FILE", help="secret of the ids' fingerprints (record.key)")
+    verify.add_argument("--id", action="append", default=[], metavar="ID", help="an id to look for, with --key")
     return parser

@@ -344,6 +344,23 @@ class AuditConfig(Section):
         return value if value is None or "://" in value else str(Path(value).absolute())
 
 
+class RecordConfig(Section):
+    """What the record says of the ids to forget."""
+
+    prefix = "record."
+
+    key: str | None = Field(None, json_schema_extra=NO_RESULT)
+    """path of a file with a secret of 16 bytes or more, under which the record keeps a fingerprint of the ids to forget
+    (HMAC-SHA256), and one of each id: who has the secret can test whether an id was among them. null: the record says
+    nothing of ids"""
+
+    @field_validator("key")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        """A trial of a sweep works in another directory."""
+        return value if value is None else str(Path(value).absolute())
+
+
 class ResourcesConfig(Section):
     """What a run takes of the cluster."""
 
@@ -392,6 +409,7 @@ class UnlearnConfig(Section):
     intensity: IntensityConfig = Field(default_factory=IntensityConfig)
     ascent: AscentConfig = Field(default_factory=AscentConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)
+    record: RecordConfig = Field(default_factory=RecordConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
     @classmethod

@@ -19,6 +19,7 @@ from torch import nn
 from imu_ray.audits.answers import check_settings
 from imu_ray.audits.language import read_retain_log
 from imu_ray.audits.report import DOMINATED, render_report
+from imu_ray.audits.verdict import verdict
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import audit_job, bundle_job, factor_job, feature_job, metrics, score_job, train_job
 from imu_ray.distributed.session import ray_session, require_gpus
@@ -35,7 +36,8 @@ from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import choose_recipe, resolve_targets, warnings_of
 from imu_ray.run.bundle import Bundle
 from imu_ray.run.directory import INTENSITIES, MODEL, MODEL_FOLDER, RunDirectory, default_run_dir
-from imu_ray.run.record import AscentRecord, CurvatureRecord, RunRecord, TargetRecord
+from imu_ray.run.fingerprint import IDS, fingerprint, fingerprint_table, read_key
+from imu_ray.run.record import AscentRecord, CurvatureRecord, RunRecord, TargetRecord, VerdictRecord
 from imu_ray.run.recorder import Recorder
 from imu_ray.run.result import UnlearnResult
 from imu_ray.run.storage import below
@@ -81,6 +83,7 @@ class Pipeline:
             self.record.resume(self.begun)
         inputs.require_sets(config)
         check_settings(config, self.task)
+        self.key = None if config.record.key is None else read_key(config.record.key)
         self.reference = self._open_reference() if stage in ("unlearn", "audit") else None
         self.bundle: Bundle | None = None
         self.given: Column | None = None  # influence of another engine
@@ -163,8 +166,8 @@ class Pipeline:
             scores = score_job.score(self.features["forget"], self.part, self.config, fitted_on)
             if self.given is not None:
                 ids = hashlib.sha256()
-                for part in self.features["forget"].stream("ids", feature_job.ids_of):
-                    ids.update("".join(f"{sample_id}\n" for sample_id in part.to_pylist()).encode())
+                for sample_id in self._forget_ids():
+                    ids.update(f"{sample_id}\n".encode())
                 told = {"given": self.config.influence.scores, "ids": ids.hexdigest()}
                 scores = dataclasses.replace(scores, influence=self.given, figures=told)
         figures = self.record.influence = scores.figures
@@ -412,14 +415,48 @@ class Pipeline:
         self.record.model.hash_after = model_hash(changed)
         self.run.write_table("trajectory.parquet", trajectory)
         self.run.write_events(outcome.trajectory)
+        if figures:
+            self.record.verdict = VerdictRecord(**vars(verdict(outcome.status, outcome.reason, figures)))
         self.write_audit(figures, samples, trajectory)
         self.run.write_model(MODEL, changed)
         if hasattr(changed, "save_pretrained"):
             merge = self.record.model.merge_adapter
             self.run.write_folder(MODEL_FOLDER, lambda folder: save_pretrained(changed, folder, merge))
         self.run.clear_state(but_last=outcome.status in ("not_reached", "epochs_done"))
-        self.recorder.complete()
+        self.complete()
         return UnlearnResult(changed, self.run.location, figures, trajectory, self.record)
+
+    def complete(self) -> None:
+        """Record what was read for what and whose rows they were, and close the record."""
+        self.record.data_access = self._data_access()
+        if self.key is not None and self.write:
+            table = fingerprint_table(self.key, self._forget_ids())
+            self.record.forget_ids = fingerprint(self.key, table)
+            self.run.write_table(IDS, table)
+        self.recorder.complete()
+
+    def _forget_ids(self) -> Iterator[str]:
+        for part in self.features["forget"].stream("ids", feature_job.ids_of):
+            yield from part.to_pylist()
+
+    def _data_access(self) -> dict[str, list[str]]:
+        """What each set that was read was read for; of a curvature bundle and a reference model that they were."""
+        settings, targets = self.config, self.record.ascent.targets if self.record.ascent else []
+        curvature = self.record.curvature
+        fitted_on = {} if curvature is None else curvature.rows
+        found = {}
+        for name in (*self.inputs.described, "bundle"):
+            uses = {
+                "gradient": name == "forget" and self.record.influence is not None,
+                "curvature": name in fitted_on or settings.influence.curvature_set == name,
+                "target": name == "test" and any(_looks_at_unseen(each) for each in targets),
+                "guard": name in {metric.rpartition(".")[0] for metric in settings.ascent.guard.limits},
+                "measured": name != "bundle" and self.record.stage != "score",
+            }
+            found[name] = [use for use, holds in uses.items() if holds]
+        if self.reference is not None:
+            found["reference model"] = ["measured"]
+        return {name: uses for name, uses in found.items() if uses}
 
     def read_result(self, original: nn.Module) -> UnlearnResult:
         """What a finished run left in its directory."""
@@ -441,6 +478,11 @@ class Pipeline:
             if self.config.audit.report:
                 drawn = None if samples is None else (samples.influence, of_rows(samples.weights))
                 self.run.write_text("report.html", render_report(self.record.to_json(), figures, drawn, trajectory))
+
+
+def _looks_at_unseen(target: TargetRecord) -> bool:
+    """Whether unseen rows say where a target is met."""
+    return target.reason.startswith("auto") or target.metric.startswith("membership")
 
 
 def _fields(target: StopTarget) -> dict[str, Any]:

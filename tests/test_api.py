@@ -66,7 +66,7 @@ def finished(tmp_path_factory):
 def test_the_run_directory_holds_what_it_should_and_nothing_else(finished):
     run_dir = finished[2].run_dir
     names = {path.name for path in run_dir.iterdir()}
-    files = {"manifest.json", "metrics.json", "model.safetensors", "report.html"}
+    files = {"manifest.json", "manifest.sha256", "metrics.json", "model.safetensors", "report.html"}
     assert names == {*files, "intensities.parquet", "trajectory.parquet", "state", "tensorboard"}
     assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in run_dir.rglob("*") if path.is_file()} == {0o600}

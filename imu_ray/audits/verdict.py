@@ -1,11 +1,13 @@
 """The status word of a run: what may be said of it by what was measured, and no more."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 UTILITY_DROP = 0.1  # of the accuracy on a set to keep, beyond which a model counts as broken
 MARGIN = 0.1  # of accuracy, by which recovered answers, or fresh views, may be above what they are compared with
+ERRORS = 2.0  # standard errors by which they must be too, where rows are few
 Metrics = Mapping[str, Any]
 
 
@@ -18,12 +20,16 @@ class Verdict:
         reason: why it is that word.
         checked: what was measured and does not tell the forgotten rows.
         not_checked: what was not measured, and why.
+        thresholds: the constants of the rule.
     """
 
     word: str
     reason: str
     checked: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
+    thresholds: dict[str, float] = field(
+        default_factory=lambda: {"utility_drop": UTILITY_DROP, "margin": MARGIN, "standard_errors": ERRORS}
+    )
 
 
 def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
@@ -31,13 +37,16 @@ def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
 
     - ``not_reached``: the target was not met, or a guard stopped the run.
     - ``inconclusive``: there was no target, or the model met it before the first step; or the accuracy on a set to keep
-      fell by more than ``UTILITY_DROP``, and a broken model passes every test of forgetting.
-    - ``contained``: the target is met, but something that was measured still tells the rows: membership inference is
-      above its band; a new head, or a few steps of training, bring answers back that are right more often, by more than
-      ``MARGIN``, than a retrained model's under the same attack, or, of a new head, than the model's own; or fresh
-      views of the rows are.
-    - ``inconclusive`` again: membership inference, or every test of recovery, could not be measured.
+      (without the classes to forget, where it has others) fell by more than ``UTILITY_DROP``: a broken model passes
+      every test of forgetting.
+    - ``contained``: the target is met, but something that was measured still tells the rows. An attack on membership is
+      above its band of chance. A new head, rounded weights, or a few steps of training are right on them more often
+      than a retrained model under the same attack, or, of the first two, than the model itself, by more than ``MARGIN``
+      and two standard errors. Or so are fresh views of the rows.
+    - ``inconclusive`` again: membership, or every test of recovery, could not be measured.
     - ``forgotten_as_measured``: the target is met, and nothing that was measured tells the rows.
+
+    One attack in forty is above its band by chance.
 
     Args:
         status: of the update: ``reached``, ``already_met``, ``epochs_done``, ``not_reached``, ``stopped_by_guard``.
@@ -65,12 +74,20 @@ def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
 
 def broken_set(metrics: Metrics) -> str | None:
     """Which set to keep has lost too much accuracy; None where none has."""
-    before = metrics.get("before", {})
-    for name, figures in metrics.get("after", {}).items():
+    before, after = metrics.get("before", {}), metrics.get("after", {})
+    forgotten = set(after.get("forget", {}).get("per_class", {}))
+    for name, figures in after.items():
         kept = isinstance(figures, Mapping) and "accuracy" in figures and not name.startswith("forget")
-        if kept and (drop := before[name]["accuracy"] - figures["accuracy"]) > UTILITY_DROP:
+        if kept and (drop := _accuracy(before[name], forgotten) - _accuracy(figures, forgotten)) > UTILITY_DROP:
             return f"the accuracy on {name} fell by {100 * drop:.1f} points: what a broken model forgets says nothing"
     return None
+
+
+def _accuracy(figures: Metrics, forgotten: set[str]) -> float:
+    """That on the classes of which no row is to be forgotten, where there are such."""
+    others = [each for label, each in figures.get("per_class", {}).items() if label not in forgotten]
+    rows = sum(each["samples"] for each in others)
+    return sum(each["samples"] * each["accuracy"] for each in others) / rows if rows else float(figures["accuracy"])
 
 
 @dataclass
@@ -92,8 +109,7 @@ class Evidence:
         if views is None:
             found.missing.append("fresh views of the rows (audit.views)")
         else:
-            own, seen = after["forget"]["accuracy"], views["accuracy"]
-            found._weigh(seen > own + MARGIN, f"fresh views are right {_percent(seen)}, the rows {_percent(own)}")
+            found._compare("fresh views", views, after["forget"]["accuracy"], "the rows themselves")
         if "retrained" not in metrics:
             found.missing.append("a model that was retrained without the rows (audit.reference)")
         found.missing.append("single rows: per-example attacks need many models (imu-ray ensemble)")
@@ -102,44 +118,53 @@ class Evidence:
     def _weigh(self, tells: bool, told: str) -> None:
         (self.against if tells else self.checked).append(told)
 
+    def _compare(self, name: str, figures: Metrics, limit: float, beside: str) -> None:
+        """Weigh an accuracy on forgotten rows beside what it should not be above."""
+        accuracy = figures["accuracy"]
+        reached = float(accuracy[-1] if isinstance(accuracy, list) else accuracy)
+        rows = figures.get("rows", figures.get("samples", math.inf))
+        error = math.sqrt(max(limit * (1 - limit), reached * (1 - reached)) / rows)
+        told = f"{name}: {_percent(reached)} right, {beside} {_percent(limit)}"
+        self._weigh(reached > limit + max(MARGIN, ERRORS * error), told)
+
     def _take_membership(self, attack: Metrics) -> None:
         if "skipped" in attack:
             self.missing.append(f"membership: {attack['skipped']}")
             return
-        accuracy, high = attack["balanced_accuracy"], attack["band"][1]
         self.measured.add("membership")
-        self._weigh(
-            accuracy > high, f"membership inference is right {_percent(accuracy)}, by chance up to {_percent(high)}"
-        )
+        others = {name: each for name, each in attack.get("attacks", {}).items() if name != "loss" and "band" in each}
+        for name, each in {"loss": attack, **others}.items():
+            accuracy, high = each["balanced_accuracy"], each["band"][1]
+            told = f"is right {_percent(accuracy)}, by chance up to {_percent(high)}"
+            self._weigh(accuracy > high, f"membership by {name.replace('_', ' ')} {told}")
 
     def _take_recovery(self, metrics: Metrics) -> None:
         sides = metrics.get("recovery", {})
         after, retrained = sides.get("after", {}), sides.get("reference", {})
         for name, why in after.get("skipped", {}).items():
-            self.missing.append(f"recovery by {SPOKEN[name]}: {why}")
-        for name in ("probe", "relearn", "lora"):
-            if name not in after:
-                continue
-            reached, told = _last(after[name]), f"recovery by {SPOKEN[name]}"
-            if name in retrained:
-                limit, beside = _last(retrained[name]), "of the retrained model"
-            elif name == "probe":
-                limit, beside = metrics["after"]["forget"]["accuracy"], "of the model's own head"
-            else:  # a model that never saw the rows learns them too
-                self.missing.append(f"{told}: {_percent(reached)} right, with no retrained model beside it")
-                continue
-            self.measured.add("recovery")
-            self._weigh(reached > limit + MARGIN, f"{told}: {_percent(reached)} right, {beside} {_percent(limit)}")
+            self.missing.append(f"recovery by {SPOKEN.get(name, name)}: {why}")
+        for name, told in SPOKEN.items():
+            for bits in ("8", "4") if name == "quantise" else ("",):
+                found, beside = (side.get(name, {}) for side in (after, retrained))
+                if bits:
+                    told, found, beside = f"{SPOKEN[name]} to {bits} bit", found.get(bits, {}), beside.get(bits, {})
+                if not found.get("accuracy"):
+                    continue
+                if beside.get("accuracy"):
+                    limit, whose = beside["accuracy"], "of the retrained model"
+                elif name in ("probe", "quantise"):
+                    limit, whose = metrics["after"]["forget"]["accuracy"], "of the model itself"
+                else:  # a model that never saw the rows learns them too
+                    self.missing.append(f"recovery by {told}: there is no retrained model to compare it with")
+                    continue
+                self.measured.add("recovery")
+                last = limit[-1] if isinstance(limit, list) else limit
+                self._compare(f"recovery by {told}", found, last, whose)
         if not after:
             self.missing.append("recovery (audit.recovery)")
 
 
-SPOKEN = {"probe": "a new head", "relearn": "a few steps", "lora": "a few steps of adapters", "quantise": "rounding"}
-
-
-def _last(found: Metrics) -> float:
-    accuracy = found["accuracy"]
-    return float(accuracy[-1] if isinstance(accuracy, list) else accuracy)
+SPOKEN = {"probe": "a new head", "quantise": "rounding", "relearn": "a few steps", "lora": "a few steps of adapters"}
 
 
 def _percent(share: float) -> str:

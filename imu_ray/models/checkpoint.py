@@ -2,7 +2,7 @@
 
 import hashlib
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -87,8 +87,13 @@ def _form(tensor: Tensor) -> str:
 
 def model_hash(model: nn.Module) -> str:
     """SHA-256 of all parameters and buffers, by name."""
+    return state_hash(model.state_dict())
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors of a state dict, by name."""
     seen = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         seen.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return seen.hexdigest()

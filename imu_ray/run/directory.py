@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -26,10 +27,12 @@ from imu_ray.errors import CheckpointError, StageFailedError
 from imu_ray.run.storage import open_storage
 
 MANIFEST = "manifest.json"
+SEAL = "manifest.sha256"  # as ``sha256sum --check`` reads it
 INTENSITIES = "intensities.parquet"
 MODEL = "model.safetensors"
 MODEL_FOLDER = "model"
 STATE = "state/ascent.safetensors"
+RECORD = (MANIFEST, SEAL)
 Limits = Mapping[str, int | None]  # ``max_epochs`` and ``max_steps``; None: any number
 
 
@@ -55,6 +58,7 @@ class RunDirectory:
         self.location = location if "://" in str(location) else Path(location).absolute()
         self.storage = open_storage(location)
         self._lost: threading.Event | None = None
+        self._digests: dict[str, str] = {}  # of what this process has written
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunDirectory, (self.location,)  # another process holds no lock
@@ -129,8 +133,13 @@ class RunDirectory:
                 f"{self.location} may be in use by another run, because this one could not renew its lock for a while; "
                 f"expected a store that answers; {name} was not written; the same call continues from the last state"
             )
+
+        def fill_and_digest(path: Path) -> None:
+            fill(path)
+            self._digests[name] = file_digest(path)
+
         with self._room_for(name):
-            self.storage.write(name, fill)
+            self.storage.write(name, fill_and_digest)
 
     def write_folder(self, name: str, fill: Callable[[Path], object]) -> None:
         """Write a folder: ``fill`` gets an empty one. The configuration, which is read first, comes last."""
@@ -238,6 +247,22 @@ class RunDirectory:
                 ) from None
         return UpdateState(int(metadata["step"]), tensors, json.loads(metadata["trajectory"]))
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file that is left when a run ends, but the record and what an update goes on from."""
+        left = (name for name in self.storage.files() if name not in RECORD and not name.startswith("state/"))
+        return {name: self._digests.get(name) or self.digest(name) for name in left}
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a file; empty where there is none."""
+        with self.storage.fetch(name) as path:
+            if path is None:
+                return ""
+            return file_digest(path)
+
+    def seal(self) -> None:
+        """Write the digest of the manifest beside it, so that a change of either shows."""
+        self.write_text(SEAL, f"{self.digest(MANIFEST)}  {MANIFEST}\n")
+
     def clear_state(self, *, but_last: bool = False) -> None:
         """Remove the state of a finished run; ``but_last`` keeps what it may take more steps from."""
         self.storage.remove("state/train" if but_last else "state")
@@ -245,3 +270,12 @@ class RunDirectory:
 
 def _check(number: int) -> str:
     return f"checks/check-{number:06d}.safetensors"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    seen = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            seen.update(block)
+    return seen.hexdigest()

@@ -87,6 +87,26 @@ class AscentRecord(Part):
     warnings: list[str]
 
 
+class VerdictRecord(Part):
+    """The status word of the run, and what it rests on (``audits.verdict``)."""
+
+    word: str
+    reason: str
+    checked: list[str]
+    not_checked: list[str]
+    thresholds: dict[str, float]
+
+
+class IdsRecord(Part):
+    """A fingerprint of the ids to forget that only who has the key can make, and so test.
+
+    HMAC-SHA256 over the sorted HMACs of the single ids, which ``forget_ids.parquet`` holds.
+    """
+
+    rows: int
+    fingerprint: str
+
+
 class RunRecord(Part):
     """Everything that is known of a run, filled in while it goes on."""
 
@@ -109,6 +129,10 @@ class RunRecord(Part):
     influence: dict[str, Any] | None = None
     curvature: CurvatureRecord | None = None
     ascent: AscentRecord | None = None
+    verdict: VerdictRecord | None = None
+    data_access: dict[str, list[str]] = {}
+    forget_ids: IdsRecord | None = None
+    artifacts: dict[str, str] = {}
 
     @classmethod
     def begin(cls, stage: str, config: UnlearnConfig, model: ModelRecord, dtype: torch.dtype) -> "RunRecord":

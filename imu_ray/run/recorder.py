@@ -46,7 +46,11 @@ class Recorder:
     def complete(self) -> None:
         """Close the record of a run that ended well."""
         self.record.status, self._begun = "complete", True
+        if self.write:
+            self.record.artifacts = self.run.digests()
         self._save()
+        if self.write:
+            self.run.seal()
         seconds = sum(self.record.seconds.values())
         ascent = self.record.ascent
         ended = (ascent.status, ascent.reason) if ascent else (None, None)

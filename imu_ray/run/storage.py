@@ -95,6 +95,11 @@ class LocalStorage:
         """Names directly below, without those of ``PASSING``; empty when there is no such place."""
         return _lasting(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
 
+    def files(self) -> list[str]:
+        """Names of all files below, however deep."""
+        found = (path for path in self.path.rglob("*") if path.is_file())
+        return sorted(_lasting(path.relative_to(self.path).as_posix() for path in found))
+
     def write(self, name: str, fill: Callable[[Path], object]) -> None:
         """``fill`` gets a temporary path next to the target; what it wrote appears under ``name`` when complete."""
         target = self.path / name
@@ -165,6 +170,12 @@ class RemoteStorage:
         listing = self.filesystem.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
         return _lasting(entry.base_name for entry in listing)
 
+    def files(self) -> list[str]:
+        """Names of all files below, however deep."""
+        selector = fs.FileSelector(self.root, allow_not_found=True, recursive=True)
+        found = (entry.path for entry in self.filesystem.get_file_info(selector) if entry.type == fs.FileType.File)
+        return sorted(_lasting(path[len(self.root) + 1 :] for path in found))
+
     def write(self, name: str, fill: Callable[[Path], object]) -> None:
         """Make the file here, upload it under a temporary name and move it."""
         target = f"{self.root}/{name}"
@@ -207,7 +218,7 @@ Storage = LocalStorage | RemoteStorage
 
 
 def _lasting(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not name.startswith(PASSING)]
+    return [name for name in names if not name.rpartition("/")[2].startswith(PASSING)]
 
 
 def _sync(path: Path) -> None:

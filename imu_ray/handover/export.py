@@ -1,0 +1,87 @@
+"""The record of a run to hand on: manifest, figures and report, without the table of samples and without an id."""
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from imu_ray.errors import CheckpointError
+from imu_ray.handover.signature import sign
+from imu_ray.run.directory import MANIFEST, RunDirectory
+from imu_ray.run.fingerprint import IDS
+
+SIGNATURE = "manifest.sig"
+HANDED_ON = ("metrics.json", "report.html", IDS)
+
+
+def export_run(location: str | Path, out: str | Path, sign_key: str | Path | None = None) -> Path:
+    """Write what may leave of a finished run: its record, ``metrics.json``, ``report.html`` and fingerprints of ids.
+
+    The record names no sample: of rows that were left out, their reasons and numbers stay. It lists the digests of all
+    artifacts, of those that stay too, so that a signature covers them.
+
+    Args:
+        location: run directory or its URI.
+        out: a new folder, or a ``.zip`` file.
+        sign_key: Ed25519 private key (PEM) that the record is signed with; the public key stands in the record.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        CheckpointError: the run has not ended, or ``out`` is there.
+        ConfigError: the key cannot be used.
+    """
+    run, out = RunDirectory(location), Path(out).absolute()
+    manifest = run.read_manifest()
+    if manifest.get("status") != "complete":
+        raise CheckpointError(f"{run.location} holds a run that is {manifest.get('status')}; expected one that ended")
+    if out.exists():
+        raise CheckpointError(f"{out} is there; expected a new folder or .zip file")
+    record = without_ids(manifest) | {"exported_from": run.digest(MANIFEST)}
+    key = None
+    if sign_key is not None:
+        _, key = sign(b"", sign_key)
+        record["public_key"] = key
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=out.parent) as made:
+        folder = RunDirectory(Path(made) / "record")
+        folder.write_text(MANIFEST, text)
+        folder.seal()
+        for name in HANDED_ON:
+            with run.storage.fetch(name) as path:
+                if path is not None:
+                    folder.write(name, lambda target, path=path: shutil.copyfile(path, target))  # type: ignore[misc]
+        if sign_key is not None:
+            folder.write_text(SIGNATURE, sign(text.encode(), sign_key)[0].hex() + "\n")
+        place = Path(made) / "record"
+        if out.suffix == ".zip":
+            place = _zipped(place)
+        place.replace(out)
+    return out
+
+
+def without_ids(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest without ids: bad rows by reason, and no list of ids among the settings."""
+    record = json.loads(json.dumps(manifest))
+    for samples in filter(None, [record.get("forget_set"), *record.get("evaluation", {}).values()]):
+        samples["bad_rows"] = [{"reason": row["reason"]} for row in samples["bad_rows"]]
+    if record.get("influence"):
+        record["influence"].pop("ids", None)  # a digest without a key, by which ids could be guessed
+    chosen = record["config"].get("forget_set", {})
+    if isinstance(chosen.get("ids"), list):
+        chosen["ids"] = f"{len(chosen['ids'])} ids"
+    return record  # type: ignore[no-any-return]
+
+
+def _zipped(folder: Path) -> Path:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for each in sorted(folder.iterdir()):
+            archive.write(each, each.name)
+    path.chmod(0o600)
+    return path
