@@ -86,11 +86,13 @@ class Margins:
         """Names of the sets, in the order of their first points."""
         return list(dict.fromkeys(self.sets.tolist()))
 
-    def subset(self, name: str) -> "Margins":
-        """The same models at the points of one set; ``ForgetSetError`` where there is no such set."""
-        kept = self.sets == name
-        if not kept.any():
-            raise ForgetSetError(f"there are no margins of the set {name!r}; expected one of {', '.join(self.names)}")
+    def subset(self, *names: str) -> "Margins":
+        """The same models at the points of some sets; ``ForgetSetError`` where there is no such set."""
+        for name in names:
+            if name not in self.names:
+                expected = f"expected one of {', '.join(self.names)}"
+                raise ForgetSetError(f"there are no margins of the set {name!r}; {expected}")
+        kept = np.isin(self.sets, names)
         points = [point for point, keep in zip(self.points, kept.tolist(), strict=True) if keep]
         return Margins(points, self.sets[kept], self.seeds, {kind: each[:, kept] for kind, each in self.of.items()})
 
