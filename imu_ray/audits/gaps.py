@@ -133,8 +133,9 @@ def loss_changes(margins: Margins) -> dict[str, Any]:
 
     over the forgotten samples i, of the unlearned model :math:`u_s` of seed s and its original :math:`o_s`, beside the
     mean change from originals to retrained models without that seed, so that no model stands on both sides. Mean over
-    seeds with a 95 % t interval; in [-1, 1], 0 by chance. ``retrained`` is the ceiling: the retrained model of the seed
-    in place of the unlearned one. Forgetting as retraining would reaches the ceiling; 1 is not to be had.
+    seeds with a 95 % t interval; in [-1, 1], 0 by chance. ``retrained`` has the retrained model of the seed in place of
+    the unlearned one: what a single retraining reaches, which is below 1 by its own chance. Forgetting as retraining
+    would comes to about as much.
     """
     reason = lacking(margins, ("original", "unlearned", "retrained"), ("forget",), MIN_PAIRS)
     if reason:
