@@ -95,15 +95,15 @@ def find_head(model: nn.Module, example_inputs: Tensor, name: str | None = None)
     ]
     try:
         with evaluation_mode(model), forward_errors(model, example_inputs, ForgetSetError):
-            logits = model(example_inputs)
+            logits = logits_of(model(example_inputs))
     finally:
         for hook in hooks:
             hook.remove()
     listed = ", ".join(f"{key} ({layer.in_features} -> {layer.out_features})" for key, layer in layers.items())
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if logits.ndim != 2:
         raise UnsupportedModelError(
-            f"{type(model).__name__} returned {shape}; expected logits [samples, classes]; linear layers: {listed}"
+            f"{type(model).__name__} returned {list(logits.shape)}; expected logits [samples, classes]; linear layers: "
+            f"{listed}"
         )
     # A layer that is called more than once in a forward pass has no one input to cache.
     wanted = logits.nan_to_num()  # of broken weights, which are refused with the sample's id when features are made

@@ -18,7 +18,7 @@ from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, Unsuppor
 from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.scores import margins, sample_losses
 from imu_ray.models.copies import unusable
-from imu_ray.models.layers import find_head, linear_layers
+from imu_ray.models.layers import find_head, linear_layers, logits_of
 from imu_ray.tasks.base import Batch, Metric, Outputs, UnusableError, leave_out
 from imu_ray.tasks.transforms import augment
 
@@ -221,7 +221,7 @@ class ClassificationTask:
         layer, rows = linear_layers(model)[self.head], len(batch.labels_B)
         hook = layer.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
         try:
-            logits = model(batch.inputs)
+            logits = logits_of(model(batch.inputs))
         finally:
             hook.remove()
         if len(caught) != 1:
