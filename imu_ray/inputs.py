@@ -27,6 +27,7 @@ from imu_ray.models.checkpoint import load_checkpoint, model_hash
 from imu_ray.models.choice import choose_layers
 from imu_ray.models.copies import plain_copy, to_eval
 from imu_ray.models.layers import logits_of
+from imu_ray.models.pretrained import ADAPTER, CONFIG
 from imu_ray.models.spec import ModelSpec
 from imu_ray.run.record import ModelRecord, SamplesRecord
 from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Part
@@ -186,14 +187,15 @@ class Inputs:
         Raises:
             CheckpointError: it does not fit.
         """
-        if Path(location).is_dir():
+        if any((Path(location) / name).is_file() for name in (CONFIG, ADAPTER)):
             model = to_eval(ModelSpec(f"hf:{location}").build())
             with torch.no_grad():
                 width = logits_of(model(usable_batch(self.task, self.sources["forget"], 1).inputs)).shape[-1]
             if width != self.task.num_classes:
                 raise CheckpointError(
-                    f"audit.reference {location} tells {width} tokens apart, the model {self.task.num_classes}; "
-                    "expected a model with the same tokenizer"
+                    f"audit.reference {location} tells {width} {'tokens' if self.task.positions else 'classes'} "
+                    f"apart, the model {self.task.num_classes}; expected a model with the same "
+                    f"{'tokenizer' if self.task.positions else 'classes'}"
                 )
         else:
             model = plain_copy(self.model)

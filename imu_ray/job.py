@@ -25,7 +25,8 @@ class ModelSection(Section):
     kwargs: dict[str, Any] = Field({})
     """keyword arguments of the factory; `timm:NAME` and torchvision have random weights unless these say otherwise"""
     checkpoint: str | None = None
-    """path or URI of a `.safetensors` file, or of a state dict that `torch.load(weights_only=True)` reads"""
+    """path or URI of a `.safetensors` file, of the index of several, or of a folder with either; or of a state dict
+    that `torch.load(weights_only=True)` reads"""
     head: str | None = None
     """name of the classifier head, when it cannot be told"""
     merge_adapter: bool = False

@@ -26,9 +26,8 @@ from imu_ray.events import event
 from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.intensity import SCHEMES, Column
 from imu_ray.inputs import Inputs
-from imu_ray.models.checkpoint import load_checkpoint, model_hash
+from imu_ray.models.checkpoint import load_checkpoint, model_hash, save_as_it_came
 from imu_ray.models.copies import plain_copy
-from imu_ray.models.pretrained import save_pretrained
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import choose_recipe, resolve_targets, warnings_of
 from imu_ray.run.bundle import Bundle
@@ -401,9 +400,8 @@ class Pipeline:
         self.run.write_events(outcome.trajectory)
         self.write_audit(figures, samples, trajectory)
         self.run.write_model(MODEL, changed)
-        if hasattr(changed, "save_pretrained"):
-            merge = self.record.model.merge_adapter
-            self.run.write_folder(MODEL_FOLDER, lambda folder: save_pretrained(changed, folder, merge))
+        merge = self.record.model.merge_adapter
+        self.run.write_folder(MODEL_FOLDER, lambda folder: save_as_it_came(changed, folder, merge))
         self.run.clear_state(but_last=outcome.status in ("not_reached", "epochs_done"))
         self.recorder.complete()
         return UnlearnResult(changed, self.run.location, figures, trajectory, self.record)

@@ -16,7 +16,7 @@ BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-ADAPTER = "adapter_config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
@@ -84,7 +84,7 @@ def _on_meta(path: str, settings: dict[str, Any]) -> nn.Module | None:
         base: Any = _on_meta(config.base_model_name_or_path or "", settings)
         with torch.device("meta"):
             model = None if base is None else get_peft_model(base, config)
-    elif (folder / "config.json").is_file() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+    elif (folder / CONFIG).is_file() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(path, local_files_only=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from imu_ray.errors import ConfigError, ImuError
 from imu_ray.models.blocks import checkpoint_blocks
-from imu_ray.models.checkpoint import load_checkpoint
+from imu_ray.models.checkpoint import FORM, load_checkpoint
 from imu_ray.models.copies import to_eval
 from imu_ray.models.named import TIMM, timm_factory, torchvision_factory
 from imu_ray.models.pretrained import load_pretrained, load_skeleton
@@ -33,7 +33,8 @@ class ModelSpec:
             module is also looked for in the working directory. Importing runs code, so a spec is trusted input.
         kwargs: keyword arguments of the factory; of ``hf:PATH`` those of ``from_pretrained``, of ``timm:NAME`` those of
             ``timm.create_model``.
-        checkpoint: a ``.safetensors`` file, or a state dict that ``torch.load(weights_only=True)`` reads.
+        checkpoint: a ``.safetensors`` file, or the index of several, or a folder with either; or a state dict that
+            ``torch.load(weights_only=True)`` reads. A run writes the unlearned model in the same form.
         head: name of the classifier head, when it cannot be told.
         merge_adapter: whether a run writes the base model with the adapter merged into it, in place of the adapter
             alone.
@@ -89,7 +90,7 @@ class ModelSpec:
         if self.gradient_checkpointing:
             checkpoint_blocks(model)
         if self.checkpoint is not None:
-            load_checkpoint(model, self.checkpoint)
+            setattr(model, FORM, load_checkpoint(model, self.checkpoint))
         return to_eval(model)
 
     def skeleton(self) -> nn.Module | None:
