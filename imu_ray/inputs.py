@@ -29,6 +29,7 @@ from imu_ray.models.copies import plain_copy, to_eval
 from imu_ray.models.layers import logits_of
 from imu_ray.models.pretrained import ADAPTER, CONFIG
 from imu_ray.models.spec import ModelSpec
+from imu_ray.recipes import HEAD, LAST, settle_scope
 from imu_ray.run.record import ModelRecord, SamplesRecord
 from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Part
 from imu_ray.scopes.features import FeatureShard, ShardReport
@@ -100,7 +101,11 @@ class Inputs:
         for source in sources.values():
             source.check(chosen.num_classes)
         origin = model.describe() if isinstance(model, ModelSpec) else {}
-        part = open_part(built, chosen, sources["forget"], config)
+        scope = settle_scope(config, chosen)
+        if scope.ascent.scope not in (config.ascent.scope, HEAD):
+            reason = "the last layer is a convolution with more after it, so that there is no head over kept features"
+            event("scope chosen", scope=scope.ascent.scope, reason=reason)
+        part = open_part(built, chosen, sources["forget"], scope)
         return cls(built, part, chosen, {**sources, **views_of(sources, config)}, origin=origin)
 
     @property
@@ -255,6 +260,11 @@ class Inputs:
 def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConfig) -> Part:
     """The layers that ``ascent.scope`` means."""
     if not config.ascent.deep:
+        if not task.head:
+            raise ConfigError(
+                f"ascent.scope is {config.ascent.scope!r}, but {type(model).__name__} ends in a convolution with more "
+                f"after it, which no head over kept features is; expected {LAST}, which auto chooses; leave it out"
+            )
         return Head.of(model, task)
     example = usable_batch(task, samples, rows_at_once(EXAMPLES, task))
     names = choose_layers(model, example.inputs, config.ascent.scope, task.head)

@@ -10,22 +10,16 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from samples import pairs
+from scores import scored
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from imu_ray.config import ForgetSetConfig, InfluenceConfig
-from imu_ray.data import open_source
 from imu_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
-from imu_ray.influence.curvature.base import merge_tree
-from imu_ray.influence.direction import fit_directions
-from imu_ray.models.layers import find_head, logits_of
+from imu_ray.models.head import find_head
+from imu_ray.models.layers import logits_of
 from imu_ray.models.pretrained import save_pretrained
 from imu_ray.models.spec import ModelSpec
 from imu_ray.run.directory import RunDirectory
-from imu_ray.scopes.base import Part
-from imu_ray.scopes.extraction import extract_features
-from imu_ray.scopes.head import Head, shard_statistics
-from imu_ray.tasks.classification import ClassificationTask
 
 TIMM = {"num_classes": 5, "in_chans": 1, "img_size": 32}
 PREPROCESSOR = '{"image_mean": [0.5], "image_processor_type": "ViTImageProcessor", "size": {"height": 6, "width": 6}}'
@@ -163,25 +157,12 @@ class Logits(nn.Module):
         return self.inner(inputs).logits
 
 
-def scored(part: Part, model, source):
-    """Influence of every sample, from features in uneven blocks."""
-    shards = [extract_features(source, shard, part, model, torch.device("cpu"))[0] for shard in source.shards(4, 2)]
-
-    def reduce(statistics):
-        return {part.name: merge_tree(shard_statistics(shard, part, statistics) for shard in shards)}
-
-    directions, _ = fit_directions(InfluenceConfig(), [part.name], reduce, None, lambda level: 1.0)
-    return np.concatenate([part.scores(shard, directions)["influence"].to_numpy() for shard in shards])
-
-
 def test_scores_of_a_classifier_of_hugging_faces_are_those_of_plain_autograd():
     model, samples = vit().double(), pairs(11, dtype=torch.float64)
-    source = open_source(samples, ForgetSetConfig())
-    task = ClassificationTask.for_model(model, {"forget": source}, ForgetSetConfig())
-    assert (task.head, task.num_classes) == ("classifier", 5)
+    found = scored(model, samples)
+    assert (found.task.head, found.task.num_classes) == ("classifier", 5)
     expected = oracle.influence(Logits(model), "inner.classifier", samples.inputs, samples.labels)
-    found = scored(Head.of(model, task), model, source)
-    assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()
+    assert np.abs(found.influence - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
 def test_a_model_that_gives_neither_logits_nor_an_object_with_them_is_refused():
