@@ -17,7 +17,7 @@ from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.spec import ModelSpec
 from imu_ray.pipeline import Pipeline, gaps_of
-from imu_ray.recipes import resolve_settings
+from imu_ray.recipes import resolve_settings, settle_scope
 from imu_ray.run.bundle import BundleRecord, check_place, write_bundle
 from imu_ray.run.directory import INTENSITIES
 from imu_ray.run.record import now
@@ -197,6 +197,7 @@ def remember(
     check_place(path)
     require_gpus(settings.resources)
     inputs = Inputs.open(model, train_set, task, None, settings)
+    settings = settle_scope(settings, inputs.task)
     inputs = dataclasses.replace(inputs, sources={"training set": inputs.sources["forget"]})
     with ray_session(settings.resources) as resources:
         settings = settings.with_overrides({"resources": resources.model_dump()})

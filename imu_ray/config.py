@@ -217,9 +217,10 @@ class AscentConfig(Section):
     prefix = "ascent."
 
     scope: str | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
-    """what may move: `auto`, which is `head` for a classifier and `usable` for sequences and persons; `head`; `last:N`,
-    the N last linear and convolutional layers in order of execution, the head included; `all` such layers, or all that
-    are `usable`; `adapters` (LoRA); or a list of module names and globs (`[layer4]`, `["*.q_proj"]`)"""
+    """what may move: `auto`, which is `head` for a classifier (`last:1` where it ends in a convolution with more after
+    it, as SqueezeNet does) and `usable` for sequences and persons; `head`; `last:N`, the N last linear and
+    convolutional layers in order of execution, the head included; `all` such layers, or all that are `usable`;
+    `adapters` (LoRA); or a list of module names and globs (`[layer4]`, `["*.q_proj"]`)"""
     views: int = Field(0, ge=0)
     """augmented views of every row to forget, which gradient and curvature are taken over; 0: the rows as they are"""
     view_transform: str = "crop_flip"

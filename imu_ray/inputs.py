@@ -27,7 +27,9 @@ from imu_ray.models.checkpoint import load_checkpoint, model_hash
 from imu_ray.models.choice import choose_layers
 from imu_ray.models.copies import plain_copy, to_eval
 from imu_ray.models.layers import logits_of
+from imu_ray.models.pretrained import ADAPTER, CONFIG
 from imu_ray.models.spec import ModelSpec
+from imu_ray.recipes import HEAD, LAST, settle_scope
 from imu_ray.run.record import ModelRecord, SamplesRecord
 from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Part
 from imu_ray.scopes.features import FeatureShard, ShardReport
@@ -99,7 +101,11 @@ class Inputs:
         for source in sources.values():
             source.check(chosen.num_classes)
         origin = model.describe() if isinstance(model, ModelSpec) else {}
-        part = open_part(built, chosen, sources["forget"], config)
+        scope = settle_scope(config, chosen)
+        if scope.ascent.scope not in (config.ascent.scope, HEAD):
+            reason = "the last layer is a convolution with more after it, so that there is no head over kept features"
+            event("scope chosen", scope=scope.ascent.scope, reason=reason)
+        part = open_part(built, chosen, sources["forget"], scope)
         return cls(built, part, chosen, {**sources, **views_of(sources, config)}, origin=origin)
 
     @property
@@ -186,14 +192,15 @@ class Inputs:
         Raises:
             CheckpointError: it does not fit.
         """
-        if Path(location).is_dir():
+        if any((Path(location) / name).is_file() for name in (CONFIG, ADAPTER)):
             model = to_eval(ModelSpec(f"hf:{location}").build())
             with torch.no_grad():
                 width = logits_of(model(usable_batch(self.task, self.sources["forget"], 1).inputs)).shape[-1]
             if width != self.task.num_classes:
                 raise CheckpointError(
-                    f"audit.reference {location} tells {width} tokens apart, the model {self.task.num_classes}; "
-                    "expected a model with the same tokenizer"
+                    f"audit.reference {location} tells {width} {'tokens' if self.task.positions else 'classes'} "
+                    f"apart, the model {self.task.num_classes}; expected a model with the same "
+                    f"{'tokenizer' if self.task.positions else 'classes'}"
                 )
         else:
             model = plain_copy(self.model)
@@ -253,6 +260,11 @@ class Inputs:
 def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConfig) -> Part:
     """The layers that ``ascent.scope`` means."""
     if not config.ascent.deep:
+        if not task.head:
+            raise ConfigError(
+                f"ascent.scope is {config.ascent.scope!r}, but {type(model).__name__} ends in a convolution with more "
+                f"after it, which no head over kept features is; expected {LAST}, which auto chooses; leave it out"
+            )
         return Head.of(model, task)
     example = usable_batch(task, samples, rows_at_once(EXAMPLES, task))
     names = choose_layers(model, example.inputs, config.ascent.scope, task.head)

@@ -19,12 +19,14 @@ class ModelSection(Section):
     prefix = "model."
 
     factory: str
-    """`package.module:callable`, importing which runs code; a torchvision classifier; or `hf:PATH`, a causal language
-    model, or an adapter of one, in a folder of Hugging Face's (extra `hf`)"""
+    """`package.module:callable`, importing which runs code; a torchvision classifier; `timm:NAME` (extra
+    `timm`); or `hf:PATH`, an image classifier or causal language model, or an adapter of one, in a folder of Hugging
+    Face's (extra `hf`)"""
     kwargs: dict[str, Any] = Field({})
-    """keyword arguments of the factory"""
+    """keyword arguments of the factory; `timm:NAME` and torchvision have random weights unless these say otherwise"""
     checkpoint: str | None = None
-    """path or URI of a `.safetensors` file, or of a state dict that `torch.load(weights_only=True)` reads"""
+    """path or URI of a `.safetensors` file, of the index of several, or of a folder with either; or of a state dict
+    that `torch.load(weights_only=True)` reads"""
     head: str | None = None
     """name of the classifier head, when it cannot be told"""
     merge_adapter: bool = False

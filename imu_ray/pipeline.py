@@ -30,11 +30,10 @@ from imu_ray.influence.curvature.base import FittedCurvature
 from imu_ray.influence.given import given_influence
 from imu_ray.influence.intensity import SCHEMES, Column
 from imu_ray.inputs import Inputs
-from imu_ray.models.checkpoint import load_checkpoint, model_hash
+from imu_ray.models.checkpoint import load_checkpoint, model_hash, save_as_it_came
 from imu_ray.models.copies import plain_copy
-from imu_ray.models.pretrained import save_pretrained
 from imu_ray.models.spec import ModelSpec
-from imu_ray.recipes import choose_recipe, resolve_targets, warnings_of
+from imu_ray.recipes import choose_recipe, resolve_targets, settle_scope, warnings_of
 from imu_ray.run.bundle import Bundle
 from imu_ray.run.directory import INTENSITIES, MODEL, MODEL_FOLDER, RunDirectory, default_run_dir
 from imu_ray.run.fingerprint import IDS, fingerprint, fingerprint_table, read_key
@@ -75,11 +74,13 @@ class Pipeline:
         write: bool = True,
         trial: train_job.Trial | None = None,
     ) -> None:
+        identity, config = config.identity(), settle_scope(config, inputs.task)
         self.inputs, self.config, self.run, self.write, self.trial = inputs, config, run, write, trial
         self.part, self.task = inputs.part, inputs.task
-        self.begun = run.check(stage, config.identity(), config.ascent.stop.limits) if write else None
+        self.begun = run.check(stage, identity, config.ascent.stop.limits) if write else None
         self.recorder = Recorder(RunRecord.begin(stage, config, inputs.describe_model(), inputs.dtype), run, write)
         self.record = self.recorder.record
+        self.record.config_identity = identity  # of what was asked for, by which a run that goes on is known
         if self.begun is not None:
             self.record.resume(self.begun)
         inputs.require_sets(config)
@@ -119,7 +120,7 @@ class Pipeline:
             job = cls(stage, Inputs.open(model, forget_set, task, evaluation, config), config, run, write=write)
             event("run begun", stage=stage, run_dir=str(run.location) if write else None, resumed=job.begun is not None)
             with ray_session(config.resources) as resources, job.recorder.ending():
-                job.config = job.inputs.fitting(config.with_overrides({"resources": resources.model_dump()}))
+                job.config = job.inputs.fitting(job.config.with_overrides({"resources": resources.model_dump()}))
                 with job.stage("features"):
                     job.inputs = job.inputs.extract(job.config)
                 if job.reference is not None:
@@ -421,9 +422,8 @@ class Pipeline:
             self.record.verdict = VerdictRecord(**vars(verdict(outcome.status, outcome.reason, figures)))
         self.write_audit(figures, samples, trajectory)
         self.run.write_model(MODEL, changed)
-        if hasattr(changed, "save_pretrained"):
-            merge = self.record.model.merge_adapter
-            self.run.write_folder(MODEL_FOLDER, lambda folder: save_pretrained(changed, folder, merge))
+        merge = self.record.model.merge_adapter
+        self.run.write_folder(MODEL_FOLDER, lambda folder: save_as_it_came(changed, folder, merge))
         self.run.clear_state(but_last=outcome.status in ("not_reached", "epochs_done"))
         self.complete()
         return UnlearnResult(changed, self.run.location, figures, trajectory, self.record)

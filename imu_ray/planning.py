@@ -16,7 +16,7 @@ from imu_ray.errors import ConfigError
 from imu_ray.influence.curvature import LAYER_CURVATURES
 from imu_ray.inputs import Inputs
 from imu_ray.models.spec import ModelSpec
-from imu_ray.recipes import resolve_settings
+from imu_ray.recipes import resolve_settings, settle_scope
 from imu_ray.scopes.extraction import extract_features
 from imu_ray.scopes.layers import Layers
 from imu_ray.scopes.memory import LayersMemory, memory_of
@@ -62,6 +62,7 @@ def plan(
     settings = resolve_settings(recipe, config, task)
     skeleton = model.skeleton() if isinstance(model, ModelSpec) else None
     inputs = Inputs.open(model, forget_set, task, evaluation, settings, skeleton)
+    settings = settle_scope(settings, inputs.task)
     with ray_session(settings.with_overrides({"resources.workers": 1}).resources):  # too many are told, not refused
         store, room, workers = object_store_bytes(), slots(settings.resources), resolve_workers(settings.resources)
     reading, scoring = _time_block(inputs, settings) if skeleton is None else (None, None)

@@ -21,6 +21,7 @@ from imu_ray.updates.objectives import OBJECTIVES
 from imu_ray.updates.stopping import WHOLE_CLASS_ACCURACY, StopTarget, Unseen, stop_targets
 
 AUTOMATIC = "bounded_loss"  # moves with every sample, however few there are, and no single one can carry it
+HEAD, LAST = "head", "last:1"  # scopes that ``auto`` stands for with a classifier
 CHANCE = 1e-3
 NEAR_CHANCE_ROWS = 20  # fewest rows of which a mean near chance says something
 
@@ -39,7 +40,7 @@ def resolve_settings(recipe: str | None, config: UnlearnConfig | None, task: str
             f"config is a {type(config).__name__}; expected an UnlearnConfig: UnlearnConfig().with_overrides({{...}})"
         )
     settings = config or UnlearnConfig.from_recipe(recipe or "auto")
-    if settings.ascent.scope == "auto":
+    if settings.ascent.scope == "auto" and TASKS[task].scope != HEAD:  # what that means is told from the model
         settings = settings.with_overrides({"ascent.scope": TASKS[task].scope})
     for key, name, registry in (
         ("influence.curvature", settings.influence.curvature, CURVATURES),
@@ -50,18 +51,32 @@ def resolve_settings(recipe: str | None, config: UnlearnConfig | None, task: str
     ):
         if name not in registry:
             raise ConfigError(f"{key} is {name!r}; {nearest(name, registry)}")
-    check_scope(settings.ascent.scope)
+    if settings.ascent.scope != "auto":
+        check_scope(settings.ascent.scope)
     if settings.ascent.views:
         find_transform(settings.ascent.view_transform)
-    _check_layers(settings, TASKS[task], task)
+    _check_task(settings, TASKS[task], task)
+    _check_layers(settings)
     return settings
 
 
-def _check_layers(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
-    """Refuse settings that mean nothing for the task, or for what may move."""
+def settle_scope(settings: UnlearnConfig, task: Task) -> UnlearnConfig:
+    """With the scope that ``auto`` means for a model: its head, or its last layer where there is no linear head.
+
+    Raises:
+        ConfigError: other settings mean nothing for that scope.
+    """
+    if settings.ascent.scope != "auto":
+        return settings
+    found = settings.with_overrides({"ascent.scope": HEAD if task.head else LAST})
+    _check_layers(found)
+    return found
+
+
+def _check_task(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
+    """Refuse settings that mean nothing for the task."""
     ascent, influence = settings.ascent, settings.influence
-    deep = ascent.deep
-    if not deep and kind.scope != "head":
+    if not ascent.deep and kind.scope != HEAD:
         raise ConfigError(
             f"ascent.scope is 'head' with task {task!r}; expected all, last:N or a list of module patterns"
         )
@@ -82,6 +97,11 @@ def _check_layers(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
         )
     if ascent.views and not kind.augmented:
         raise ConfigError(f"ascent.views is {ascent.views} with task {task!r}, which has none; expected 0")
+
+
+def _check_layers(settings: UnlearnConfig) -> None:
+    """Refuse settings that mean nothing for what may move."""
+    ascent, influence, deep = settings.ascent, settings.influence, settings.ascent.deep
     kinds = ("none", "kfac") if deep else ("none", *PRECONDITIONERS)
     for holds, what, expected in (
         (ascent.curvature not in kinds, f"ascent.preconditioner is {ascent.preconditioner!r}", " or ".join(kinds)),

@@ -49,7 +49,20 @@ def same_state(model, state):
     return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-class NoLinear(nn.Module):
+class NoHead(nn.Module):
+    """Ends in a convolution that is not 1x1."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 5, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+class Averaged(nn.Module):
+    """Ends in a mean over positions, after a 1x1 convolution."""
+
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(1, 5, 1)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from architectures import Moody, NoLinear, Scaled, Twice, cosine, named, same_state
+from architectures import Moody, NoHead, Scaled, Twice, cosine, named, same_state
 from safetensors.torch import load_file, save_file
 from samples import SMALL, Pairs, image_table, pairs, paper, tensors
 from scipy.stats import entropy
@@ -306,7 +306,7 @@ BAD = {
         {"config": config(ascent__preconditioner="diagonal_fisher")}, ConfigError, "ascent.preconditioner is",
     ),
     "eval raises": ({"model": Moody("fc")}, UnsupportedModelError, r"Moody.eval\(\) raised RuntimeError: not today"),
-    "no linear layer": ({"model": NoLinear()}, UnsupportedModelError, "no nn.Linear"),
+    "no linear layer": ({"model": NoHead()}, UnsupportedModelError, "no linear layer gives"),
     "missing checkpoint": ({"model": ModelSpec("architectures:named", checkpoint="/no")}, CheckpointError, "/no"),
     "unknown task": ({"task": "clasification"}, ConfigError, "did you mean classification"),
     "recipe and config": ({"recipe": "paper"}, ConfigError, "both given"),

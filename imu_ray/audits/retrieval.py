@@ -14,6 +14,7 @@ from imu_ray.audits.base import Predictions
 from imu_ray.config import AuditConfig
 from imu_ray.data.market import sighting_of
 from imu_ray.influence.intensity import Column
+from imu_ray.influence.layer_io import sizes_of
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard, Positions
 from imu_ray.scopes.layers import Layers
@@ -110,10 +111,10 @@ def embed_shard(shard: FeatureShard, part: Part) -> Predictions:
     """What a model's head is given of every sample of a shard, ``[n, D]`` float32, under a part's parameters."""
     layers = cast(Layers, part)  # the head alone may not move with such a task
     head = layer_of(layers.cut.model, layers.task.head)
-    caught = [np.empty((0, head.weight.shape[1]), np.float32)]
+    caught = [np.empty((0, sizes_of(head)[1]), np.float32)]
 
     def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        caught.append(inputs[0].detach().float().cpu().numpy())
+        caught.append(inputs[0].detach().flatten(1).float().cpu().numpy())
 
     hook = head.register_forward_pre_hook(catch)
     try:

@@ -21,7 +21,7 @@ from imu_ray.experiments.trials import COLUMNS, Shared, metric_of, read_row, run
 from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.spec import ModelSpec
-from imu_ray.recipes import resolve_settings
+from imu_ray.recipes import resolve_settings, settle_scope
 from imu_ray.run.directory import RunDirectory, default_run_dir
 from imu_ray.run.record import now
 
@@ -102,6 +102,7 @@ def sweep(
             sizes = [base.with_overrides(trial).forget_set.size for trial in trials.values()]
             largest = base.with_overrides({SIZE: largest_size(sizes)})
             inputs = Inputs.open(model, forget_set, task, evaluation, largest)
+            largest = settle_scope(largest, inputs.task)
             with ray_session(base.resources) as resources:
                 inputs = inputs.extract(largest.with_overrides({"resources.workers": resources.workers}))
                 record = _same_inputs(run, record, inputs)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from imu_ray.errors import CheckpointError, ConfigError
 from imu_ray.handover.export import SIGNATURE
 from imu_ray.handover.signature import is_signed, read_public_key
-from imu_ray.models.checkpoint import read_state_dict, state_hash
+from imu_ray.models.checkpoint import read_checkpoint, state_hash
 from imu_ray.run.directory import MANIFEST, MODEL, MODEL_FOLDER, SEAL, RunDirectory
 from imu_ray.run.fingerprint import IDS, fingerprint, holds, read_key
 
@@ -153,7 +153,7 @@ def _checkpoint(
         if place is None:
             return [Finding("checkpoint", "changed", f"{MODEL} is missing")]
         try:
-            found = state_hash(read_state_dict(place))
+            found = state_hash(read_checkpoint(place)[0])
         except CheckpointError as error:
             return [Finding("checkpoint", "changed", str(error))]
     if found != described:

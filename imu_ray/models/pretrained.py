@@ -1,4 +1,4 @@
-"""Hugging Face's causal language models: read from a folder, and written as one that ``from_pretrained`` opens."""
+"""Hugging Face's image classifiers and causal language models, in a folder that ``from_pretrained`` opens."""
 
 import copy
 import shutil
@@ -12,24 +12,24 @@ from torch import nn
 from imu_ray.errors import CheckpointError, ConfigError, ImuError
 from imu_ray.models.copies import without_numbers
 
-TOKENIZER = (
+BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "chat_template*",
+    "*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-ADAPTER = "adapter_config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
 def load_pretrained(path: str, **settings: Any) -> nn.Module:
-    """A causal language model, in its adapter where the folder holds one, that keeps no keys and values of a pass.
+    """An image classifier, or a causal language model, which keeps no keys and values of a pass, in its adapter if any.
 
     Args:
         path: a folder that ``save_pretrained`` wrote, or the name of a model in the local cache of Hugging Face's hub.
-        settings: of ``AutoModelForCausalLM.from_pretrained``. Unless they say otherwise weights keep their type, and
-            nothing is downloaded (``local_files_only``). No code is run from the folder.
+        settings: of ``from_pretrained``. Unless they say otherwise weights keep their type, and nothing is downloaded
+            (``local_files_only``). No code is run from the folder.
 
     Raises:
-        ConfigError: the extra is not installed, or the settings ask to run code.
+        ConfigError: the extra is not installed, the settings ask to run code, or the model is of another kind.
         CheckpointError: there is no such model, or it cannot be read whole.
     """
     if settings.get("trust_remote_code"):
@@ -84,10 +84,12 @@ def _on_meta(path: str, settings: dict[str, Any]) -> nn.Module | None:
         base: Any = _on_meta(config.base_model_name_or_path or "", settings)
         with torch.device("meta"):
             model = None if base is None else get_peft_model(base, config)
-    elif (folder / "config.json").is_file() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+    elif (folder / CONFIG).is_file() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if _kind(config) is not AutoModelForCausalLM:
+            return None  # what ends a classifier is told from numbers
         kind = settings.get("dtype", "auto")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if kind == "auto" else kind)
@@ -98,10 +100,10 @@ def _on_meta(path: str, settings: dict[str, Any]) -> nn.Module | None:
 
 
 def save_pretrained(model: nn.Module, folder: Path, merge_adapter: bool = False) -> None:
-    """Write a model of Hugging Face's as a folder that ``from_pretrained`` opens, with the tokenizer of its source.
+    """Write a model of Hugging Face's as a folder that ``from_pretrained`` opens.
 
-    Of a model with an adapter the adapter alone is written, beside the name of its base; or the base with the adapter
-    merged into it.
+    The tokenizer or the preprocessing of its source lies in it too. Of a model with an adapter the adapter alone is
+    written, beside the name of its base; or the base with the adapter merged into it.
     """
     source = getattr(model, "name_or_path", "")
     given: Any = model
@@ -110,7 +112,7 @@ def save_pretrained(model: nn.Module, folder: Path, merge_adapter: bool = False)
         written.config = copy.copy(written.config)
         written.config.use_cache = written.loaded_use_cache
     written.save_pretrained(folder)
-    for pattern in TOKENIZER if source else ():
+    for pattern in BESIDE if source else ():
         for path in Path(str(source)).glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
@@ -126,14 +128,34 @@ def _local(path: str, settings: dict[str, Any]) -> str:
 
 
 def _load(folder: str, settings: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    if missing := sorted(info["missing_keys"]):
+    where = {key: settings[key] for key in ("local_files_only", "revision") if key in settings}
+    kind = _kind(AutoConfig.from_pretrained(folder, trust_remote_code=False, **where))
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **settings)
+    if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise CheckpointError(
             f"{folder} holds no {', '.join(missing[:8])} of {type(model).__name__}; expected every tensor of the "
             "model, because those that are missing would be random"
         )
-    model.loaded_use_cache = model.config.use_cache  # which the model is saved with
-    model.config.use_cache = False
+    if hasattr(model.config, "use_cache"):
+        model.loaded_use_cache = model.config.use_cache  # which the model is saved with
+        model.config.use_cache = False
     return model
+
+
+def _kind(config: Any) -> Any:
+    """The class that opens a model, from the architecture that its settings name."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    (name, *_) = config.architectures or [""]
+    if "ForImageClassification" in name:
+        return AutoModelForImageClassification
+    if name.endswith("ForCausalLM") or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or "For" not in name:
+        return AutoModelForCausalLM
+    raise ConfigError(
+        f"the model's config.json names the architecture {name}; expected an image classifier "
+        "(...ForImageClassification) or a causal language model (...ForCausalLM); for another, name a factory of your "
+        "own"
+    )

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from imu_ray.errors import ConfigError, ImuError, nearest
+from imu_ray.errors import ConfigError, ImuError
 from imu_ray.models.blocks import checkpoint_blocks
-from imu_ray.models.checkpoint import load_checkpoint
+from imu_ray.models.checkpoint import FORM, load_checkpoint
 from imu_ray.models.copies import to_eval
+from imu_ray.models.named import TIMM, timm_factory, torchvision_factory
 from imu_ray.models.pretrained import load_pretrained, load_skeleton
 
 PRETRAINED = "hf:"
@@ -27,11 +28,13 @@ class ModelSpec:
     """How to build a model: a factory, its keyword arguments and a checkpoint.
 
     Attributes:
-        factory: ``"package.module:callable"``, the name of a torchvision classifier (``"resnet18"``), ``"hf:PATH"``, a
-            causal language model in a folder of Hugging Face's, or a callable. A module is also looked for in the
-            working directory. Importing runs code, so a spec is trusted input.
-        kwargs: keyword arguments of the factory; of ``hf:PATH`` those of ``from_pretrained``.
-        checkpoint: a ``.safetensors`` file, or a state dict that ``torch.load(weights_only=True)`` reads.
+        factory: ``"package.module:callable"``, the name of a torchvision classifier (``"resnet18"``), ``"timm:NAME"``,
+            ``"hf:PATH"``, an image classifier or causal language model in a folder of Hugging Face's, or a callable. A
+            module is also looked for in the working directory. Importing runs code, so a spec is trusted input.
+        kwargs: keyword arguments of the factory; of ``hf:PATH`` those of ``from_pretrained``, of ``timm:NAME`` those of
+            ``timm.create_model``.
+        checkpoint: a ``.safetensors`` file, or the index of several, or a folder with either; or a state dict that
+            ``torch.load(weights_only=True)`` reads. A run writes the unlearned model in the same form.
         head: name of the classifier head, when it cannot be told.
         merge_adapter: whether a run writes the base model with the adapter merged into it, in place of the adapter
             alone.
@@ -87,7 +90,7 @@ class ModelSpec:
         if self.gradient_checkpointing:
             checkpoint_blocks(model)
         if self.checkpoint is not None:
-            load_checkpoint(model, self.checkpoint)
+            setattr(model, FORM, load_checkpoint(model, self.checkpoint))
         return to_eval(model)
 
     def skeleton(self) -> nn.Module | None:
@@ -124,17 +127,11 @@ class ModelSpec:
         name = str(self.factory)
         if name.startswith(PRETRAINED):
             return functools.partial(load_pretrained, name.removeprefix(PRETRAINED))
+        if name.startswith(TIMM):
+            return timm_factory(name.removeprefix(TIMM))
         if ":" in name:
             return import_path("model.factory", name)
-        import torchvision  # here, because it takes longer to import than torch, in every worker process
-
-        names = torchvision.models.list_models(module=torchvision.models)
-        if name not in names:
-            raise ConfigError(
-                f"model.factory is {name!r}; expected 'package.module:callable', 'hf:PATH' or a torchvision "
-                f"classifier: {nearest(name, names)}"
-            )
-        return lambda **kwargs: torchvision.models.get_model(name, **{"weights": None, **kwargs})
+        return torchvision_factory(name)
 
 
 def import_path(setting: str, path: str) -> Any:

@@ -20,7 +20,7 @@ from imu_ray.influence.direction import ReduceLayers, fit_directions
 from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, gradient_norms, layer_inputs
 from imu_ray.influence.layer_io import matrix_of
 from imu_ray.influence.scores import influence_scores
-from imu_ray.models.layers import linear_layers
+from imu_ray.models.head import head_layers
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
 from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_views, pieces_of, score_table
 from imu_ray.scopes.measure import measure
@@ -42,7 +42,7 @@ class Head:
     @classmethod
     def of(cls, model: nn.Module, task: Task) -> "Head":
         """A copy of the target layer of ``model``."""
-        layer = linear_layers(model)[task.head]
+        layer = head_layers(model)[task.head]
         return cls(task.head, matrix_of(layer).cpu(), layer.bias is not None, task)
 
     @property

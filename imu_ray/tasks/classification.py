@@ -1,4 +1,4 @@
-"""Image (or array) classification with a linear head and cross-entropy."""
+"""Image (or array) classification with cross-entropy."""
 
 import io
 import math
@@ -18,19 +18,20 @@ from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, Unsuppor
 from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.scores import margins, membership_signals, sample_losses
 from imu_ray.models.copies import unusable
-from imu_ray.models.layers import find_head, linear_layers
+from imu_ray.models.head import find_ending, head_layers, head_sizes
+from imu_ray.models.layers import logits_of
 from imu_ray.tasks.base import Batch, Metric, Outputs, UnusableError, leave_out
 from imu_ray.tasks.transforms import augment
 
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Softmax cross-entropy on the logits of one linear head.
+    """Softmax cross-entropy on a classifier's logits.
 
     Attributes:
         config: how rows are decoded.
-        head: name of the head in the model.
-        num_classes: outputs of the head.
+        head: name of the head in the model; empty where what it ends in is not linear in kept features.
+        num_classes: outputs of the model.
         dtype: floating type of the model's inputs.
         shape: shape of a sample; None before it is known.
     """
@@ -73,8 +74,8 @@ class ClassificationTask:
                 f"no row of {samples.name} can be used (the last: {batch.bad_rows[0].reason}); expected at least one "
                 "that decodes to finite numbers; see forget_set.image_column"
             )
-        name = find_head(model, batch.inputs.to(parameter.device), head)
-        outputs = linear_layers(model)[name].out_features
+        ending = find_ending(model, batch.inputs.to(parameter.device), head)
+        name, outputs = ending.layer if ending.linear else "", ending.classes
         if config.classes is not None and (len(config.classes) != outputs or len(set(config.classes)) != outputs):
             raise ConfigError(
                 f"forget_set.classes lists {len(config.classes)} names ({len(set(config.classes))} different) for a "
@@ -222,20 +223,21 @@ class ClassificationTask:
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """One forward pass; the head's input is caught on the way."""
         caught: list[Tensor] = []
-        layer, rows = linear_layers(model)[self.head], len(batch.labels_B)
+        layer, rows = head_layers(model)[self.head], len(batch.labels_B)
         hook = layer.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
         try:
-            logits = model(batch.inputs)
+            logits = logits_of(model(batch.inputs))
         finally:
             hook.remove()
         if len(caught) != 1:
             raise UnsupportedModelError(
                 f"the head {self.head!r} was called {len(caught)} times in a forward pass; expected once"
             )
-        shapes = [tuple(getattr(found, "shape", ())) for found in (caught[0], logits)]
-        if shapes != [(rows, layer.in_features), (rows, layer.out_features)]:
+        features = caught[0].flatten(1) if caught[0].ndim > 2 else caught[0]  # of a convolution, at one position
+        shapes, (outputs, inputs) = [tuple(found.shape) for found in (features, logits)], head_sizes(layer)
+        if shapes != [(rows, inputs), (rows, outputs)]:
             raise UnsupportedModelError(
                 f"{type(model).__name__} gave head inputs {shapes[0]} and outputs {shapes[1]} for {rows} samples; "
                 "expected a row for each"
             )
-        return Outputs(logits, batch.labels_B, caught[0])
+        return Outputs(logits, batch.labels_B, features)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Rows, Source
 from imu_ray.data.market import EXAMPLE, sighting_of
-from imu_ray.errors import ConfigError, ForgetSetError
+from imu_ray.errors import ConfigError, ForgetSetError, UnsupportedModelError
 from imu_ray.tasks.base import Batch
 from imu_ray.tasks.classification import ClassificationTask
 
@@ -37,7 +37,13 @@ class ReidTask(ClassificationTask):
             )
         if len(given := [name for name in cls.retrieval_sets if name in sources]) == 1:
             raise ConfigError(f"evaluation has the set {given[0]!r} alone; expected query and gallery, or neither")
-        return super().for_model(model, sources, config, head)
+        task = super().for_model(model, sources, config, head)
+        if not task.head:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ends in a convolution with more after it, so that no layer's input is an "
+                "embedding; expected a linear classifier over the embeddings"
+            )
+        return task
 
     def signals(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """None: the classifier serves in training only."""

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from imu_ray.models.choice import choose_layers
 from imu_ray.models.cut import Cut
-from imu_ray.models.layers import find_head
+from imu_ray.models.head import find_head
 from tests.benchmarks.nets import PlainCNN, SmallResNet, SmallViT
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torchvision
-from architectures import LogProbabilities, Named, NoLinear, named
+from architectures import LogProbabilities, Named, NoHead, named
 from safetensors.torch import save_file
 from samples import tensors
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from imu_ray.config import ForgetSetConfig
 from imu_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from imu_ray.models.checkpoint import load_checkpoint, model_hash
-from imu_ray.models.layers import find_head
+from imu_ray.models.head import find_head
 from imu_ray.models.spec import ModelSpec
 from imu_ray.scopes.head import Head
 from imu_ray.tasks.classification import ClassificationTask
@@ -57,8 +57,8 @@ def test_a_head_registered_before_the_backbone_is_found():
 
 
 def test_a_model_without_linear_layer_is_refused():
-    with pytest.raises(UnsupportedModelError, match="NoLinear has no nn.Linear"):
-        find_head(NoLinear(), EXAMPLE)
+    with pytest.raises(UnsupportedModelError, match="no linear layer gives the output of NoHead itself.*layers: none"):
+        find_head(NoHead(), EXAMPLE)
 
 
 def test_a_model_with_something_after_its_head_is_refused_and_its_layers_listed():

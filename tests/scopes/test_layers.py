@@ -28,7 +28,7 @@ from imu_ray.influence.direction import fit_directions
 from imu_ray.inputs import open_part, usable_batch
 from imu_ray.models.choice import choose_layers
 from imu_ray.models.cut import Cut, Plan
-from imu_ray.models.layers import find_head
+from imu_ray.models.head import find_head
 from imu_ray.scopes.base import FORGET_VIEWS
 from imu_ray.scopes.extraction import extract_features
 from imu_ray.scopes.features import FeatureShard, FeatureStore
