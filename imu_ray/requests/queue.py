@@ -7,7 +7,7 @@ closed; that one write, the last, ends it. Whoever finds an open batch takes it 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -23,7 +23,6 @@ from imu_ray.run.record import Part, now
 from imu_ray.run.storage import below, open_storage
 
 CURRENT = "current.json"
-STATES = ("pending", "in_progress", "completed", "not_reached", "failed", "cancelled")
 AGAIN = ("not_reached", "failed")  # states of which a request can be tried again
 P = TypeVar("P", bound=Part)
 
@@ -239,11 +238,6 @@ class Queue:
             ids = self.files.read_table(f"batches/{entry.batch:04d}.parquet")["id"].to_pylist()
             found |= dict.fromkeys((sample_id for sample_id in ids if sample_id not in left_out), entry.run)
         return found
-
-    def counts(self) -> Mapping[str, int]:
-        """How many requests are in each state."""
-        states = [each.state for each in self.standings()]
-        return {state: states.count(state) for state in STATES}
 
     def _names(self, folder: str) -> list[str]:
         return sorted(open_storage(self.at(folder)).entries())
