@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from imu_ray.config import SweepConfig, UnlearnConfig
+from imu_ray.config import EnsembleConfig, SweepConfig, UnlearnConfig
 from imu_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -18,6 +18,7 @@ from imu_ray.errors import (
 
 if TYPE_CHECKING:
     from imu_ray.api import ascend, audit, remember, score, unlearn
+    from imu_ray.experiments.ensemble import EnsembleResult, ensemble
     from imu_ray.experiments.sweep import SweepResult, sweep
     from imu_ray.handover.export import export_run
     from imu_ray.handover.verify import verify_run
@@ -32,6 +33,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "EmptySelectionError",
+    "EnsembleConfig",
+    "EnsembleResult",
     "ForgetSetError",
     "ImuError",
     "JobConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "UnsupportedModelError",
     "ascend",
     "audit",
+    "ensemble",
     "export_run",
     "plan",
     "remember",
@@ -60,6 +64,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("ascend", "audit", "remember", "score", "unlearn"), "imu_ray.api"),
     **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.experiments.sweep"),
+    **dict.fromkeys(("EnsembleResult", "ensemble"), "imu_ray.experiments.ensemble"),
     "JobConfig": "imu_ray.job",
     "export_run": "imu_ray.handover.export",
     "verify_run": "imu_ray.handover.verify",

@@ -16,7 +16,7 @@ from imu_ray.events import event
 from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.spec import ModelSpec
-from imu_ray.pipeline import Pipeline
+from imu_ray.pipeline import Pipeline, gaps_of
 from imu_ray.recipes import resolve_settings
 from imu_ray.run.bundle import BundleRecord, check_place, write_bundle
 from imu_ray.run.directory import INTENSITIES
@@ -158,6 +158,7 @@ def audit(
         metrics |= job.measure_reference()
         if beside := beside | job.compare({"after": job.part}):
             metrics["reference"] = beside
+            metrics["gaps"] = gaps_of(metrics)
         job.write_audit(metrics, None, None)
         job.complete()
     return metrics

@@ -112,6 +112,26 @@ def _sweep(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _ensemble(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
+    """The ensemble, with its table on standard error."""
+    from imu_ray.errors import ConfigError
+    from imu_ray.run.directory import RunDirectory
+
+    if job.ensemble.train_fn is None:
+        raise ConfigError("ensemble.train_fn is null; expected package.module:callable, which trains a model")
+    given = {key: value for key, value in job.arguments().items() if key != "task"}
+    given |= {"train_fn": job.ensemble.train_fn, "settings": job.ensemble, "run_dir": job.run_dir}
+    result = imu_ray.ensemble(**given)
+    with RunDirectory(job.run_dir).storage.fetch("table.md") as path:
+        print(path.read_text() if path else "", file=sys.stderr)
+    made = 2 * job.ensemble.models
+    return {
+        "status": "failed" if result.failed else "complete",
+        "reason": f"{made} models, {len(result.failed)} failed",
+        "metrics": {"methods": result.table, "failed": result.failed},
+    }
+
+
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
     from imu_ray.demo import run_demo
     from imu_ray.distributed.session import ray_of_its_own
@@ -155,6 +175,7 @@ STAGES = {
     "plan": (_plan, "say what `unlearn` will take, and run nothing"),
     "remember": (_remember, "keep the curvature of a training set for later requests, without a sample"),
     "sweep": (_sweep, "try settings and forget-set sizes"),
+    "ensemble": (_ensemble, "train many models, unlearn each, and audit the populations"),
 }
 
 

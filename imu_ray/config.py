@@ -455,6 +455,25 @@ class SweepConfig(Section):
     """times a failed trial is started again"""
 
 
+class EnsembleConfig(Section):
+    """How many models an ensemble has, how they are trained, and what is done to them."""
+
+    prefix = "ensemble."
+
+    train_fn: str | None = None
+    """`package.module:callable` that trains a model in place: `train_fn(model, inputs, labels, seed)`, with decoded
+    inputs and labels; importing it runs code"""
+    models: int = Field(64, ge=2)
+    """originals, and as many models retrained without the forget set; more are added to those that are there"""
+    methods: dict[str, Any] = Field({})
+    """name (without a dot) to settings of a run (`{recipe: samples}`), or to `{call: "package.module:callable"}` with
+    arguments; none: the recipe `samples`"""
+    control: bool = True
+    """run every method on the retrained models too: never trained on the rows, and unlearned alike"""
+    retain_points: int = Field(500, ge=20)
+    """retained rows, evenly spaced, at which models are compared"""
+
+
 # recipe -> what it changes. `samples` is the default of every setting: bounded ascent in one step, steered by the
 # curvature of the forget set and of unseen samples as a stand-in for that of the retain set.
 RECIPES: dict[str, dict[str, Any]] = {

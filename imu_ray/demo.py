@@ -42,16 +42,21 @@ def train_digits(images: Tensor, labels: Tensor, *, epochs: int = 4, seed: int =
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = digits_cnn()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
-        for _ in range(epochs):
-            for rows in torch.split(torch.randperm(len(images)), 64):
-                if len(rows) < 2:  # BatchNorm cannot train on one sample
-                    continue
-                optimiser.zero_grad()
-                loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
+        fit_digits(model, images, labels, seed, epochs=epochs)
     return model.eval()
+
+
+def fit_digits(model: nn.Module, images: Tensor, labels: Tensor, seed: int, *, epochs: int = 4) -> None:
+    """Train a new model in place; batches are drawn from torch's random numbers, which ``seed`` has set."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(epochs):
+        for rows in torch.split(torch.randperm(len(images)), 64):
+            if len(rows) < 2:  # BatchNorm cannot train on one sample
+                continue
+            optimiser.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
 
 
 def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:

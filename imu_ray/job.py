@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator
 
-from imu_ray.config import RECIPES, ForgetSetConfig, SweepConfig, UnlearnConfig, recipe_settings
+from imu_ray.config import RECIPES, EnsembleConfig, ForgetSetConfig, SweepConfig, UnlearnConfig, recipe_settings
 from imu_ray.errors import ConfigError
 from imu_ray.models.spec import ModelSpec
 from imu_ray.section import Section, merge, nest
@@ -73,6 +73,7 @@ class JobConfig(UnlearnConfig):
     axes: dict[str, Any] = Field({})
     """setting to a list of values or a distribution, for a sweep; the other commands leave it alone"""
     sweep: SweepConfig = Field(default_factory=SweepConfig)
+    ensemble: EnsembleConfig = Field(default_factory=EnsembleConfig)
 
     @field_validator("evaluation", mode="before")
     @classmethod

@@ -17,6 +17,7 @@ import pyarrow as pa
 from torch import nn
 
 from imu_ray.audits.answers import check_settings
+from imu_ray.audits.gaps import reference_gaps
 from imu_ray.audits.language import read_retain_log
 from imu_ray.audits.report import DOMINATED, render_report
 from imu_ray.audits.verdict import verdict
@@ -403,6 +404,7 @@ class Pipeline:
             figures |= self.measure_reference()
             if beside := self.compare({"before": self.part, "after": written}):
                 figures["reference"] = beside
+                figures["gaps"] = gaps_of(figures)
             if self.config.audit.checks:
                 figures["checks"] = self.measure_checks(outcome, figures["before"])
         return self.finish(changed, figures, samples, outcome)
@@ -478,6 +480,12 @@ class Pipeline:
             if self.config.audit.report:
                 drawn = None if samples is None else (samples.influence, of_rows(samples.weights))
                 self.run.write_text("report.html", render_report(self.record.to_json(), figures, drawn, trajectory))
+
+
+def gaps_of(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Gaps of the figures after, and before, to those of the reference model."""
+    retrained, divergences = [figures["retrained"]], [figures["reference"]["after"]]
+    return reference_gaps(figures["after"], retrained, divergences, figures.get("before"))
 
 
 def _looks_at_unseen(target: TargetRecord) -> bool:

@@ -125,13 +125,18 @@ def test_a_run_says_how_far_it_is_from_a_reference_model(tmp_path):
     assert "Accuracy retrained" in page
     beside = audit(other, pairs(50), evaluation=sets(), config=config())["after"]
     assert result.metrics["retrained"] == beside
+    sides = result.metrics["gaps"]["sides"]
+    gap = result.metrics["after"]["test"]["accuracy"] - beside["test"]["accuracy"]
+    assert sides["unlearned"]["metrics"]["test"]["accuracy"]["mean"] == pytest.approx(gap)
+    assert sides["do_nothing"]["tug_of_war"]["mean"] < 1
     alone = audit(
         result.model,
         pairs(50),
         evaluation=sets(),
         config=config(audit__reference=str(tmp_path / "run" / "model.safetensors")),
     )
-    assert alone["reference"]["after"]["forget"] == {"kl": pytest.approx(0, abs=1e-12), "agreement": 1.0}
+    none = pytest.approx(0, abs=1e-12)
+    assert alone["reference"]["after"]["forget"] == {"kl": none, "agreement": 1.0, "js": none}
     with pytest.raises(CheckpointError, match="does not exist"):
         start(tmp_path / "none", audit__reference=str(tmp_path / "none.safetensors"))
 

@@ -1,5 +1,6 @@
 """The metrics of a sample set, overall and per class, and how far predictions have moved."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,10 +87,12 @@ def output_change(shard: FeatureShard, before: Part, after: Part) -> npt.NDArray
 
 
 def divergence(shard: FeatureShard, other: FeatureShard, part: Part, reference: Part) -> npt.NDArray[np.float64]:
-    r"""How far each sample's prediction is from that of a reference model, ``[n, 2]``.
+    r"""How far each sample's prediction is from that of a reference model, ``[n, 3]``.
 
-    :math:`D_{KL}(p_{ref} \,\|\, p)` in nats, 0 where they are alike; and whether both predict the same class. Means
-    over the labelled positions, where a sample has several.
+    :math:`D_{KL}(p_{ref} \,\|\, p)` in nats, 0 where they are alike; whether both predict the same class; and their
+    Jensen-Shannon divergence :math:`\tfrac12 D_{KL}(p \,\|\, m) + \tfrac12 D_{KL}(p_{ref} \,\|\, m)` with
+    :math:`m = \tfrac12(p + p_{ref})`, in :math:`[0, \ln 2]` nats. Means over the labelled positions, where a sample has
+    several.
 
     Args:
         shard: features of the samples.
@@ -97,7 +100,7 @@ def divergence(shard: FeatureShard, other: FeatureShard, part: Part, reference: 
         part: what makes outputs of the first.
         reference: what makes outputs of the second.
     """
-    found = [np.empty((0, 2))]
+    found = [np.empty((0, 3))]
     for rows in shard.block_rows():
         if rows.stop == rows.start:
             continue
@@ -115,10 +118,14 @@ def _of_samples(of: Callable[[Tensor, Tensor, Tensor], Tensor], some: Tensor, ot
 
 
 def _apart(outputs: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
-    """Divergence and agreement of each prediction, ``[..., 2]`` float64."""
+    """Divergence, agreement and Jensen-Shannon divergence of each prediction, ``[..., 3]`` float64."""
     log, wanted_log = (torch.log_softmax(each.double(), -1) for each in (outputs, wanted))
-    divergence = (wanted_log.exp() * (wanted_log - log)).sum(-1)
-    return torch.stack([divergence, (outputs.argmax(-1) == wanted.argmax(-1)).double()], -1)
+    middle = torch.logaddexp(log, wanted_log) - math.log(2)
+    divergence, some, others = (
+        (one.exp() * (one - other)).sum(-1) for one, other in ((wanted_log, log), (log, middle), (wanted_log, middle))
+    )
+    agreement = (outputs.argmax(-1) == wanted.argmax(-1)).double()
+    return torch.stack([divergence, agreement, (some + others) / 2], -1)
 
 
 def _change(before: Tensor, after: Tensor, labels: Tensor) -> Tensor:

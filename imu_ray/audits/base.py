@@ -21,6 +21,8 @@ Answers = Mapping[str, Sequence[Sequence[float]] | str]
 class Predictions:
     """Labels ``[N]`` or ``[N, T]`` of some samples, every metric of each ``[N]`` by name, and number of classes.
 
+    Of a classifier there are ``signals`` beside the metrics, which are not averaged (``Task.signals``).
+
     With a task that has retrieval sets there are ids, and of those sets embeddings ``[N, D]`` in place of metrics. Of
     a language model's questions there may be what it makes of other ``answers``.
     """
@@ -31,6 +33,7 @@ class Predictions:
     ids: Sequence[str] = ()
     embeddings: npt.NDArray[np.float32] | None = None
     answers: Answers = field(default_factory=dict)
+    signals: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
     def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
@@ -39,13 +42,20 @@ class Predictions:
         ids = [sample_id for part in parts for sample_id in part.ids]
         found = [part.embeddings for part in parts if part.embeddings is not None]
         labels = np.concatenate([part.labels for part in parts])
-        return cls(labels, metrics, parts[0].classes, ids, np.concatenate(found) if found else None)
+        named = dict.fromkeys(name for part in parts for name in part.signals)  # a shard without rows has none
+        signals = {name: np.concatenate([x.signals[name] for x in parts if name in x.signals]) for name in named}
+        embeddings = np.concatenate(found) if found else None
+        return cls(labels, metrics, parts[0].classes, ids, embeddings, signals=signals)
 
 
-def predict_shard(shard: FeatureShard, part: Part) -> Predictions:
-    """Predictions for every sample of a shard; of sequences with the extraction strength of each."""
+def predict_shard(shard: FeatureShard, part: Part, signals: bool = False) -> Predictions:
+    """Predictions for every sample of a shard; of sequences with the extraction strength of each.
+
+    With ``signals`` what membership is inferred from, too.
+    """
     task, names = part.task, [*part.task.metrics, *(["extraction_strength"] if part.task.positions else [])]
     found: dict[str, list[npt.NDArray[np.float64]]] = {name: [np.empty(0)] for name in names}
+    told: dict[str, list[npt.NDArray[Any]]] = {}
     for rows in shard.block_rows():
         outputs, labels = part.outputs(shard, rows)
         measured = task.sample_metrics(outputs, labels)
@@ -55,9 +65,12 @@ def predict_shard(shard: FeatureShard, part: Part) -> Predictions:
             measured = {**measured, "extraction_strength": strength}
         for name, values in measured.items():
             found[name].append(values.cpu().numpy())
+        for name, values in (task.signals(outputs, labels) if signals else {}).items():
+            told.setdefault(name, []).append(values.cpu().numpy())
     metrics = {name: np.concatenate(values) for name, values in found.items()}
     ids = shard.ids.to_pylist() if part.task.retrieval_sets else ()
-    return Predictions(shard.labels_n, metrics, part.task.num_classes, ids)
+    of_signals = {name: np.concatenate(values) for name, values in told.items()}
+    return Predictions(shard.labels_n, metrics, part.task.num_classes, ids, signals=of_signals)
 
 
 class Audit(Protocol):

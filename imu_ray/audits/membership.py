@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from imu_ray.audits.attacks import roc_points, svc_efficacy, threshold_attack
 from imu_ray.audits.base import Predictions
+from imu_ray.audits.guard import MIN_ROWS, prediction_warning
 from imu_ray.config import AuditConfig
 from imu_ray.influence.intensity import Column
 
@@ -23,16 +25,24 @@ class Membership:
     the samples; the other half is scored. In [0, 1]; 0.5 is chance, and a model that has forgotten lies within
     ``band``, which holds 95 % of the figures under permuted membership. Unseen are the samples of the set ``test`` with
     labels that occur in the forget set, so that the class gives nothing away; of sequences, which have none, all.
+
+    Of a classifier there are more: ``auc`` and ``roc`` of the loss (``roc_points``), ``attacks`` by other signals, each
+    cross-fitted (``threshold_attack``), and ``svc_efficacy``. A broken model has a ``warning``.
     """
 
     def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
-        """``membership``: ``balanced_accuracy``, ``band``, ``members``, ``non_members``; or why it was ``skipped``."""
+        """``membership``: ``balanced_accuracy``, ``band``, ``members``, ``non_members``; or why it was ``skipped``.
+
+        Of a classifier with ``auc``, ``roc``, ``attacks`` and ``svc_efficacy`` too.
+        """
         if "test" not in measured:
             return {"membership": {"skipped": "no evaluation['test'] with unseen samples was given"}}
         forget, test = measured["forget"], measured["test"]
         same = np.isin(test.labels, forget.labels) if test.labels.ndim == 1 else np.ones(len(test.labels), bool)
         members, others = (_draw(losses, seed) for losses in (forget.metrics["loss"], test.metrics["loss"][same]))
-        return {"membership": membership_inference(members, others, config, seed)}
+        found = membership_inference(members, others, config, seed)
+        more = _attacks(measured, same, config, seed) | _warning(forget, test)
+        return {"membership": found | more if more else found}
 
 
 def _draw(losses: Column, seed: int) -> Column:
@@ -42,6 +52,41 @@ def _draw(losses: Column, seed: int) -> Column:
     keys = np.random.default_rng(seed).random(len(losses))
     drawn: Column = losses[np.sort(np.argpartition(keys, LIMIT)[:LIMIT])]
     return drawn
+
+
+def _attacks(measured: Mapping[str, Predictions], same: Truth, config: AuditConfig, seed: int) -> dict[str, Any]:
+    """What further attacks tell of a classifier; nothing of other models, or where there are too few rows."""
+    forget, test = measured["forget"], measured["test"]
+    if not forget.signals or min(len(forget.labels), same.sum()) < config.membership_min_rows:
+        return {}
+    sides = {
+        name: (_draw(forget.signals[name], seed), _draw(test.signals[name][same], seed))
+        for name in ("confidence", "entropy", "modified_entropy")
+    }
+    losses = _draw(forget.metrics["loss"], seed), _draw(test.metrics["loss"][same], seed)
+    attacks = {
+        name: threshold_attack(*pair, config.permutations, seed) for name, pair in (sides | {"loss": losses}).items()
+    }
+    return {**roc_points(*losses), "attacks": attacks, "svc_efficacy": _svc_efficacy(measured, config, seed)}
+
+
+def _svc_efficacy(measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
+    if "retain" not in measured:
+        return {"skipped": "no evaluation['retain'] was given; this attack is trained on retained rows and reads them"}
+    forget, retain, test = (measured[name].signals["confidence"] for name in ("forget", "retain", "test"))
+    fewest = min(len(retain), len(test))
+    if fewest < config.membership_min_rows:
+        return {"skipped": f"{fewest} rows of retain or test; fewer than {config.membership_min_rows}"}
+    return svc_efficacy(forget, retain, test, seed)
+
+
+def _warning(forget: Predictions, test: Predictions) -> dict[str, str]:
+    """Whether the model is broken, by unseen samples of labels that are not forgotten, or by all if those are few."""
+    if not test.signals:
+        return {}
+    others = ~np.isin(test.labels, forget.labels)
+    kept = others if others.sum() >= MIN_ROWS else np.ones(len(test.labels), bool)
+    return prediction_warning(test.labels[kept], test.signals["predicted"][kept], test.classes)
 
 
 def membership_inference(members: Column, others: Column, config: AuditConfig, seed: int) -> dict[str, Any]:

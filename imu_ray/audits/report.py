@@ -18,6 +18,9 @@ from imu_ray.influence.intensity import Column
 # Squared cosine with the plain gradient above which the curvature has no say to speak of.
 DOMINATED = 0.99
 
+TRIED = {
+    "probe": "A new head", "quantise": "Rounded to", "relearn": "Training all parameters", "lora": "Training adapters",
+}  # fmt: skip
 SIDES = ("before", "after", "retrained")  # doing nothing is what stands before
 SPOKEN = {
     "perplexity": "Perplexity", "probability": "Probability", "choice_probability": "Among the choices",
@@ -48,7 +51,12 @@ def render_report(
     last = metrics[[side for side in sides if side != "retrained"][-1]] if sides else {}
     sets, language = [name for name in last if name not in AUDITS], last.get("language")
     shown = {"sides": sides, "last": last, "sets": sets, "language": language}
-    shown |= {"figures": figures, "dominated": DOMINATED}
+    if rocs := {side: metrics[side]["membership"]["roc"] for side in sides if "roc" in _membership(metrics[side])}:
+        figures = {"Membership": [_draw_rocs(rocs)], **figures}
+    if recovery := metrics.get("recovery"):
+        shown["recovered"] = [side for side in ("before", "after", "reference") if side in recovery]
+        shown["recovery_rows"], shown["unrecovered"] = _recovery_rows(recovery)
+    shown |= {"figures": figures, "dominated": DOMINATED, "top": _top}
     if language:
         present = {name for found in language["sets"].values() for name in found}
         shown["spoken"] = {name: title for name, title in SPOKEN.items() if name in present}
@@ -82,6 +90,35 @@ def svg_of(figure: Figure) -> Markup:
     return Markup('<svg role="img" aria-label="{}"').format(told) + Markup(svg[svg.index("<svg") + 4 :])
 
 
+def _membership(side: Mapping[str, Any]) -> Mapping[str, Any]:
+    return side.get("membership") or {}
+
+
+def _top(counts: Mapping[str, int] | None) -> list[tuple[str, int]]:
+    """The three most frequent predictions."""
+    return sorted((counts or {}).items(), key=lambda pair: (-pair[1], pair[0]))[:3]
+
+
+def _recovery_rows(recovery: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """Accuracy on forgotten rows by what was tried and by side; and what was not, by reason."""
+    rows: dict[str, dict[str, float]] = {}
+    unmeasured: dict[str, list[str]] = {}
+    for side, tests in recovery.items():
+        for name, title in TRIED.items():
+            found = tests.get(name, {})
+            if name == "probe" and found:
+                rows.setdefault(f"{title}, {found['labelled']} labelled rows", {})[side] = found["accuracy"]
+            for bits in ("8", "4") if name == "quantise" and found else ():
+                rows.setdefault(f"{title} {bits} bit", {})[side] = found[bits]["accuracy"]
+            for place, step in enumerate(found.get("steps", ())):
+                accuracy = found["accuracy"][place]
+                rows.setdefault(f"{title}, {step} step{'s' * (step != 1)}", {})[side] = accuracy
+        for name, reason in tests.get("skipped", {}).items():
+            told = unmeasured.setdefault(reason, [])
+            told += [] if name in told else [name]
+    return rows, unmeasured
+
+
 def _unsaid(language: Mapping[str, Any]) -> dict[str, list[str]]:
     """What of a language model was not measured, by reason."""
     found: dict[str, list[str]] = {}
@@ -110,6 +147,17 @@ def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]])
         axes.legend(frameon=False)
         panels.append(svg_of(figure))
     return panels
+
+
+def _draw_rocs(rocs: Mapping[str, Mapping[str, Sequence[float]]]) -> Markup:
+    """The attack by the loss: members found against false alarms, a line for each model."""
+    figure, axes = new_panel()
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance")
+    for side, roc in rocs.items():
+        axes.plot(roc["fpr"], roc["tpr"], label=side)
+    axes.set(xlabel="unseen rows taken for members", ylabel="forgotten rows taken for members")
+    axes.legend(frameon=False)
+    return svg_of(figure)
 
 
 def _draw_distributions(influence: Column, weights: Column) -> list[Markup]:

@@ -25,11 +25,12 @@ from imu_ray.scopes.layers import Layers
 from imu_ray.tasks.causal_lm import CausalLMTask
 
 
-def predict(features: Mapping[str, FeatureSet], part: Part) -> dict[str, Predictions]:
+def predict(features: Mapping[str, FeatureSet], part: Part, signals: bool = False) -> dict[str, Predictions]:
     """Predictions on every sample set; embeddings of those that are for retrieval."""
+    predicted = functools.partial(predict_shard, signals=signals)
 
     def of_set(name: str, made: FeatureSet) -> Predictions:
-        function = embed_shard if name in part.task.retrieval_sets else predict_shard
+        function = embed_shard if name in part.task.retrieval_sets else predicted
         return Predictions.join(made.map(f"audit of {name}", functools.partial(function, part=part)))
 
     return {name: of_set(name, made) for name, made in features.items()}
@@ -51,7 +52,7 @@ def measure(
 
     ``sources`` are where the rows of the sets can be read again.
     """
-    measured = predict(features, part)
+    measured = predict(features, part, signals=True)
     if isinstance(part.task, CausalLMTask):
         for name, made in features.items():
             found = answers(name, (sources or {}).get(name), cast(Layers, part), config, made.runner)
@@ -96,12 +97,12 @@ def answers(name: str, source: Source | None, part: Layers, config: AuditConfig,
 def compare(
     features: Mapping[str, FeatureSet], part: Part, others: Mapping[str, FeatureSet], reference: Part
 ) -> dict[str, Any]:
-    """Of every sample set the mean divergence from a reference model, and how often both predict the same class."""
+    """Of every sample set the mean divergences from a reference model, and how often both predict the same class."""
     found = {}
     for name, made in features.items():
         function = functools.partial(divergence, part=part, reference=reference)
         means = np.concatenate(list(made.stream(f"reference on {name}", function, beside=others[name]))).mean(0)
-        found[name] = dict(zip(("kl", "agreement"), means.tolist(), strict=True))
+        found[name] = dict(zip(("kl", "agreement", "js"), means.tolist(), strict=True))
     return found
 
 

@@ -48,3 +48,30 @@ def margins(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     logits = logits_BC.double()
     others = logits.scatter(1, own, -torch.inf)
     return (logits.gather(1, own) - others.logsumexp(1, keepdim=True)).squeeze(1)
+
+
+def membership_signals(logits_BC: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+    r"""What attacks tell members by, ``[B]`` float64 each, and the predicted class, int64.
+
+    ``confidence`` :math:`p_y`, in [0, 1]; ``entropy`` :math:`-\sum_c p_c \ln p_c` in :math:`[0, \ln C]`;
+    ``modified_entropy`` :math:`-(1 - p_y) \ln p_y - \sum_{c \ne y} p_c \ln(1 - p_c)` in :math:`[0, \infty)`, nats;
+    ``margin`` (``margins``). Members have more confidence and margin, and less entropy of either kind.
+
+    Source: Song and Mittal, Systematic Evaluation of Privacy Risks of Machine Learning Models, USENIX Security 2021.
+    """
+    own, predicted = labels_B.unsqueeze(1), logits_BC.argmax(1)
+    log_BC = torch.log_softmax(logits_BC.double(), 1)
+    chance_BC, margin_B = log_BC.exp(), margins(logits_BC, labels_B)
+    # 1 - p has no digits left where p is almost 1, which only the largest can be: its log-odds have them all.
+    rest_BC = torch.log1p(-chance_BC.clamp_max(0.5))
+    first = predicted.unsqueeze(1)
+    rest_BC = rest_BC.scatter(1, first, torch.nn.functional.logsigmoid(-margins(logits_BC, predicted)).unsqueeze(1))
+    others_BC = (chance_BC * rest_BC).scatter(1, own, 0.0)
+    own_log_B = log_BC.gather(1, own).squeeze(1)
+    return {
+        "confidence": own_log_B.exp(),
+        "entropy": -(chance_BC * log_BC.clamp_min(torch.finfo(log_BC.dtype).min)).sum(1),
+        "modified_entropy": -(torch.sigmoid(-margin_B) * own_log_B) - others_BC.sum(1),
+        "margin": margin_B,
+        "predicted": predicted,
+    }

@@ -125,6 +125,10 @@ class Task(Protocol):
         """Every metric of each sample, ``[B]`` float64, by name."""
         ...
 
+    def signals(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What membership is inferred from, and the predicted class, ``[B]`` each by name; of some tasks none."""
+        ...
+
     def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Gradient of each sample's loss with respect to the outputs, in their shape.
 

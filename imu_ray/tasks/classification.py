@@ -16,7 +16,7 @@ from imu_ray.data import Fields, Rows, Source, View
 from imu_ray.data.columns import image_fields
 from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, UnsupportedModelError
 from imu_ray.influence.gradients import output_gradient
-from imu_ray.influence.scores import margins, sample_losses
+from imu_ray.influence.scores import margins, membership_signals, sample_losses
 from imu_ray.models.copies import unusable
 from imu_ray.models.layers import find_head, linear_layers
 from imu_ray.tasks.base import Batch, Metric, Outputs, UnusableError, leave_out
@@ -102,6 +102,10 @@ class ClassificationTask:
             "accuracy": (outputs.argmax(1) == labels).double(),
             "margin": margins(outputs, labels),
         }
+
+    def signals(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """``confidence``, ``entropy``, ``modified_entropy``, ``margin`` (float64) and ``predicted`` (int64)."""
+        return membership_signals(outputs, labels)
 
     def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """``p - onehot(y)``, exact for confident samples."""

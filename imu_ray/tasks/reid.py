@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Rows, Source
@@ -38,6 +38,10 @@ class ReidTask(ClassificationTask):
         if len(given := [name for name in cls.retrieval_sets if name in sources]) == 1:
             raise ConfigError(f"evaluation has the set {given[0]!r} alone; expected query and gallery, or neither")
         return super().for_model(model, sources, config, head)
+
+    def signals(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """None: the classifier serves in training only."""
+        return {}
 
     def collate(self, rows: Rows) -> Batch:
         """As a classifier's; ``ForgetSetError`` where an id does not tell person and camera."""

@@ -124,6 +124,10 @@ class SequenceTask:
             "probability": torch.exp(-losses),
         }
 
+    def signals(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """None: a sample has no single class."""
+        return {}
+
     def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """``(p - onehot(y)) / T`` at the labelled positions, 0 elsewhere."""
         return output_gradient(outputs, labels)

@@ -60,7 +60,7 @@ def test_a_registered_audit_is_run_on_every_set_and_stands_beside_the_others(mon
     shards = [FeatureShard(np.eye(2), np.array([0, label]), ["a", "b"], (2,)) for label in (0, 1)]
     head = Head("fc", torch.eye(2, dtype=torch.float64), False, task(2))
     found = audit_job.measure({"forget": Kept(shards), "other": Kept(shards[1:])}, head, AuditConfig(), 0)
-    assert list(found) == ["forget", "other", "membership", "rows"]
+    assert list(found) == ["forget", "other", "membership", "destinations", "rows"]
     assert found["rows"] == {"forget": [0, 0, 0, 1], "other": [0, 1]}
     assert found["forget"]["samples"] == 4
     assert "evaluation['test']" in found["membership"]["skipped"]

@@ -153,3 +153,45 @@ def test_a_picture_is_told_in_words_and_a_retrained_model_stands_beside_every_fi
     assert page.count("<svg") == page.count('<svg role="img" aria-label="samples against ') == 2
     assert 'data-name="Accuracy retrained">20.00 %' in page
     assert page.index("Accuracy before") < page.index("Accuracy after") < page.index("Accuracy retrained")
+
+
+VERDICT = {
+    "word": "contained", "reason": "a new head <b>finds</b> them", "checked": ["membership by loss"],
+    "not_checked": ["a retrained model"], "thresholds": {"margin": 0.1},
+}  # fmt: skip
+TARGET = {"metric": "forget.accuracy", "threshold": 0.01, "reason": "", "tolerance": 0.0, "rising": False}
+
+
+def test_the_headline_gives_the_status_word_what_was_asked_and_what_was_not_checked():
+    ascent = {**ASCENT, "status": "reached", "targets": [TARGET]}
+    page = render_report({**MANIFEST, "ascent": ascent, "verdict": VERDICT}, {}, None, None)
+    head = page[: page.index("</section>")]
+    for shown in (
+        '<span class="status contained">contained</span>',
+        "The rows can still be told. The target was reached.",
+        "until forget.accuracy is\nat most 0.01",
+        "Why this word: a new head &lt;b&gt;finds&lt;/b&gt; them.",
+        "<li>membership by loss</li>",
+        "<li>a retrained model</li>",
+    ):
+        assert shown in head
+
+
+def test_attacks_destinations_recovery_and_gaps_have_their_tables():
+    attack = {"balanced_accuracy": 0.61, "band": [0.45, 0.55], "members": 30, "non_members": 40, "auc": 0.66}
+    attack |= {"roc": {"fpr": [0.0, 1.0], "tpr": [0.0, 1.0]}, "svc_efficacy": {"skipped": "no <b>retain</b>"}}
+    attack |= {"attacks": {"modified_entropy": {"balanced_accuracy": 0.777, "band": [0.4, 0.6]}}, "warning": "broken"}
+    found = {**side(0.1), "membership": attack, "destinations": {"7": {"1": 5, "2": 9, "3": 4, "4": 1}}}
+    steps = {"steps": [0, 1], "accuracy": [0.01, 0.345]}
+    recovery = {"probe": {"accuracy": 0.868, "labelled": 50}, "relearn": steps, "skipped": {"lora": "of language <b>"}}
+    recovery |= {"quantise": {"8": {"accuracy": 0.011}, "4": {"accuracy": 0.222}}}
+    gap = {"average_gap": {"mean": 0.0123}, "tug_of_war": {"mean": 0.987}, "tug_of_war_membership": {"skipped": "none"}}
+    metrics = {"before": found, "after": found, "recovery": {"after": recovery}}
+    metrics["gaps"] = {"references": 1, "sides": {"do_nothing": gap}}
+    page = render_report(MANIFEST, metrics, None, None)
+    for shown in (
+        "0.777", "modified entropy", "0.660", "no &lt;b&gt;retain&lt;/b&gt;", "2: 9, 1: 5, 3: 4<", "86.8 %", "34.5 %", "22.2 %",
+        "Rounded to 4 bit", "Training all parameters, 1 step<", "lora: of language &lt;b&gt;.", "0.012", "not measured: none",
+        "forgotten rows taken for members against unseen rows taken for members: chance, before, after", "before: broken",
+    ):  # fmt: skip
+        assert shown in page, shown

@@ -1,0 +1,172 @@
+"""The table of an ensemble: a row for each method, figures as intervals over models, reasons where there is none."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from imu_ray.audits import POPULATION
+from imu_ray.audits.margins import Margins
+from imu_ray.audits.population import interval, lacking
+from imu_ray.errors import StageFailedError
+from imu_ray.run.directory import RunDirectory
+from imu_ray.run.storage import below
+
+SETS = ("forget", "retain", "test")
+NOTHING, RETRAIN = "do nothing", "retrain"
+
+
+def margins_folder(method: str) -> str:
+    """Where the margins of a method's models lie; of the models that it starts from without a name."""
+    return f"margins/{_plain(method)}" if method else "margins/models"
+
+
+def figures_name(method: str, kind: str, seed: int) -> str:
+    """The file of a model's figures."""
+    return f"figures/{_plain(method) if method else 'models'}/{kind}-{seed:05d}.json"
+
+
+def _plain(name: str) -> str:
+    """A name of a method as that of a folder."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def method_rows(run: RunDirectory, methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for *do nothing*, for *retrain*, and for each method.
+
+    Raises:
+        StageFailedError: there are too few originals or retrained models for any audit.
+    """
+    made = Margins.read(below(run.location, margins_folder("")))
+    if reason := lacking(made, ("original", "retrained"), least=2):
+        raise StageFailedError(f"{reason}; see why the others failed; the same call tries them again")
+    retrained = {seed: _read(run, "", "retrained", seed) for seed in made.seeds["retrained"]}
+    rows = [
+        _row(NOTHING, made, {seed: _read(run, "", "original", seed) for seed in made.seeds["original"]}, retrained, {}),
+        _row(RETRAIN, made, retrained, retrained, {"needs": "retain"}),
+    ]
+    for name, own in methods.items():
+        whole = made.join(Margins.read(below(run.location, margins_folder(name))))
+        figures = {seed: _read(run, name, "unlearned", seed) for seed in whole.seeds.get("unlearned", ())}
+        row = _row(name, whole, figures, retrained, {"needs": own.get("needs", "forget")})
+        row["audits"] = {audit: function(whole) for audit, function in POPULATION.items()}
+        rows.append(row)
+    _share_controls(rows)
+    return rows
+
+
+def _read(run: RunDirectory, method: str, kind: str, seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = run.read_json(figures_name(method, kind, seed))
+    return found
+
+
+def _row(
+    name: str,
+    margins: Margins,
+    figures: Mapping[int, Mapping[str, Any]],
+    retrained: Mapping[int, Mapping[str, Any]],
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What can be told of a method without the audits of populations."""
+    row: dict[str, Any] = {"method": name, "models": len(figures), "needs": "nothing", **more}
+    if not figures:
+        return row | {"skipped": "no model is left"}
+    means = {part: np.mean([each[part]["accuracy"] for each in retrained.values()]) for part in SETS}
+    row["accuracy"] = {part: interval([each[part]["accuracy"] for each in figures.values()]) for part in SETS}
+    gaps = [np.mean([abs(each[part]["accuracy"] - means[part]) for part in SETS]) for each in figures.values()]
+    row["gap"] = interval(np.array(gaps))
+    if seconds := [each["seconds"] for each in figures.values() if "seconds" in each]:
+        row["seconds"] = interval(np.array(seconds))
+    statuses = [each["status"] for each in figures.values()]
+    row["statuses"] = {status: statuses.count(status) for status in sorted(set(statuses))}
+    return row
+
+
+def _share_controls(rows: list[dict[str, Any]]) -> None:
+    """What the audits of a method say of originals and oracles stands in their own rows."""
+    audited = next((row["audits"] for row in rows if "audits" in row), None)
+    if audited is None:
+        return
+    for row, side in zip(rows[:2], ("do_nothing", "oracle"), strict=True):
+        floor = audited["klom"].get("floor", {})
+        row["klom"] = {name: found[side] for name, found in floor.get("sets", {}).items()}
+        offline = audited["rmia"].get("offline", {})
+        row["rmia"] = offline.get("retrained" if side == "oracle" else side, {}).get("auc")
+    rows[0]["ulira"] = audited["ulira"].get("do_nothing", {})
+    for row in rows[2:]:
+        floor = row["audits"]["klom"].get("floor", {})
+        row["klom"] = {name: found["unlearned"] for name, found in floor.get("sets", {}).items()}
+        row["rmia"] = row["audits"]["rmia"].get("offline", {}).get("unlearned", {}).get("auc")
+        row["ulira"] = row["audits"]["ulira"].get("untouched", {})
+        row["ulira_alike"] = row["audits"]["ulira"].get("unlearned_alike", {})
+
+
+def write_tables(run: RunDirectory, rows: list[dict[str, Any]], failed: Mapping[str, str], wanted: int) -> None:
+    """``metrics.json`` with everything, and ``table.md`` to read."""
+    run.write_json("metrics.json", {"models": wanted, "failed": dict(failed), "methods": rows})
+    run.write_text("table.md", markdown(rows, failed, wanted))
+
+
+def markdown(rows: list[dict[str, Any]], failed: Mapping[str, str], wanted: int) -> str:
+    """The table, and below it what is missing and why."""
+    titles = [
+        "method", "needs", "models", "forget", "retain", "test", "gap", "KLOM forget", "KLOM retain", "KLOM test",
+        "U-LiRA", "U-LiRA alike", "RMIA", "seconds",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for row in rows:
+        klom = row.get("klom", {})
+        cells = [row["method"], row["needs"], str(row["models"])]
+        cells += [_percent(row.get("accuracy", {}).get(part)) for part in SETS] + [_percent(row.get("gap"))]
+        cells += [_number(klom.get(part)) for part in SETS]
+        cells += [_attack(row.get("ulira")), _attack(row.get("ulira_alike")), _mean(row.get("rmia"))]
+        lines.append(f"| {' | '.join([*cells, _mean(row.get('seconds'))])} |")
+    lines += ["", *_notes(rows, failed, wanted)]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(rows: list[dict[str, Any]], failed: Mapping[str, str], wanted: int) -> list[str]:
+    """How to read the table, which models are missing, and what was not measured."""
+    told = [
+        f"Means over models (of {wanted} wanted) with 95 % intervals; accuracy in per cent, gap: mean distance from "
+        "the retrained models' mean over the three sets, in points. KLOM: 95th percentile, nats, beside one half of "
+        "the oracles; the row of retrain is its floor. U-LiRA: area (and its band of chance), beside models that were "
+        "never trained on the rows; alike: and had the same method. RMIA: area. Seconds are of a model."
+    ]
+    told += [f"Failed: {name}: {reason}." for name, reason in failed.items()]
+    for row in rows:
+        ended = {
+            status: count for status, count in row.get("statuses", {}).items() if status not in ("trained", "done")
+        }
+        if ended:
+            told.append(f"{row['method']} ended {', '.join(f'{status} {count}' for status, count in ended.items())}.")
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for name, found in row.get("audits", {}).items():
+            for key, told_of in (("skipped", "not measured"), ("warning", "in doubt")):
+                if key in found:
+                    reasons.setdefault(f"{name} {told_of}: {found[key]}", []).append(row["method"])
+    told += [f"{reason} ({', '.join(names)})." for reason, names in reasons.items()]
+    return [f"{line}\n" for line in told]
+
+
+def _percent(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return "-"
+    half = f" ± {100 * (found['high'] - found['mean']):.1f}" if "high" in found else ""
+    return f"{100 * found['mean']:.1f}{half}"
+
+
+def _mean(found: Mapping[str, float] | None) -> str:
+    return "-" if not found or "mean" not in found else f"{found['mean']:.3g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _attack(found: Mapping[str, Any] | None) -> str:
+    if not found or "auc" not in found:
+        return "-"
+    low, high = found["band"]
+    return f"{found['auc']:.3f} ({low:.3f} to {high:.3f})"
