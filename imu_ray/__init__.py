@@ -11,6 +11,7 @@ from imu_ray.errors import (
     ForgetSetError,
     ImuError,
     NonFiniteError,
+    RequestError,
     StageFailedError,
     UnsupportedModelError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "JobConfig",
     "ModelSpec",
     "NonFiniteError",
+    "RequestError",
     "StageFailedError",
     "SweepConfig",
     "SweepResult",

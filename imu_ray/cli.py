@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import imu_ray
 from imu_ray.errors import CheckpointError, EmptySelectionError, ImuError, StageFailedError
 from imu_ray.events import event, log_events
+from imu_ray.requests.arguments import add_actions
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that `imu-ray --help` is quick
     from imu_ray.job import JobConfig
@@ -22,7 +23,7 @@ ENDING = """\
 The last line of standard output is a JSON object with status, reason, run_dir, report (path or null) and metrics.
 Exit status, by status:
   0    reached, already_met, epochs_done (there was no target), complete (a command without a target)
-  1    failed: the run, or trials of a sweep; `verify`: something is not as the record says
+  1    failed: the run, trials of a sweep, or requests; `verify`: something is not as the record says
   2    refused: the configuration or the input is wrong
   3    not_reached, stopped_by_guard: the model has not forgotten what it was asked to
   130  interrupted: Ctrl-C          the same command goes on with the run; `sweep` with --resume
@@ -178,7 +179,15 @@ STAGES = {
 }
 
 
-OTHERS = {"demo": _demo, "export": _export, "verify": _verify}  # no job file is read
+def _request(options: argparse.Namespace) -> dict[str, Any]:
+    from imu_ray.requests.command import request_command
+
+    if options.action == "run":
+        _warn_of_credentials()
+    return request_command(options)
+
+
+OTHERS = {"demo": _demo, "export": _export, "verify": _verify, "request": _request}
 
 
 def main(*command: str) -> int:
@@ -288,4 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--public-key", metavar="PEM", help="key that the signature must be of")
     verify.add_argument("--key", metavar="FILE", help="secret of the ids' fingerprints (record.key)")
     verify.add_argument("--id", action="append", default=[], metavar="ID", help="an id to look for, with --key")
+    text = "a queue of deletion requests, carried out one batch after the other from the current model"
+    request = commands.add_parser("request", help=text, description=text, epilog=ENDING, formatter_class=raw)
+    add_actions(request)
     return parser

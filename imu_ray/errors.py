@@ -36,6 +36,10 @@ class CheckpointError(ImuError):
     """A checkpoint or a run directory cannot be read, does not fit or must not be overwritten."""
 
 
+class RequestError(ImuError):
+    """A deletion request, or the queue that it is in, cannot be used."""
+
+
 class StageFailedError(ImuError):
     """A stage of the job failed for a reason outside the settings and the data; the cause is in the message."""
 

@@ -120,6 +120,25 @@ def test_script_and_job_of_the_readme_run_as_pasted_after_the_demo(demo, python_
 
 
 @pytest.mark.slow
+def test_the_queue_that_is_shown_answers_its_request_after_the_demo(demo, python_environment):
+    tmp_path, _ = demo
+    page = (ROOT / "docs" / "requests.md").read_text()
+    for name, language in (("request.json", "json"), ("queue.yaml", "yaml")):
+        (tmp_path / name).write_text(*blocks(page, language))
+    (commands,) = blocks(page, "sh")
+    endings = []
+    for command in commands.splitlines():
+        printed = run([*COMMAND, *command.removeprefix("imu-ray ").split()], tmp_path, python_environment)
+        endings.append(json.loads(printed.splitlines()[-1]))
+    added, shown, done, status, verified = endings
+    assert (added["ids"], added["not_used"]) == (2, {"email": 1})
+    assert (shown["totals"]["to_forget"], shown["batches"]) == (2, [])
+    assert done["reason"] == "1 completed"
+    assert status["counts"] == {"completed": 1}
+    assert verified["status"] == "complete"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda script: script.stem)
 def test_an_example_runs_and_reaches_its_target(script, tmp_path, python_environment):
     printed = run([sys.executable, script], tmp_path, python_environment)
