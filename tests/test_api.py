@@ -142,7 +142,7 @@ def test_the_manifest_says_what_was_done_and_how_far_the_damping_dominates(finis
     assert manifest["forget_set"]["rows_used"] == 50
     assert manifest["ascent"]["status"] == "epochs_done"
     assert manifest["model"]["hash_before"] != manifest["model"]["hash_after"]
-    assert set(manifest["seconds"]) == {"features", "scores", "table", "preconditioner", "ascent", "audit"}
+    assert set(manifest["seconds"]) == {"features", "scores", "table", "preconditioner", "ascent", "audit", "recovery"}
     assert manifest["versions"]["ray"] == ray.__version__
     figures = manifest["influence"]
     assert 0 <= figures["fisher_below_damping"] <= 1
