@@ -333,8 +333,18 @@ class AuditConfig(Section):
     reference: str | None = None
     """a model of the same kind that was trained without the forget set, to compare with: path or URI of its checkpoint,
     or a folder that `save_pretrained` wrote"""
+    recovery: tuple[Literal["probe", "relearn", "quantise", "lora"], ...] = ("probe",)
+    """what is tried to bring the forgotten answers back, of the model before, after and of the reference: `probe`, a
+    new head on a few labelled rows; `relearn`, a few steps on some of the rows; `quantise` to 8 and 4 bit; `lora`, such
+    steps of adapters (language models)"""
+    recovery_rows: int = Field(10, ge=1)
+    """labelled rows of each class that `probe` and the steps are given, at most half of those in the forget set"""
+    recovery_steps: int = Field(20, ge=1)
+    """steps of `relearn` and `lora`, each over all of these rows"""
+    recovery_learning_rate: float = Field(0.01, gt=0)
+    """of the plain SGD of `relearn`; `lora` takes AdamW at 0.001"""
     checks: bool = False
-    """measure all of that at every check of the update too, once it has ended; needs `ascent.keep: all`"""
+    """measure the figures at every check of the update too, once it has ended; needs `ascent.keep: all`"""
     report: bool = Field(True, json_schema_extra=NO_RESULT)
     """write report.html"""
 

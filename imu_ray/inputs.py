@@ -119,6 +119,11 @@ class Inputs:
         return {name: made for name, made in self.features.items() if name in self.names}
 
     @property
+    def of_rows(self) -> dict[str, FeatureSet]:
+        """The same without views, which are no rows of their own."""
+        return {name: made for name, made in self.measured.items() if name not in VIEWS}
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating type of the model."""
         return next(self.model.parameters()).dtype

@@ -137,7 +137,7 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
     assert same[0] == result.metrics["after"]
     alone = config.with_overrides({"resources.workers": 1})
     again = audit(result.model, original=spec, config=alone, **given)
-    assert again == {key: result.metrics[key] for key in ("before", "after")}
+    assert again == {key: result.metrics[key] for key in ("before", "after", "recovery")}
     assert "What the model still says" in (tmp_path / "run" / "report.html").read_text()
 
 
