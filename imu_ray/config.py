@@ -23,6 +23,15 @@ class ForgetSetConfig(Section):
 
     prefix = "forget_set."
 
+    ids: str | Names | Labels | None = None
+    """forget only the rows with these ids: path or URI of a list (`.parquet` or `.csv` with a column that is named as
+    `forget_set.id_column` or `id`, or a text file with an id on each line), or the ids themselves, which the record
+    does not show. Only these rows are read"""
+    missing_ids: Literal["error", "ignore"] = "error"
+    """an id that no row has: stop and name it, or forget the others and count it in the manifest"""
+    where: str | None = None
+    """forget only the rows that meet a condition on columns: `label == 3 and site in ("x", "y")`; columns need not be
+    read otherwise. It stands in the manifest as it is"""
     size: Rows | Share | Labels | Names | None = None
     """forget only a part: so many rows (`500`) or such a share of them (`0.1`), drawn at random and nested (a larger
     size contains a smaller one), or the rows of some classes: indices (`[3, 5]`), or names listed in
