@@ -187,6 +187,8 @@ def unable(test: str, task: Task, labels: Mapping[str, Positions], drawn: Draw) 
         return f"{measured} rows of the forget set are left to measure on; fewer than {LEAST}"
     if test == "lora":
         return None if task.positions else "LoRA relearning is of language models"
+    if test == "probe" and not task.positions and not task.head:
+        return "the model does not end in a linear head, whose inputs a new one could be fitted on"
     if test == "probe" and task.positions:
         return "the samples are sequences, which are of no class"
     if test == "probe" and len(_shown_classes(labels, drawn)) < 2:

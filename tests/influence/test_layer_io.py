@@ -46,7 +46,8 @@ def test_a_matrix_holds_the_layers_parameters_and_gives_them_back(seen):
     parts = weights_of(layer, matrix)
     assert list(parts) == list(state)
     assert all(torch.equal(parts[name], state[name]) for name in state)
-    assert torch.equal(run_layer(layer, inputs, matrix), layer(inputs))
+    # The last bit depends on how memory is aligned: a transposed weight is multiplied from a part of the matrix.
+    torch.testing.assert_close(run_layer(layer, inputs, matrix), layer(inputs), rtol=1e-14, atol=1e-14)
     changed = {name: part + 1 for name, part in parts.items()}
     expected = torch.func.functional_call(layer, changed, inputs)
     torch.testing.assert_close(run_layer(layer, inputs, matrix + 1), expected, rtol=1e-12, atol=1e-12)
