@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from imu_ray.models.checkpoint import read_state_dict, state_hash
+from imu_ray.models.checkpoint import read_checkpoint, state_hash
 from imu_ray.requests.queue import Queue
 from imu_ray.requests.request import opendsr_request
 from imu_ray.run.directory import MANIFEST, MODEL, RunDirectory
@@ -45,7 +45,7 @@ class PaperWork:
         vars(self).update(changes)
 
     def _tensors(self, checkpoint):
-        return {"weight": self.start.clone()} if checkpoint is None else read_state_dict(checkpoint)
+        return {"weight": self.start.clone()} if checkpoint is None else read_checkpoint(checkpoint)[0]
 
     def model_hash(self, checkpoint):
         return state_hash(self._tensors(checkpoint))

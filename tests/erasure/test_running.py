@@ -257,6 +257,24 @@ def test_a_checkpoint_that_was_changed_is_refused_and_found(queue, work):
         run_requests(queue, work)
 
 
+def test_the_next_batch_reads_the_checkpoint_in_the_form_that_the_first_one_came_in(queue, work):
+    add(queue, 1, "row-1")
+    run_requests(queue, work)
+    written = Path(queue.location) / "runs" / "0001" / "model"
+    written.mkdir()
+    for names, read in (
+        ([], "model.safetensors"),
+        (["model.pt"], "model/model.pt"),
+        (["model.safetensors.index.json", "model-00001-of-00001.safetensors"], "model/model.safetensors.index.json"),
+        (["model.safetensors", "config.json"], "model.safetensors"),
+    ):
+        for name in names:
+            (written / name).write_text("")
+        assert queue.checkpoint("runs/0001") == f"{queue.location}/runs/0001/{read}"
+        for name in names:
+            (written / name).unlink()
+
+
 def test_a_lineage_or_an_answer_that_was_changed_is_found(queue, work):
     add(queue, 1, "row-1")
     run_requests(queue, work)
