@@ -144,11 +144,12 @@ def audit(
         ``before`` (of ``original``) and ``after`` (of ``model``): figures per set, and membership inference.
     """
     settings = resolve_settings(recipe, config, task)
-    metrics, beside = dict[str, Any](), dict[str, Any]()
+    metrics, beside, recovery = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     if original is not None:
         with Pipeline.open("audit", original, forget_set, task, evaluation, settings, None, write=False) as job:
             metrics["before"] = job.measure()
             beside = job.compare({"before": job.part})
+            recovery = job.recover({"before": job.part}, reference=False)
     with Pipeline.open(
         "audit", model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None
     ) as job:
@@ -159,6 +160,8 @@ def audit(
         if beside := beside | job.compare({"after": job.part}):
             metrics["reference"] = beside
             metrics["gaps"] = gaps_of(metrics)
+        if recovery := recovery | job.recover({"after": job.part}):
+            metrics["recovery"] = recovery
         job.write_audit(metrics, None, None)
         job.complete()
     return metrics
@@ -193,7 +196,8 @@ def remember(
     Raises:
         ImuError: see ``imu_ray.errors``.
     """
-    settings = resolve_settings(None, config, task).with_overrides({"forget_set.size": rows, "ascent.views": 0})
+    whole = {"forget_set.ids": None, "forget_set.where": None, "forget_set.size": rows, "ascent.views": 0}
+    settings = resolve_settings(None, config, task).with_overrides(whole)
     check_place(path)
     require_gpus(settings.resources)
     inputs = Inputs.open(model, train_set, task, None, settings)

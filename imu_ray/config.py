@@ -23,6 +23,15 @@ class ForgetSetConfig(Section):
 
     prefix = "forget_set."
 
+    ids: str | Names | Labels | None = None
+    """forget only the rows with these ids: path or URI of a list (`.parquet` or `.csv` with a column that is named as
+    `forget_set.id_column` or `id`, or a text file with an id on each line), or the ids themselves, which the record
+    does not show. Only these rows are read"""
+    missing_ids: Literal["error", "ignore"] = "error"
+    """an id that no row has: stop and name it, or forget the others and count it in the manifest"""
+    where: str | None = None
+    """forget only the rows that meet a condition on columns: `label == 3 and site in ("x", "y")`; columns need not be
+    read otherwise. It stands in the manifest as it is"""
     size: Rows | Share | Labels | Names | None = None
     """forget only a part: so many rows (`500`) or such a share of them (`0.1`), drawn at random and nested (a larger
     size contains a smaller one), or the rows of some classes: indices (`[3, 5]`), or names listed in
@@ -333,8 +342,18 @@ class AuditConfig(Section):
     reference: str | None = None
     """a model of the same kind that was trained without the forget set, to compare with: path or URI of its checkpoint,
     or a folder that `save_pretrained` wrote"""
+    recovery: tuple[Literal["probe", "relearn", "quantise", "lora"], ...] = ("probe",)
+    """what is tried to bring the forgotten answers back, of the model before, after and of the reference: `probe`, a
+    new head on a few labelled rows; `relearn`, a few steps on some of the rows; `quantise` to 8 and 4 bit; `lora`, such
+    steps of adapters (language models)"""
+    recovery_rows: int = Field(10, ge=1)
+    """labelled rows of each class that `probe` and the steps are given, at most half of those in the forget set"""
+    recovery_steps: int = Field(20, ge=1)
+    """steps of `relearn` and `lora`, each over all of these rows"""
+    recovery_learning_rate: float = Field(0.01, gt=0)
+    """of the plain SGD of `relearn`; `lora` takes AdamW at 0.001"""
     checks: bool = False
-    """measure all of that at every check of the update too, once it has ended; needs `ascent.keep: all`"""
+    """measure the figures at every check of the update too, once it has ended; needs `ascent.keep: all`"""
     report: bool = Field(True, json_schema_extra=NO_RESULT)
     """write report.html"""
 

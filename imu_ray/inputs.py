@@ -16,7 +16,7 @@ from torch import nn
 
 from imu_ray.audits import AUDITS
 from imu_ray.config import ResourcesConfig, UnlearnConfig
-from imu_ray.data import PartSource, Source, ViewSource, draw_rows, open_source
+from imu_ray.data import PartSource, Source, ViewSource, draw_rows, open_source, select_rows
 from imu_ray.data.columns import LABEL
 from imu_ray.distributed import feature_job, metrics
 from imu_ray.distributed.feature_job import FeatureSet
@@ -81,7 +81,7 @@ class Inputs:
             )
         fields = TASKS[task].fields(config.forget_set)
         unlabelled = {key: column for key, column in fields.items() if key != LABEL}
-        whole = open_source(forget_set, config.forget_set, fields=fields)
+        whole = select_rows(open_source(forget_set, config.forget_set, fields=fields), config.forget_set)
         size = config.forget_set.chosen
         rows = draw_rows(whole.num_rows, size, config.forget_set.size_seed) if isinstance(size, int | float) else None
         # Classes are told from the labels, which are known after the features.
@@ -117,6 +117,11 @@ class Inputs:
     def measured(self) -> dict[str, FeatureSet]:
         """Features of those sets."""
         return {name: made for name, made in self.features.items() if name in self.names}
+
+    @property
+    def of_rows(self) -> dict[str, FeatureSet]:
+        """The same without views, which are no rows of their own."""
+        return {name: made for name, made in self.measured.items() if name not in VIEWS}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -320,4 +325,5 @@ def describe_samples(source: Source, reports: Sequence[ShardReport]) -> SamplesR
         forward_calls=sum(1 for report in reports for size in report.block_sizes if size),
         forward_seconds=sum(report.forward_seconds for report in reports),
         feature_bytes=sum(report.feature_bytes for report in reports),
+        selection=source.selection,
     )

@@ -22,7 +22,17 @@ from imu_ray.audits.language import read_retain_log
 from imu_ray.audits.report import DOMINATED, render_report
 from imu_ray.audits.verdict import verdict
 from imu_ray.config import UnlearnConfig
-from imu_ray.distributed import audit_job, bundle_job, factor_job, feature_job, metrics, score_job, train_job
+from imu_ray.distributed import (
+    audit_job,
+    bundle_job,
+    factor_job,
+    feature_job,
+    metrics,
+    recovery_job,
+    score_job,
+    train_job,
+)
+from imu_ray.distributed.recovery_job import Side
 from imu_ray.distributed.session import ray_session, require_gpus
 from imu_ray.errors import ConfigError, EmptySelectionError, ForgetSetError, NonFiniteError
 from imu_ray.events import event
@@ -381,6 +391,15 @@ class Pipeline:
         beside, config, sources = self.reference, self.config, self.inputs.sources
         return {"retrained": audit_job.measure(beside.features, beside.part, config.audit, config.seed, sources)}
 
+    def recover(self, parts: Mapping[str, Part], *, reference: bool = True) -> dict[str, Any]:
+        """What brings forgotten answers back under each part's parameters, and of the reference model."""
+        beside = self.reference if reference else None
+        of_parts = {name: (self.inputs, part) for name, part in parts.items()}
+        of_parts |= {} if beside is None else {"reference": (beside, beside.part)}
+        sides = {name: Side(inputs.of_rows, part, inputs.model) for name, (inputs, part) in of_parts.items()}
+        with self.stage("recovery"):
+            return recovery_job.recover(sides, self.inputs.sources, self.config)
+
     def compare(self, parts: Mapping[str, Part]) -> dict[str, Any]:
         """How far each part is from the reference model on every sample set; nothing where there is none."""
         if self.reference is None:
@@ -410,6 +429,8 @@ class Pipeline:
                 figures["gaps"] = gaps_of(figures)
             if self.config.audit.checks:
                 figures["checks"] = self.measure_checks(outcome, figures["before"])
+        if self.config.audit.recovery:
+            figures["recovery"] = self.recover({"before": self.part, "after": written})
         return self.finish(changed, figures, samples, outcome)
 
     def finish(

@@ -148,7 +148,7 @@ def test_the_manifest_says_what_was_done_and_how_far_the_damping_dominates(finis
     assert manifest["forget_set"]["rows_used"] == 50
     assert manifest["ascent"]["status"] == "epochs_done"
     assert manifest["model"]["hash_before"] != manifest["model"]["hash_after"]
-    assert set(manifest["seconds"]) == {"features", "scores", "table", "preconditioner", "ascent", "audit"}
+    assert set(manifest["seconds"]) == {"features", "scores", "table", "preconditioner", "ascent", "audit", "recovery"}
     assert manifest["versions"]["ray"] == ray.__version__
     figures = manifest["influence"]
     assert 0 <= figures["fisher_below_damping"] <= 1
@@ -225,7 +225,7 @@ def test_given_intensities_that_would_never_be_used_are_refused(finished, tmp_pa
 
 def test_the_report_stands_alone_and_shows_no_sample_id(finished):
     page = (finished[2].run_dir / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert not re.findall(r"http://(?!www\.w3\.org|purl\.org|creativecommons\.org)", page)
     assert "src=" not in page
     assert "sample_id" not in page

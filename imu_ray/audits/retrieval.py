@@ -110,6 +110,11 @@ def sightings(ids: Sequence[str]) -> tuple[Positions, Positions]:
 def embed_shard(shard: FeatureShard, part: Part) -> Predictions:
     """What a model's head is given of every sample of a shard, ``[n, D]`` float32, under a part's parameters."""
     layers = cast(Layers, part)  # the head alone may not move with such a task
+    return Predictions(shard.labels_n, {}, layers.task.num_classes, shard.ids.to_pylist(), head_inputs(shard, layers))
+
+
+def head_inputs(shard: FeatureShard, layers: Layers) -> npt.NDArray[np.float32]:
+    """The penultimate features ``[n, D]`` of a shard, by a pass through the layers."""
     head = layer_of(layers.cut.model, layers.task.head)
     caught = [np.empty((0, sizes_of(head)[1]), np.float32)]
 
@@ -122,5 +127,4 @@ def embed_shard(shard: FeatureShard, part: Part) -> Predictions:
             layers.outputs(shard, rows)
     finally:
         hook.remove()
-    ids = shard.ids.to_pylist()
-    return Predictions(shard.labels_n, {}, layers.task.num_classes, ids, np.concatenate(caught))
+    return np.concatenate(caught)

@@ -6,18 +6,21 @@ from typing import Any
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.dataset import DatasetSource
 from imu_ray.data.folder import FolderSource
+from imu_ray.data.id_files import read_ids
 from imu_ray.data.jsonl import JsonLinesSource
 from imu_ray.data.location import Location
 from imu_ray.data.market import MarketSource, persons_of
+from imu_ray.data.parquet import ParquetSource
 from imu_ray.data.part import PartSource, draw_rows
+from imu_ray.data.selection import SelectedSource, find_rows, select_rows
 from imu_ray.data.source import Fields, Rows, Shard, Source, View
-from imu_ray.data.table import ParquetSource, TableSource
+from imu_ray.data.table import TableSource
 from imu_ray.data.views import ViewSource
 from imu_ray.errors import ForgetSetError
 
 __all__ = [
-    "SOURCES", "Fields", "PartSource", "Rows", "Shard", "Source", "View", "ViewSource", "draw_rows", "open_source",
-    "persons_of",
+    "SOURCES", "Fields", "PartSource", "Rows", "SelectedSource", "Shard", "Source", "View", "ViewSource", "draw_rows",
+    "find_rows", "open_source", "persons_of", "read_ids", "select_rows",
 ]  # fmt: skip
 
 # Every kind of source; the one that takes what was given reads it.

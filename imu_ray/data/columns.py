@@ -1,13 +1,16 @@
 """Columns of a table as ids, labels and inputs; shared by tables in memory and Parquet files."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imu_ray.config import ForgetSetConfig
+from imu_ray.data.ids import IdList
 from imu_ray.data.source import Fields, Rows
 from imu_ray.errors import ForgetSetError
 
@@ -38,9 +41,10 @@ def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name:
     return columns
 
 
-def rows_of(table: pa.Table, columns: Fields, config: ForgetSetConfig, start: int, name: str) -> Rows:
-    """Rows of a table, the first with number ``start``; a row whose label cannot be read is refused by name."""
-    numbers = range(start, start + len(table))
+def rows_of(
+    table: pa.Table, columns: Fields, config: ForgetSetConfig, numbers: Sequence[int] | npt.NDArray[np.int64], name: str
+) -> Rows:
+    """Rows of a table, which have ``numbers``; a row whose label cannot be read is refused by name."""
     ids = list(map(str, table[columns[ID]].to_pylist() if ID in columns else numbers))
     labels = table[columns[LABEL]].to_pylist() if LABEL in columns else [0] * len(table)
     cells = zip(ids, labels, strict=True)
@@ -115,6 +119,34 @@ def check_keys(table: pa.Table, columns: Fields, config: ForgetSetConfig, num_cl
             row = next(row for row, found in enumerate(labels) if found.as_py() == value)
             sample_id = table[columns[ID]][row].as_py() if ID in columns else row
             raise ForgetSetError(f"row {str(sample_id)!r} of {name} has label {label}; expected 0 to {num_classes - 1}")
+
+
+def find_cells(column: pa.ChunkedArray, asked: IdList) -> Iterator[tuple[str, int]]:
+    """Ids of a column that were asked for, and where they stand in it."""
+    column = _plain(column)
+    if not (
+        pa.types.is_integer(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    ):
+        column = pa.chunked_array([pa.array(map(str, column.to_pylist()), pa.string())])
+    texts = column.cast(pa.large_string())
+    places = np.flatnonzero(pc.is_in(texts, value_set=pa.array(asked.ids, pa.large_string())).to_numpy())
+    yield from zip(texts.take(pa.array(places)).to_pylist(), places.tolist(), strict=True)
+
+
+def find_numbers(asked: IdList, count: int) -> Iterator[tuple[str, int]]:
+    """Of rows that are numbered, those whose number was asked for."""
+    yield from ((str(number), number) for number in asked.numbers if 0 <= number < count)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds texts."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def find_names(names: Sequence[str], asked: IdList) -> Iterator[tuple[str, int]]:
+    """Of rows whose ids are in memory, those that were asked for."""
+    wanted = frozenset(asked.ids)
+    yield from ((name, row) for row, name in enumerate(names) if name in wanted)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -1,13 +1,15 @@
 """Samples in a map-style torch Dataset."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset, IterableDataset
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL, OPTIONAL, image_fields, label_of
+from imu_ray.data.columns import LABEL, OPTIONAL, find_numbers, image_fields, label_of
+from imu_ray.data.ids import IdList
 from imu_ray.data.source import Fields, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
@@ -22,7 +24,7 @@ class DatasetSource(Source):
     """
 
     def __init__(self, given: Dataset[Any], config: ForgetSetConfig, fields: Fields | None = None) -> None:
-        self.dataset, self.config, self.name = given, config, type(given).__name__
+        self.dataset, self.config, self.name, self.is_numbered = given, config, type(given).__name__, True
         self.fields = fields or image_fields(config)
         if isinstance(given, IterableDataset) or not hasattr(given, "__len__"):
             raise ForgetSetError(
@@ -43,8 +45,17 @@ class DatasetSource(Source):
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
-        inputs, labels = zip(*map(self._item, range(start, stop)), strict=True)
-        return Rows([str(row) for row in range(start, stop)], np.array(labels, dtype=np.int64), list(inputs))
+        return self.take(np.arange(start, stop))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Rows:
+        """Some rows."""
+        numbers = rows.tolist()
+        inputs, labels = zip(*map(self._item, numbers), strict=True)
+        return Rows(list(map(str, numbers)), np.array(labels, dtype=np.int64), list(inputs))
+
+    def find(self, asked: IdList) -> Iterator[tuple[str, int]]:
+        """Rows with these ids, which are their numbers; none is read."""
+        return find_numbers(asked, self.num_rows)
 
     def _item(self, row: int) -> tuple[Any, int]:
         where = f"row {row} of {self.name}"

@@ -1,12 +1,15 @@
 """Samples as image files in one folder per class."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL, label_of
+from imu_ray.data.columns import LABEL, find_names, label_of
+from imu_ray.data.ids import IdList
 from imu_ray.data.location import IMAGE_SUFFIXES, Location
 from imu_ray.data.market import holds_sightings
 from imu_ray.data.source import Fields, Rows, Source, reading
@@ -42,9 +45,17 @@ class FolderSource(Source):
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
-        paths = self.paths[start:stop]
+        return self.take(np.arange(start, stop))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Rows:
+        """Some rows."""
+        paths = [self.paths[row] for row in rows]
         labels = np.array([self.labels[path.split("/")[0]] for path in paths], dtype=np.int64)
         return Rows(paths, labels, [self._bytes(path) for path in paths])
+
+    def find(self, asked: IdList) -> Iterator[tuple[str, int]]:
+        """Rows with these ids, which are paths below the root; none is read."""
+        return find_names(self.paths, asked)
 
     def _bytes(self, path: str) -> bytes:
         with reading(str(self.root / path)):

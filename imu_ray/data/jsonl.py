@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.location import Location
+from imu_ray.data.location import JSON_LINES, Location
 from imu_ray.data.source import Fields, reading
-from imu_ray.data.table import JSON_LINES, TableSource
+from imu_ray.data.table import TableSource
 
 
 class JsonLinesSource(TableSource):

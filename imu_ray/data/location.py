@@ -11,6 +11,7 @@ from imu_ray.data.source import reading
 from imu_ray.errors import ForgetSetError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 PREVIEWS = "Thumbs.db"  # what Windows leaves in folders of images, those of Market-1501 among them
 
 

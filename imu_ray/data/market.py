@@ -1,13 +1,16 @@
 """Pictures of persons in one folder, named as in Market-1501: ``0002_c1s1_000451_03.jpg`` is person 2, by camera 1."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL
+from imu_ray.data.columns import LABEL, find_names
+from imu_ray.data.ids import IdList
 from imu_ray.data.location import IMAGE_SUFFIXES, Location
 from imu_ray.data.source import Fields, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
@@ -97,8 +100,16 @@ class MarketSource(Source):
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
-        paths = self.paths[start:stop]
-        return Rows(paths, self.labels[start:stop], [self._bytes(path) for path in paths])
+        return self.take(np.arange(start, stop))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Rows:
+        """Some rows."""
+        paths = [self.paths[row] for row in rows]
+        return Rows(paths, self.labels[rows], [self._bytes(path) for path in paths])
+
+    def find(self, asked: IdList) -> Iterator[tuple[str, int]]:
+        """Rows with these ids, which are names of files; none is read."""
+        return find_names(self.paths, asked)
 
     def _bytes(self, path: str) -> bytes:
         with reading(str(self.root / path)):

@@ -8,9 +8,6 @@ import numpy.typing as npt
 from imu_ray.data.source import Rows, Shard, Source
 from imu_ray.errors import ConfigError
 
-# Rows of the source read at a time: the memory that a sparse part costs.
-SPAN = 4096
-
 
 def draw_rows(count: int, size: int | float, seed: int) -> npt.NDArray[np.int64]:
     """``size`` rows (or that share) of ``count``, ascending; with one seed a larger draw contains a smaller one.
@@ -29,6 +26,7 @@ class PartSource(Source):
 
     def __init__(self, source: Source, rows: npt.NDArray[np.int64]) -> None:
         self.source, self.rows, self.name, self.num_rows = source, rows, source.name, len(rows)
+        self.selection = source.selection
 
     @property
     def rows_given(self) -> int:
@@ -37,14 +35,7 @@ class PartSource(Source):
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of the part."""
-        parts = []
-        wanted = self.rows[start:stop]
-        while len(wanted):
-            first = int(wanted[0])
-            here = wanted[wanted < first + SPAN]
-            parts.append(self.source.read(first, int(here[-1]) + 1).pick(here - first))
-            wanted = wanted[len(here) :]
-        return Rows.concatenate(parts)
+        return self.source.take(self.rows[start:stop])
 
     def read_blocks(self, shard: Shard) -> Iterator[Rows]:
         """The blocks of a shard, which is read whole, so that no span of the source is read for two of them."""

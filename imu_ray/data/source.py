@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from imu_ray.config import ForgetSetConfig
+from imu_ray.data.ids import IdList
 from imu_ray.errors import ForgetSetError, ImuError
+from imu_ray.run.record import SelectionRecord
+
+# Rows read at a time where some of them are looked for: the memory that a sparse part costs.
+SPAN = 4096
 
 
 class UnreadableError(ForgetSetError, OSError):
@@ -143,6 +148,8 @@ class Source(ABC):
 
     name: str
     num_rows: int
+    selection: SelectionRecord | None = None  # what was asked for and found, where rows were named
+    is_numbered: bool = False  # whether a row's id is its number
 
     @abstractmethod
     def __init__(self, given: Any, config: ForgetSetConfig, fields: Fields | None = None) -> None:
@@ -166,12 +173,43 @@ class Source(ABC):
         """The blocks of a shard, one after the other."""
         return (self.read(start, stop) for start, stop in shard.blocks())
 
+    def take(self, rows: npt.NDArray[np.int64]) -> Rows:
+        """Some rows, ascending. Those between them are read as well, unless a source knows better."""
+        parts = []
+        while len(rows):
+            first = int(rows[0])
+            here = rows[rows < first + SPAN]
+            parts.append(self.read(first, int(here[-1]) + 1).pick(here - first))
+            rows = rows[len(here) :]
+        return Rows.concatenate(parts)
+
+    def narrow(self, rows: npt.NDArray[np.int64]) -> tuple["Source", npt.NDArray[np.int64]]:
+        """What travels where only some rows are wanted, ascending, and their places in that: less where it can be."""
+        return self, rows
+
+    def find(self, asked: IdList) -> Iterator[tuple[str, int]]:
+        """Those of some ids that there are, with the number of the row. All rows are read, unless a source knows."""
+        wanted = frozenset(asked.ids)
+        for start in range(0, self.num_rows, SPAN):
+            ids = self.read(start, min(start + SPAN, self.num_rows)).ids
+            yield from ((one, start + place) for place, one in enumerate(ids) if one in wanted)
+
+    def matching(self, where: str) -> npt.NDArray[np.int64]:
+        """Numbers of the rows that meet ``forget_set.where``, ascending."""
+        raise ForgetSetError(
+            f"forget_set.where is set, but {self.name} has no columns that can be asked; expected Parquet, JSON lines "
+            "or a table; name the rows in forget_set.ids"
+        )
+
     def positions(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Places of rows ``start`` to ``stop`` in what the caller gave."""
         return np.arange(start, stop)
 
     def check(self, num_classes: int) -> None:
         """Refuse duplicate ids and labels outside ``0 .. num_classes - 1`` as far as that needs no input to be read."""
+
+    def check_rows(self, rows: npt.NDArray[np.int64], num_classes: int) -> None:
+        """The same of some rows; what is not refused here is where they are decoded."""
 
     def shards(self, block_rows: int, blocks_per_shard: int) -> list[Shard]:
         """Cut into aligned shards of ``blocks_per_shard`` blocks; the last may be shorter."""

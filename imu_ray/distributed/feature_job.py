@@ -5,7 +5,7 @@ travels.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -191,7 +191,11 @@ class FeatureSet:
     def spaced(self, rows: int) -> "FeatureSet":
         """Evenly spaced shards, as many as hold so many rows; all where there are fewer."""
         count = min(len(self.refs), -(-rows * len(self.refs) // self.rows))
-        chosen = [place * len(self.refs) // count for place in range(count)]
+        return self.part([place * len(self.refs) // count for place in range(count)])
+
+    def part(self, shards: Iterable[int]) -> "FeatureSet":
+        """Some of the shards, by their places."""
+        chosen = list(shards)
         return FeatureSet(self.runner, [self.refs[i] for i in chosen], [self.reports[i] for i in chosen])
 
     def map(self, stage: str, function: Callable[..., R]) -> list[R]:

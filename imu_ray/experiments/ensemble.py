@@ -236,7 +236,7 @@ def method_config(config: UnlearnConfig, settings: Mapping[str, Any]) -> Unlearn
     shared = {
         "forget_set": config.forget_set.to_dict(),
         "influence": {"block_rows": config.influence.block_rows},
-        "audit": {"permutations": 20, "report": False},
+        "audit": {"permutations": 20, "recovery": (), "report": False},
         "resources": {"workers": 1, "ascent_workers": 1, "cpus_per_worker": config.resources.cpus_per_worker},
     }
     return base.with_overrides(shared).with_overrides(own)

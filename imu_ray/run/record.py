@@ -38,6 +38,21 @@ class ModelRecord(Part):
     gradient_checkpointing: bool = False
 
 
+class SelectionRecord(Part):
+    """Rows that were named, by ids or by a condition on columns: what was asked for and found; never an id.
+
+    ``ids_digest`` is the SHA-256 of the ids that were asked for, each once, ascending, with its length before it.
+    """
+
+    rows_searched: int
+    rows_found: int
+    ids_asked: int | None = None
+    ids_doubled: int | None = None
+    ids_missing: int | None = None
+    ids_digest: str | None = None
+    where: str | None = None
+
+
 class SamplesRecord(Part):
     """A sample set: rows given, read and used, and a fingerprint of their content; never the content itself."""
 
@@ -51,6 +66,7 @@ class SamplesRecord(Part):
     forward_seconds: float
     feature_bytes: int
     label_counts: dict[int, int] | None = None
+    selection: SelectionRecord | None = None
 
 
 class CurvatureRecord(Part):
@@ -140,7 +156,7 @@ class RunRecord(Part):
         return cls(
             stage=stage,
             created=now(),
-            config=config.to_dict(),
+            config=_without_ids(config),
             config_identity=config.identity(),
             limits=config.ascent.stop.limits,
             seed=config.seed,
@@ -174,6 +190,14 @@ class RunRecord(Part):
     def to_json(self) -> dict[str, Any]:
         """Plain values, as ``manifest.json`` holds them."""
         return self.model_dump(mode="json")
+
+
+def _without_ids(config: UnlearnConfig) -> dict[str, Any]:
+    """All settings; of ids that were listed their number alone."""
+    settings = config.to_dict()
+    if not isinstance(ids := settings["forget_set"]["ids"], str | None):
+        settings["forget_set"]["ids"] = f"{len(ids)} ids"
+    return settings
 
 
 def now() -> str:

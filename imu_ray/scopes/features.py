@@ -43,6 +43,12 @@ class FeatureShard:
             yield slice(start, start + size)
             start += size
 
+    def take(self, kept_n: npt.NDArray[np.bool_]) -> "FeatureShard":
+        """Some rows; the blocks keep their borders and lose the other rows."""
+        sizes = tuple(int(kept_n[rows].sum()) for rows in self.block_rows())
+        ids = self.ids.filter(pa.array(kept_n))
+        return FeatureShard(self.features_nF[kept_n], self.labels_n[kept_n], ids, sizes, self.places_n[kept_n])
+
     def split(self) -> Iterator["FeatureShard"]:
         """Each block that holds rows as a shard of its own."""
         for rows in self.block_rows():
@@ -88,16 +94,10 @@ class ShardReport:
 def take_rows(
     shard: FeatureShard, report: ShardReport, kept_n: npt.NDArray[np.bool_]
 ) -> tuple[FeatureShard, ShardReport]:
-    """Some rows of a shard; its blocks keep their borders and lose the other rows."""
-    sizes = tuple(int(kept_n[rows].sum()) for rows in shard.block_rows())
-    part = FeatureShard(
-        shard.features_nF[kept_n],
-        shard.labels_n[kept_n],
-        shard.ids.filter(pa.array(kept_n)),
-        sizes,
-        shard.places_n[kept_n],
-    )
-    return part, replace(report, rows=len(part.ids), block_sizes=sizes, feature_bytes=part.features_nF.nbytes)
+    """Some rows of a shard, and what is to be known of them."""
+    part = shard.take(kept_n)
+    nbytes = part.features_nF.nbytes
+    return part, replace(report, rows=len(part.ids), block_sizes=part.block_sizes, feature_bytes=nbytes)
 
 
 SCORE_SCHEMA = pa.schema(

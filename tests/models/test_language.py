@@ -1,5 +1,6 @@
 """Hugging Face's language models: which of their layers a scope means, and copies, cuts and files of them."""
 
+import copy
 import os
 import stat
 import sys
@@ -23,6 +24,11 @@ from imu_ray.run.directory import RunDirectory
 
 BLOCK = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.default"
 HALVES = [BLOCK.format(block, part, half) for block in range(2) for part in "qv" for half in "AB"]
+
+
+def logits(model):
+    """Of a copy: the last bit depends on how memory is aligned, and what is read from a file lies as it does there."""
+    return copy.deepcopy(model)(TOKENS).logits
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_a_copy_of_a_model_keeps_what_is_tied(make):
     assert head.weight is not model.get_output_embeddings().weight
     with torch.no_grad():
         embeddings.weight += 1
-    assert not torch.equal(copied(TOKENS).logits, model(TOKENS).logits)
+    assert not torch.equal(logits(copied), logits(model))
 
 
 @pytest.fixture
@@ -154,13 +160,13 @@ def test_a_model_is_read_and_written_and_only_its_moved_layers_differ(make, fold
     given = make()
     model = ModelSpec(f"hf:{folder(given)}").build()
     assert (model.dtype, model.config.use_cache, model.training) == (given.dtype, False, False)
-    assert torch.equal(model(TOKENS).logits, given(TOKENS).logits)
+    assert torch.equal(logits(model), logits(given))
     names = choose_layers(model, TOKENS, "last:2", "")
     changed = moved(model, names)
     RunDirectory(tmp_path / "run").write_folder("model", lambda path: save_pretrained(changed, path))
     written = tmp_path / "run" / "model"
     again = AutoModelForCausalLM.from_pretrained(written)
-    assert torch.equal(again(TOKENS).logits, changed(TOKENS).logits)
+    assert torch.equal(logits(again), logits(changed))
     assert (again.config.use_cache, (written / "tokenizer.json").read_text()) == (True, "{}")
     before, after = tensors_of(tmp_path / "source"), tensors_of(written)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
@@ -176,22 +182,22 @@ def test_an_adapter_is_read_with_its_base_and_written_alone_or_merged(tied, fold
     base = folder(llama(tie_word_embeddings=tied), "base")
     given = lora(AutoModelForCausalLM.from_pretrained(base))
     model = ModelSpec(f"hf:{folder(given, 'adapter')}", merge_adapter=True).build()
-    assert torch.equal(model(TOKENS).logits, given(TOKENS).logits)
+    assert torch.equal(logits(model), logits(given))
     assert isinstance(model, PeftModel)
     changed = moved(model, choose_layers(model, TOKENS, ["*.1.*.q_proj"], ""))
     alone, merged = tmp_path / "alone", tmp_path / "merged"
     save_pretrained(changed, alone)
     save_pretrained(changed, merged, merge_adapter=True)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), alone)
-    assert torch.equal(again(TOKENS).logits, changed(TOKENS).logits)
+    assert torch.equal(logits(again), logits(changed))
     assert {name for name in os.listdir(alone) if "token" in name} == {"tokenizer.json"}
     assert not any("self_attn.q_proj.weight" in name for name in tensors_of(alone))
     whole = AutoModelForCausalLM.from_pretrained(merged)
     assert not isinstance(whole, PeftModel)
     assert whole.config.use_cache
-    torch.testing.assert_close(whole(TOKENS).logits, changed(TOKENS).logits)
+    torch.testing.assert_close(logits(whole), logits(changed))
     assert isinstance(changed, PeftModel)
-    assert torch.equal(again(TOKENS).logits, changed(TOKENS).logits), "is left as it was"
+    assert torch.equal(logits(again), logits(changed)), "is left as it was"
 
 
 @pytest.mark.parametrize("make", [gpt2, lambda: lora(llama(tie_word_embeddings=True))])
@@ -204,7 +210,7 @@ def test_a_run_directorys_file_holds_tied_tensors_and_loads_again(make, tmp_path
             parameter.zero_()
     load_checkpoint(other, tmp_path / "model.safetensors")
     assert model_hash(other) == model_hash(model)
-    assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
+    assert torch.equal(logits(other), logits(model))
 
 
 def cut_short(folder, name):
