@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from imu_ray.data import PartSource, Source
 from imu_ray.data.columns import ID
+from imu_ray.data.parquet import ParquetSource
 from imu_ray.data.source import reading
-from imu_ray.data.table import ParquetSource
 from imu_ray.errors import ForgetSetError, RequestError
 from imu_ray.run.storage import open_storage
 
