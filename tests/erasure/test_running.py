@@ -89,7 +89,7 @@ def test_a_request_that_matches_no_row_never_looks_done(queue, work):
     run_requests(queue, work)
     assert states(queue) == {1: "failed", 2: "failed", 3: "completed"}
     assert answer(queue, 1).reason == "none of its ids is in the data"
-    assert answer(queue, 2).reason.startswith("1 of its 2 ids is not in the data; --missing-ids ignore")
+    assert answer(queue, 2).reason.startswith("1 of its 2 ids is not in the data; forget_set.missing_ids=ignore")
     assert queue.lineage().entries[0].rows == 1
     run_requests(queue, PaperWork(work.folder, ignore_missing=True), retry=True)
     assert states(queue) == {1: "failed", 2: "completed", 3: "completed"}
