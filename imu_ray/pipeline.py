@@ -45,7 +45,7 @@ from imu_ray.models.copies import plain_copy
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import choose_recipe, resolve_targets, settle_scope, warnings_of
 from imu_ray.run.bundle import Bundle
-from imu_ray.run.directory import INTENSITIES, MODEL, MODEL_FOLDER, RunDirectory, default_run_dir
+from imu_ray.run.directory import INTENSITIES, MODEL, MODEL_FOLDER, SEAL, RunDirectory, default_run_dir
 from imu_ray.run.fingerprint import IDS, fingerprint, fingerprint_table, read_key
 from imu_ray.run.record import AscentRecord, CurvatureRecord, RunRecord, TargetRecord, VerdictRecord
 from imu_ray.run.recorder import Recorder
@@ -169,6 +169,8 @@ class Pipeline:
             self.run.check_inputs(self.begun, self.record.inputs)
         if self.finished:
             event("run is finished already; nothing is done", level=logging.WARNING, run_dir=str(self.run.location))
+            if SEAL not in self.run.storage.entries():  # it was killed between record and seal
+                self.run.seal()
 
     def score(self) -> Weighted:
         """Influence and intensity of every sample; begins the run directory."""

@@ -23,8 +23,6 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     run.add_argument("--dry-run", action="store_true", help="only show")
     run.add_argument("--retry", action="store_true", help="take up what is not_reached or failed, too")
-    text = "a request some ids of which have no row: fail it (default), or forget the others"
-    run.add_argument("--missing-ids", choices=("error", "ignore"), default="error", help=text)
     text = "apply all requests of the lineage again, to the model of the job file, as after fine-tuning"
     run.add_argument("--replay", action="store_true", help=text)
     action("status", "say where every request stands, and which model is the current one")

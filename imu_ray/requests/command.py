@@ -6,12 +6,12 @@ import sys
 from collections import Counter
 from typing import Any
 
+from imu_ray.data import read_ids
 from imu_ray.errors import ConfigError
 from imu_ray.events import log_events
 from imu_ray.job import JobConfig
 from imu_ray.requests.queue import Queue
 from imu_ray.requests.request import ID_TYPE, list_request, read_request
-from imu_ray.requests.rows import read_ids
 from imu_ray.requests.running import abandon_batch, cancel_request, replay_requests, run_requests, show_requests
 from imu_ray.requests.verifying import verify_requests
 from imu_ray.run.storage import below
@@ -26,7 +26,7 @@ def _add(queue: Queue, options: argparse.Namespace) -> dict[str, Any]:
     if options.json is not None:
         request = read_request(options.json, options.identity_type or ID_TYPE)
     else:
-        request = list_request(read_ids(options.ids), options.ids)
+        request = list_request(read_ids(options.ids))
     added = queue.add(request)
     told = "added" if added else "it is in the queue already, with the same content; nothing was done"
     kept = {"ids": len(request.ids), "doubles": request.doubles, "not_used": request.not_used}
@@ -41,7 +41,7 @@ def _run(queue: Queue, options: argparse.Namespace) -> dict[str, Any]:
     log_events(job.log)
     if options.replay and options.retry:
         raise ConfigError("--replay and --retry were both given; expected one of them; --replay takes up nothing new")
-    with JobWork(job, options.missing_ids == "ignore") as work:
+    with JobWork(job) as work:
         if options.replay:
             made = replay_requests(queue, work, dry_run=options.dry_run)
         elif options.dry_run:

@@ -50,7 +50,7 @@ def merge(
         waiting: requests, in the order in which they came.
         forgotten: the run that forgot an id, for every id of the lineage.
         found: of ``open_ids`` those that the data has a row of.
-        ignore_missing: whether ids without a row may be passed over.
+        ignore_missing: whether ids without a row may be passed over (``forget_set.missing_ids``).
     """
     merged, ids = Merged(), set[str]()
     for request in waiting:
@@ -60,7 +60,7 @@ def merge(
         rows = Rows(asked=len(request.ids), found=len(here), forgotten_before=len(before), missing=missing)
         merged.doubles += request.doubles + sum(sample_id in ids for sample_id in here)
         if missing and (not (before or here) or not ignore_missing):
-            remedy = "" if not (before or here) else "; --missing-ids ignore forgets the others"
+            remedy = "" if not (before or here) else "; forget_set.missing_ids=ignore forgets the others"
             what = "none of its ids is in the data" if not (before or here) else rows.in_words
             answer = Answer(
                 request_id=request.request_id, state="failed", reason=what + remedy, answered=now(), rows=rows

@@ -16,9 +16,10 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from imu_ray.errors import RequestError
+from imu_ray.models.checkpoint import INDEX, PICKLED, SINGLE
 from imu_ray.requests.lineage import LINEAGE, Lineage
 from imu_ray.requests.request import Request
-from imu_ray.run.directory import MODEL, RunDirectory
+from imu_ray.run.directory import MODEL, MODEL_FOLDER, RunDirectory
 from imu_ray.run.record import Part, now
 from imu_ray.run.storage import below, open_storage
 
@@ -226,8 +227,13 @@ class Queue:
         self._write(CURRENT, current.model_copy(update={"closed": batch.number, **moved}))
 
     def checkpoint(self, run: str | None) -> str | None:
-        """The checkpoint of a run of the queue; None for none."""
-        return None if run is None else self.at(f"{run}/{MODEL}")
+        """The checkpoint of a run of the queue, in the form that the first one came in; None for none."""
+        if run is None:
+            return None
+        written = self._names(f"{run}/{MODEL_FOLDER}")
+        pretrained = any(name.endswith("config.json") for name in written)  # it keeps shared tensors once
+        kept = [] if pretrained else [name for name in (PICKLED, INDEX, SINGLE) if name in written]
+        return self.at(f"{run}/{MODEL_FOLDER}/{kept[0]}" if kept else f"{run}/{MODEL}")
 
     def forgotten(self, lineage: Lineage) -> dict[str, str]:
         """The run that forgot each id that the current model has forgotten since it came from outside."""

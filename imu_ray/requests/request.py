@@ -5,12 +5,13 @@ import hashlib
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from imu_ray.data.ids import IdList
 from imu_ray.errors import RequestError
 from imu_ray.run.record import Part, now
 
@@ -81,7 +82,7 @@ def opendsr_request(given: Any, name: str, identity_type: str = ID_TYPE) -> Requ
     request_id, submitted = _uuid(given["subject_request_id"], name), _time(given["submitted_time"], name)
     ids, not_used = _identities(given["subject_identities"], name, identity_type)
     return _make(
-        ids,
+        IdList.of(ids),
         [kind, submitted, identity_type],
         request_id=request_id,
         regulation=None if given.get("regulation") is None else str(given["regulation"]),
@@ -91,24 +92,15 @@ def opendsr_request(given: Any, name: str, identity_type: str = ID_TYPE) -> Requ
     )
 
 
-def list_request(ids: Iterable[str], name: str) -> Request:
-    """A request for a list of ids; its own id follows from them, so that the same list is known when it comes again.
-
-    Raises:
-        RequestError: there is none, or one is empty.
-    """
-    ids = list(ids)
-    if not ids or not all(ids):
-        wrong = f"an empty id, the {ids.index('') + 1}th" if ids else "no id"
-        raise RequestError(f"{name} holds {wrong}; expected an id of a sample in every row")
-    request_id = str(uuid.uuid5(LISTS, json.dumps(sorted(set(ids)))))
-    return _make(ids, ["erasure"], request_id=request_id, submitted_time=now())
+def list_request(asked: IdList) -> Request:
+    """A request for a list of ids; its own id follows from them, so that the same list is known when it comes again."""
+    request_id = str(uuid.uuid5(LISTS, json.dumps(asked.ids)))
+    return _make(asked, ["erasure"], request_id=request_id, submitted_time=now())
 
 
-def _make(ids: list[str], asked: list[str], **values: Any) -> Request:
-    unique = sorted(set(ids))
-    content = hashlib.sha256(json.dumps([*asked, unique]).encode()).hexdigest()
-    return Request(**values, ids=unique, doubles=len(ids) - len(unique), added=now(), content=content)
+def _make(asked: IdList, terms: list[str], **values: Any) -> Request:
+    content = hashlib.sha256(json.dumps([*terms, asked.digest]).encode()).hexdigest()
+    return Request(**values, ids=list(asked.ids), doubles=asked.doubles, added=now(), content=content)
 
 
 def _uuid(value: Any, name: str) -> str:

@@ -164,7 +164,7 @@ def _replayed(queue: Queue, work: Work, lineage: Lineage) -> Merged:
     found = sorted(set(work.find(asked)))
     missing = len(asked) - len(found)
     if not found or (missing and not work.ignore_missing):
-        remedy = "" if not found else "; --missing-ids ignore replays the others"
+        remedy = "" if not found else "; forget_set.missing_ids=ignore replays the others"
         raise RequestError(
             f"{missing} of the {len(asked)} rows that the lineage has forgotten are not in the data; expected all of "
             f"them, because a model that was trained on may know them{remedy}"

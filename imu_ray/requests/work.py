@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import imu_ray
 from imu_ray.config import UnlearnConfig
-from imu_ray.data import Source, open_source
+from imu_ray.data import find_rows, open_source
+from imu_ray.data.ids import IdList
 from imu_ray.distributed.session import ray_session
-from imu_ray.errors import ConfigError
+from imu_ray.errors import ConfigError, RequestError
 from imu_ray.job import JobConfig
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import resolve_settings
-from imu_ray.requests.rows import find_rows, only_rows, read_ids
 from imu_ray.tasks import TASKS
 
 
@@ -45,25 +45,23 @@ class JobWork:
 
     Use it as a context manager: Ray is started when it is first needed, once.
 
-    Args:
-        job: the job file.
-        ignore_missing: forget the other rows of a request some ids of which the data does not have.
-
     Raises:
         ConfigError: a setting says already which rows are to be forgotten, or is not known.
     """
 
-    def __init__(self, job: JobConfig, ignore_missing: bool = False) -> None:
-        if job.forget_set.size is not None:
-            raise ConfigError(
-                f"forget_set.size is {job.forget_set.size!r}; expected null, because the requests say which rows are "
-                "forgotten"
-            )
-        self.job, self.spec, self.ignore_missing = job, job.model.spec(), ignore_missing
-        settings = job.config
-        # A request names rows, so that there is nothing that `auto` would have to ask.
-        recipe = "samples" if settings.recipe == "auto" else settings.recipe
-        self.config = UnlearnConfig(**{**settings.to_dict(), "recipe": recipe})
+    def __init__(self, job: JobConfig) -> None:
+        for name in ("ids", "where", "size"):
+            if getattr(job.forget_set, name) is not None:
+                raise ConfigError(
+                    f"forget_set.{name} is set; expected null, because the requests say which rows are forgotten"
+                )
+        self.job, self.spec = job, job.model.spec()
+        self.ignore_missing = job.forget_set.missing_ids == "ignore"
+        # A request names rows, so that there is nothing that `auto` would have to ask. What is not found is told
+        # before a batch begins, which then has all its rows.
+        recipe = "samples" if job.recipe == "auto" else job.recipe
+        own = {"recipe": recipe, "forget_set": {**job.config.forget_set.to_dict(), "missing_ids": "error"}}
+        self.config = UnlearnConfig(**{**job.config.to_dict(), **own})
         resolve_settings(None, self.config, job.task)
         described = [self.config.identity(), job.task, job.forget_set.path, job.evaluation]
         self.identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -81,29 +79,36 @@ class JobWork:
         return model_hash(self._model(checkpoint).build())
 
     def find(self, ids: Sequence[str]) -> Collection[str]:
-        """Those ids that the data has a row of."""
-        return find_rows(self._data(), ids)
+        """Those ids that the data has a row of.
+
+        Raises:
+            RequestError: the data has no ids of its own.
+        """
+        fields = TASKS[self.job.task].fields(self.config.forget_set)
+        data = open_source(self.job.forget_set.path, self.config.forget_set, "full data", fields)
+        if data.is_numbered:
+            raise RequestError(
+                f"{data.name} has no id column, and the number of a row is another's once a row is deleted; expected a "
+                "column of ids; name it in forget_set.id_column"
+            )
+        return find_rows(data, IdList.of(ids))
 
     def plan(self, checkpoint: str | None, ids: Sequence[str]) -> dict[str, Any]:
         """What ``imu_ray.plan`` says."""
         self._start_ray()
-        return imu_ray.plan(**self._arguments(checkpoint, ids))
+        return imu_ray.plan(**self._arguments(checkpoint, tuple(ids)))
 
     def unlearn(self, checkpoint: str | None, ids_at: str, run_dir: str) -> None:
         """``imu_ray.unlearn``."""
         self._start_ray()
-        imu_ray.unlearn(**self._arguments(checkpoint, read_ids(ids_at)), run_dir=run_dir)
+        imu_ray.unlearn(**self._arguments(checkpoint, ids_at), run_dir=run_dir)
 
     def _model(self, checkpoint: str | None) -> ModelSpec:
         return self.spec if checkpoint is None else dataclasses.replace(self.spec, checkpoint=checkpoint)
 
-    def _data(self) -> Source:
-        fields = TASKS[self.job.task].fields(self.config.forget_set)
-        return open_source(self.job.forget_set.path, self.config.forget_set, "full data", fields)
-
-    def _arguments(self, checkpoint: str | None, ids: Collection[str]) -> dict[str, Any]:
-        own = {"model": self._model(checkpoint), "forget_set": only_rows(self._data(), ids), "config": self.config}
-        return {**self.job.arguments(), **own}
+    def _arguments(self, checkpoint: str | None, ids: str | tuple[str, ...]) -> dict[str, Any]:
+        config = self.config.with_overrides({"forget_set.ids": ids})
+        return {**self.job.arguments(), "model": self._model(checkpoint), "config": config}
 
     def _start_ray(self) -> None:
         if not self._has_ray:  # one for the plan and the run; too many workers are told by the plan, not refused

@@ -32,9 +32,9 @@ def on_paper(tmp_path, monkeypatch):
     job_file.write_text("{model: {factory: resnet18}, forget_set: {path: /data}}")
 
     class Work(PaperWork):
-        def __init__(self, job, ignore_missing):
+        def __init__(self, job):
             assert job.run_dir == str(tmp_path / "queue")
-            super().__init__(tmp_path, ignore_missing=ignore_missing, **given)
+            super().__init__(tmp_path, ignore_missing=job.forget_set.missing_ids == "ignore", **given)
 
         def __enter__(self):
             return self
@@ -103,7 +103,7 @@ def test_ids_without_a_row_may_be_passed_over_and_a_request_cancelled(command, o
     for number, ids in ((1, ["row-1", "row-77"]), (2, ["row-2"])):
         command("add", "--json", write_request(tmp_path, number, *ids))
     assert command("cancel", f"{UUID}2", "--reason", "withdrawn")[0] == 0
-    assert command("run", *job, "--missing-ids", "ignore")[0] == 0
+    assert command("run", *job, "--set", "forget_set.missing_ids=ignore")[0] == 0
     last = command("status")[1]
     assert [each["state"] for each in last["requests"]] == ["completed", "cancelled"]
     assert (last["requests"][0]["rows"]["missing"], last["requests"][1]["reason"]) == (1, "withdrawn")

@@ -15,6 +15,7 @@ from erasure.paper import asking
 from safetensors.torch import load_file, save_file
 
 from imu_ray import JobConfig, RequestError
+from imu_ray.data.ids import IdList
 from imu_ray.demo import digits, digits_cnn, train_and_save, write_digits
 from imu_ray.models.checkpoint import load_checkpoint, state_hash
 from imu_ray.requests.queue import Queue
@@ -160,7 +161,7 @@ def test_after_fine_tuning_the_requests_are_applied_again_and_the_cost_is_told(t
     folder, ids = trained
     pixels, labels, train, _ = digits()
     queue = Queue(tmp_path / "queue")
-    queue.add(list_request(ids[:30], "list"))
+    queue.add(list_request(IdList.of(ids[:30])))
     sets = ["ascent.stop.targets.forget.bounded_loss=0.3"]
     with JobWork(JobConfig.load(folder / "job.yaml", sets)) as work:
         run_requests(queue, work)

@@ -89,7 +89,7 @@ def test_a_request_that_matches_no_row_never_looks_done(queue, work):
     run_requests(queue, work)
     assert states(queue) == {1: "failed", 2: "failed", 3: "completed"}
     assert answer(queue, 1).reason == "none of its ids is in the data"
-    assert answer(queue, 2).reason.startswith("1 of its 2 ids is not in the data; --missing-ids ignore")
+    assert answer(queue, 2).reason.startswith("1 of its 2 ids is not in the data; forget_set.missing_ids=ignore")
     assert queue.lineage().entries[0].rows == 1
     run_requests(queue, PaperWork(work.folder, ignore_missing=True), retry=True)
     assert states(queue) == {1: "failed", 2: "completed", 3: "completed"}
@@ -255,6 +255,24 @@ def test_a_checkpoint_that_was_changed_is_refused_and_found(queue, work):
     add(queue, 3, "row-3")
     with pytest.raises(CheckpointError, match="the checkpoint of runs/0002 is the model .*; expected"):
         run_requests(queue, work)
+
+
+def test_the_next_batch_reads_the_checkpoint_in_the_form_that_the_first_one_came_in(queue, work):
+    add(queue, 1, "row-1")
+    run_requests(queue, work)
+    written = Path(queue.location) / "runs" / "0001" / "model"
+    written.mkdir()
+    for names, read in (
+        ([], "model.safetensors"),
+        (["model.pt"], "model/model.pt"),
+        (["model.safetensors.index.json", "model-00001-of-00001.safetensors"], "model/model.safetensors.index.json"),
+        (["model.safetensors", "config.json"], "model.safetensors"),
+    ):
+        for name in names:
+            (written / name).write_text("")
+        assert queue.checkpoint("runs/0001") == f"{queue.location}/runs/0001/{read}"
+        for name in names:
+            (written / name).unlink()
 
 
 def test_a_lineage_or_an_answer_that_was_changed_is_found(queue, work):

@@ -35,14 +35,18 @@ def private_key(path):
     return path, public
 
 
+def forget(folder, run_dir):
+    settings = SMALL | {"record.key": str(folder / "secret"), "ascent.stop.targets": {"forget.accuracy": 0.0}}
+    settings |= {"forget_set.image_mode": "L"}
+    sets = {"retain": image_table(70, seed=1), "test": image_table(60, seed=2)}
+    unlearn(named("fc"), image_table(50), evaluation=sets, config=paper(settings), run_dir=run_dir)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("handover")
     (folder / "secret").write_bytes(SECRET + b"\n")
-    settings = SMALL | {"record.key": str(folder / "secret"), "ascent.stop.targets": {"forget.accuracy": 0.0}}
-    settings |= {"forget_set.image_mode": "L"}
-    sets = {"retain": image_table(70, seed=1), "test": image_table(60, seed=2)}
-    unlearn(named("fc"), image_table(50), evaluation=sets, config=paper(settings), run_dir=folder / "run")
+    forget(folder, folder / "run")
     return folder
 
 
@@ -62,6 +66,12 @@ def test_what_was_not_touched_verifies_in_another_place_too(run):
     assert {"record", "checkpoint", "table", "metrics", "report", "ids"} <= {each.part for each in findings}
     told = {each.part: each.told for each in findings if "described" in each.told}
     assert set(told) == {"checkpoint"}
+
+
+def test_a_run_that_was_killed_before_its_seal_has_one_when_it_is_called_again(run, finished):
+    (run / "manifest.sha256").unlink()
+    forget(finished, run)
+    assert not changed(verify_run(run))
 
 
 def flip_byte(path, at=-1):
