@@ -54,11 +54,11 @@ class JobWork:
     """
 
     def __init__(self, job: JobConfig, ignore_missing: bool = False) -> None:
-        if job.forget_set.size is not None:
-            raise ConfigError(
-                f"forget_set.size is {job.forget_set.size!r}; expected null, because the requests say which rows are "
-                "forgotten"
-            )
+        for name in ("size", "ids", "where"):
+            if (value := getattr(job.forget_set, name)) is not None:
+                raise ConfigError(
+                    f"forget_set.{name} is {value!r}; expected null, because the requests say which rows are forgotten"
+                )
         self.job, self.spec, self.ignore_missing = job, job.model.spec(), ignore_missing
         settings = job.config
         # A request names rows, so that there is nothing that `auto` would have to ask.
