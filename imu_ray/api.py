@@ -38,10 +38,12 @@ def unlearn(
 
     Args:
         model: a live module (not modified) or a ``ModelSpec``.
-        forget_set: path or URI of Parquet files, folder of images, ``pyarrow.Table`` or map-style torch Dataset.
+        forget_set: path or URI of Parquet files, folder of images, ``pyarrow.Table`` or map-style torch Dataset; all of
+            it, or the rows that ``forget_set.ids`` or ``forget_set.where`` name.
         task: kind of task.
-        evaluation: sets that are measured and never trained on; ``"test"`` (unseen samples) also serves the automatic
-            stop rule and membership inference.
+        evaluation: sets that are measured and never trained on, each given as a forget set is, or as a mapping with
+            that under ``path`` and ``forget_set`` settings of its own; ``"test"`` (unseen samples) also serves the
+            automatic stop rule and membership inference.
         recipe: named settings: ``auto``, ``samples``, ``classes`` or ``paper``; excludes ``config``.
         config: all settings.
         run_dir: directory of the artifacts; default ``runs/<time>-<id>``. An unfinished run of the same settings and

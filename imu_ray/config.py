@@ -19,7 +19,7 @@ Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class ForgetSetConfig(Section):
-    """How rows become samples; the same for the forget set and the evaluation sets."""
+    """Which rows to forget, and how rows become samples: of the evaluation sets too where they say nothing else."""
 
     prefix = "forget_set."
 
@@ -81,6 +81,11 @@ class ForgetSetConfig(Section):
     """mean per channel, subtracted after decoded images are scaled to [0, 1] (numbers are taken as they are)"""
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """standard deviation per channel, divided by after the mean"""
+
+    def described(self) -> dict[str, Any]:
+        """All settings as plain values; of ids that were listed their number alone."""
+        ids = self.ids if isinstance(self.ids, str | None) else f"{len(self.ids)} ids"
+        return {**self.to_dict(), "ids": ids}
 
     @property
     def pixels(self) -> tuple[int, ...] | None:

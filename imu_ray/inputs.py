@@ -15,8 +15,17 @@ import torch
 from torch import nn
 
 from imu_ray.audits import AUDITS
-from imu_ray.config import ResourcesConfig, UnlearnConfig
-from imu_ray.data import PartSource, Source, ViewSource, draw_rows, open_source, select_rows
+from imu_ray.config import ForgetSetConfig, ResourcesConfig, UnlearnConfig
+from imu_ray.data import (
+    Fields,
+    PartSource,
+    Source,
+    ViewSource,
+    draw_rows,
+    open_forget_set,
+    open_other_set,
+    own_settings,
+)
 from imu_ray.data.columns import LABEL
 from imu_ray.distributed import feature_job, metrics
 from imu_ray.distributed.feature_job import FeatureSet
@@ -79,9 +88,8 @@ class Inputs:
             raise ConfigError(
                 f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets"
             )
-        fields = TASKS[task].fields(config.forget_set)
-        unlabelled = {key: column for key, column in fields.items() if key != LABEL}
-        whole = select_rows(open_source(forget_set, config.forget_set, fields=fields), config.forget_set)
+        kind = TASKS[task]
+        whole = open_forget_set(forget_set, config.forget_set, kind.fields(config.forget_set))
         size = config.forget_set.chosen
         rows = draw_rows(whole.num_rows, size, config.forget_set.size_seed) if isinstance(size, int | float) else None
         # Classes are told from the labels, which are known after the features.
@@ -92,12 +100,12 @@ class Inputs:
                     f"an evaluation set is named {name!r}; expected another text; results of the forget set have those "
                     "names"
                 )
-            read = unlabelled if name in TASKS[task].retrieval_sets else fields
-            sources[name] = open_source(source, config.forget_set, f"evaluation set {name!r}", read)
+            fields = without_label(kind.fields) if name in kind.retrieval_sets else kind.fields
+            sources[name] = open_other_set(name, source, config.forget_set, fields)
         # What travels is on the CPU and in eval mode; the caller's model stays as it is.
         built = skeleton or to_eval(plain_copy(model.build() if isinstance(model, ModelSpec) else model))
         named_head = model.head if isinstance(model, ModelSpec) else None
-        chosen = TASKS[task].for_model(built, sources, config.forget_set, named_head)
+        chosen = kind.for_model(built, sources, config.forget_set, named_head)
         for source in sources.values():
             source.check(chosen.num_classes)
         origin = model.describe() if isinstance(model, ModelSpec) else {}
@@ -178,7 +186,9 @@ class Inputs:
             made = feature_job.extract(source, self.part, model, config, f"features of {name}")
             if not made.rows:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
-            features[name], described[name] = made, describe_samples(source, made.reports)
+            own = {} if name in ("forget", FORGET_VIEWS) else own_settings(source, config.forget_set)
+            features[name] = made
+            described[name] = describe_samples(source, made.reports).model_copy(update={"settings": own})
             size = described[name].feature_bytes
             metrics.gauge("feature_bytes", size, f"features of {name}")
             metrics.flush()
@@ -255,11 +265,20 @@ class Inputs:
 
     def digests(self) -> dict[str, str]:
         """Digests of the samples, by which a run that goes on knows that they are the same."""
-        evaluation = {name: part.fingerprint for name, part in self.described.items() if name != "forget"}
+        evaluation = {
+            name: [part.fingerprint, part.settings] if part.settings else part.fingerprint
+            for name, part in self.described.items()
+            if name != "forget"
+        }
         return {
             "forget set": self.described["forget"].fingerprint,
             "set of evaluation sets": hashlib.sha256(json.dumps(evaluation).encode()).hexdigest(),
         }
+
+
+def without_label(fields: Callable[[ForgetSetConfig], Fields]) -> Callable[[ForgetSetConfig], Fields]:
+    """The same fields of a set whose labels are not read."""
+    return lambda config: {key: column for key, column in fields(config).items() if key != LABEL}
 
 
 def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConfig) -> Part:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from imu_ray.config import RECIPES, EnsembleConfig, ForgetSetConfig, SweepConfig, UnlearnConfig, recipe_settings
 from imu_ray.errors import ConfigError
 from imu_ray.models.spec import ModelSpec
-from imu_ray.section import Section, merge, nest
+from imu_ray.section import Section, flatten, merge, nest
 
 
 class ModelSection(Section):
@@ -66,8 +66,9 @@ class JobConfig(UnlearnConfig):
     model: ModelSection
     original: OriginalSection | None = None
     forget_set: ForgetSetSection
-    evaluation: dict[str, str] = Field({})
-    """path or URI per evaluation set, by name; measured, never trained on"""
+    evaluation: dict[str, str | dict[str, Any]] = Field({})
+    """path or URI per evaluation set, by name; measured, never trained on. Of a set that is read in another way, a
+    mapping: its `path`, and settings of `forget_set` that are its own: `test: {path: /data/test, image_column: png}`"""
     run_dir: str = Field(default_factory=_new_run_dir)
     """directory or URI of the results; default `runs/<time>-<id>`"""
     task: str = "classification"
@@ -80,10 +81,13 @@ class JobConfig(UnlearnConfig):
     @field_validator("evaluation", mode="before")
     @classmethod
     def _is_path_per_name(cls, value: Any) -> Any:
-        paths = value if isinstance(value, Mapping) else {"": None}
-        if any("." in f"{name}" or not isinstance(path, str) for name, path in paths.items()):
-            raise ValueError("a path per name, such as {test: /data/test.parquet}")
-        return value
+        flat = flatten(value) if isinstance(value, Mapping) else {"": None}
+        has_own = {key.partition(".")[0] for key in flat if "." in key}
+        sets = nest({f"{key}.path" if key in has_own else key: given for key, given in flat.items()})
+        paths = (given.get("path") if isinstance(given, Mapping) else given for given in sets.values())
+        if not all(isinstance(path, str) for path in paths):
+            raise ValueError("a path per name, such as {test: /data/test.parquet}, or a mapping with a path in it")
+        return sets
 
     @classmethod
     def load(cls, path: str | Path, assignments: Sequence[str] = ()) -> "JobConfig":

@@ -88,7 +88,7 @@ def test_the_recipe_comes_before_the_other_settings_of_a_job(job_file):
         ("recipe=null", "recipe is None; expected one of"),
         ("run_dir=5", "run_dir is 5; expected text"),
         ("evaluation=/x", "evaluation is '/x'; expected a path per name"),
-        ("evaluation.test.path=/x", "evaluation is .* expected a path per name"),
+        ("evaluation.other.image_column=/x", "evaluation is .* expected a path per name"),
         ("original=/x", "original is '/x'; expected a mapping of settings such as original.factory"),
         ("sweep.sample=2", "did you mean sweep.samples"),
         ("sweep.samples=0", "sweep.samples is 0; expected a whole number >= 1"),

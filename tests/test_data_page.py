@@ -38,6 +38,8 @@ def write_files(folder):
     whole = pq.read_table(write_digits(folder / "all_digits.parquet", np.arange(int(few[-1]) + 1)))
     sites = pa.array(["x" if row % 7 == 0 else "y" for row in range(len(whole))])
     pq.write_table(whole.append_column("site", sites), folder / "all_digits.parquet", row_group_size=16)
+    other = whole.rename_columns({"id": "name", "image": "png"})
+    pq.write_table(other, folder / "other.parquet")
     ids = [f"digit-{row:04d}" for row in few[::-1]]
     (folder / "deletions.csv").write_text("\n".join(["id", *ids]))
 
@@ -50,3 +52,7 @@ def test_named_rows_have_the_scores_of_a_file_with_them_alone(page):
 def test_a_condition_takes_the_rows_that_meet_it(page):
     ids = [sample_id for sample_id in page["scores"]["sample_id"].to_pylist() if int(sample_id[6:]) % 7]
     assert page["asked"]["sample_id"].to_pylist() == ids
+
+
+def test_a_set_of_other_columns_is_measured_as_the_same_rows(page):
+    assert page["figures"]["test"] == page["figures"]["retain"] == page["figures"]["forget"]

@@ -24,7 +24,7 @@ from imu_ray.influence.intensity import Column
 from imu_ray.influence.scores import sample_losses
 from imu_ray.models.layers import evaluation_mode, forward_errors, logits_of
 from imu_ray.scopes.layers import Layers
-from imu_ray.tasks.base import Task, UnusableError, rows_at_once
+from imu_ray.tasks.base import Task, UnusableError, reader_of, rows_at_once
 from imu_ray.tasks.causal_lm import PARAPHRASED, PERTURBED, CausalLMTask
 from imu_ray.tasks.sequence import PADDING, Ids
 
@@ -192,7 +192,7 @@ class Answering:
     @property
     def task(self) -> CausalLMTask:
         """What reads the rows."""
-        return cast(CausalLMTask, self.part.task)
+        return cast(CausalLMTask, reader_of(self.part.task, self.source))
 
     @functools.cached_property
     def model(self) -> nn.Module:

@@ -107,7 +107,7 @@ class Evidence:
         found._take_recovery(metrics)
         views = after.get("forget_fresh_views")
         if views is None:
-            found.missing.append("fresh views of the rows (audit.views)")
+            found.missing.append("fresh views of the rows")
         else:
             found._compare("fresh views", views, after["forget"]["accuracy"], "the rows themselves")
         if "retrained" not in metrics:

@@ -1,66 +1,16 @@
 """Where samples come from, as blocks of rows: Parquet, JSON lines, folders of images, torch Datasets, Arrow tables."""
 
-from pathlib import Path
-from typing import Any
-
-from imu_ray.config import ForgetSetConfig
-from imu_ray.data.dataset import DatasetSource
-from imu_ray.data.folder import FolderSource
 from imu_ray.data.id_files import read_ids
-from imu_ray.data.jsonl import JsonLinesSource
-from imu_ray.data.location import Location
-from imu_ray.data.market import MarketSource, persons_of
-from imu_ray.data.parquet import ParquetSource
+from imu_ray.data.market import persons_of
+from imu_ray.data.opening import SOURCES, open_source
 from imu_ray.data.part import PartSource, draw_rows
 from imu_ray.data.selection import SelectedSource, find_rows, select_rows
+from imu_ray.data.sets import open_forget_set, open_other_set, own_settings
 from imu_ray.data.source import Fields, Rows, Shard, Source, View
-from imu_ray.data.table import TableSource
 from imu_ray.data.views import ViewSource
-from imu_ray.errors import ForgetSetError
 
 __all__ = [
     "SOURCES", "Fields", "PartSource", "Rows", "SelectedSource", "Shard", "Source", "View", "ViewSource", "draw_rows",
-    "find_rows", "open_source", "persons_of", "read_ids", "select_rows",
+    "find_rows", "open_forget_set", "open_other_set", "open_source", "own_settings", "persons_of", "read_ids",
+    "select_rows",
 ]  # fmt: skip
-
-# Every kind of source; the one that takes what was given reads it.
-SOURCES: tuple[type[Source], ...] = (
-    TableSource,
-    DatasetSource,
-    ParquetSource,
-    JsonLinesSource,
-    FolderSource,
-    MarketSource,
-)
-
-
-def open_source(given: Any, config: ForgetSetConfig, role: str = "forget set", fields: Fields | None = None) -> Source:
-    """A ``Source`` from a path or URI (Parquet or JSON lines, a file or a folder; folder of images), table or Dataset.
-
-    ``fields`` are those that the task reads; None: an image and its label.
-
-    Raises:
-        ForgetSetError: nothing is there, it is empty, a column is missing or the kind is not known.
-    """
-    source = given if isinstance(given, Source) else _open(given, config, role, fields)
-    if not source.num_rows:
-        raise ForgetSetError(f"the {role} {source.name} is empty; expected at least one sample")
-    return source
-
-
-def _open(given: Any, config: ForgetSetConfig, role: str, fields: Fields | None) -> Source:
-    place = Location.open(str(given), role) if isinstance(given, str | Path) else None
-    kinds = [kind for kind in SOURCES if kind.takes(place or given)]
-    if len(kinds) == 1:
-        return kinds[0](place or given, config, fields)
-    if place is None:
-        raise ForgetSetError(
-            f"the {role} is a {type(given).__name__}; expected a path, a pyarrow.Table or a torch Dataset"
-        )
-    found = (
-        f"files of several kinds ({', '.join(kind.__name__ for kind in kinds)})" if kinds else "no file that is read"
-    )
-    raise ForgetSetError(
-        f"the {role} {given} holds {found}; expected Parquet files, JSON lines (.jsonl), or (on a local or mounted "
-        "path) images in one folder per class; put each kind in a folder of its own"
-    )

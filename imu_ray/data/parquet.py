@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -218,6 +217,8 @@ def _may_hold(file: pq.ParquetFile, group: int, column: str, asked: IdList) -> b
 
 def _may_meet(path: str, filesystem: fs.FileSystem, file: pq.ParquetFile, query: Query) -> set[int]:
     """Row groups in which a row may meet a condition."""
+    import pyarrow.dataset as ds  # here, because it imports pandas, which every worker would load
+
     fragment = ds.ParquetFileFormat().make_fragment(path, filesystem=filesystem)
     try:
         chosen = fragment.subset(query.expression, schema=file.schema_arrow)

@@ -26,7 +26,7 @@ class PartSource(Source):
 
     def __init__(self, source: Source, rows: npt.NDArray[np.int64]) -> None:
         self.source, self.rows, self.name, self.num_rows = source, rows, source.name, len(rows)
-        self.selection = source.selection
+        self.selection, self.row_settings = source.selection, source.row_settings
 
     @property
     def rows_given(self) -> int:

@@ -28,6 +28,7 @@ class SelectedSource(Source):
     def __init__(self, source: Source, rows: npt.NDArray[np.int64], selection: SelectionRecord) -> None:
         self.source, self.rows = source.narrow(rows)
         self.name, self.num_rows, self.selection = source.name, len(rows), selection
+        self.row_settings = source.row_settings
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of those."""

@@ -149,6 +149,7 @@ class Source(ABC):
     name: str
     num_rows: int
     selection: SelectionRecord | None = None  # what was asked for and found, where rows were named
+    row_settings: ForgetSetConfig | None = None  # by which rows are decoded; set where a source is opened
     is_numbered: bool = False  # whether a row's id is its number
 
     @abstractmethod

@@ -24,6 +24,7 @@ class ViewSource(Source):
     def __init__(self, source: Source, views: int, transform: str, seed: int) -> None:
         self.source, self.views, self.transform, self.seed = source, views, transform, seed
         self.name, self.num_rows = f"views of {source.name}", views * source.num_rows
+        self.row_settings = source.row_settings
 
     @property
     def rows_given(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from imu_ray.api import unlearn
 from imu_ray.audits.margins import file_name, model_table
 from imu_ray.config import EnsembleConfig, UnlearnConfig
-from imu_ray.data import PartSource, Source, open_source
+from imu_ray.data import PartSource, Source, open_forget_set, open_other_set
 from imu_ray.data.columns import image_fields
 from imu_ray.distributed.model_job import make_models
 from imu_ray.distributed.session import ray_session
@@ -32,7 +32,7 @@ from imu_ray.models.layers import evaluation_mode, logits_of
 from imu_ray.models.spec import ModelSpec, import_path
 from imu_ray.run.directory import RunDirectory
 from imu_ray.section import nest
-from imu_ray.tasks.base import Batch
+from imu_ray.tasks.base import Batch, reader_of
 from imu_ray.tasks.classification import ClassificationTask
 
 RECORD, ROWS = "ensemble.json", 256
@@ -121,7 +121,8 @@ class Ensemble:
     def batches(self, source: Source) -> list[Batch]:
         """The samples of a source, decoded."""
         starts = range(0, source.num_rows, ROWS)
-        return [self.task.collate(source.read(start, min(start + ROWS, source.num_rows))) for start in starts]
+        task = reader_of(self.task, source)
+        return [task.collate(source.read(start, min(start + ROWS, source.num_rows))) for start in starts]
 
     @functools.cached_property
     def points(self) -> dict[str, Source]:
@@ -262,11 +263,10 @@ def _open(
             import_path(f"ensemble.methods.{name}.call", str(own["call"]))
         else:
             method_config(config, {key: value for key, value in own.items() if key != "needs"})
-    fields = image_fields(config.forget_set)
-    whole = {
-        name: open_source(given, config.forget_set, name, fields)
-        for name, given in (("forget", forget_set), ("retain", evaluation["retain"]), ("test", evaluation["test"]))
-    }
+    rows = config.forget_set
+    whole = {name: open_other_set(name, evaluation[name], rows, image_fields) for name in ("retain", "test")}
+    whole = {"forget": open_forget_set(forget_set, rows, image_fields(rows)), **whole}
+    config = config.with_overrides({"forget_set": {"ids": None, "where": None}})  # they are chosen
     half = whole["test"].num_rows // 2
     parts = {"unseen": np.arange(half), "test": np.arange(half, whole["test"].num_rows)}
     sources = {**whole, **{name: PartSource(whole["test"], rows) for name, rows in parts.items()}}

@@ -54,7 +54,10 @@ class SelectionRecord(Part):
 
 
 class SamplesRecord(Part):
-    """A sample set: rows given, read and used, and a fingerprint of their content; never the content itself."""
+    """A sample set: rows given, read and used, and a fingerprint of their content; never the content itself.
+
+    ``settings`` are those of an evaluation set that differ from ``forget_set``.
+    """
 
     name: str
     rows_given: int
@@ -67,6 +70,7 @@ class SamplesRecord(Part):
     feature_bytes: int
     label_counts: dict[int, int] | None = None
     selection: SelectionRecord | None = None
+    settings: dict[str, Any] = {}
 
 
 class CurvatureRecord(Part):
@@ -156,7 +160,7 @@ class RunRecord(Part):
         return cls(
             stage=stage,
             created=now(),
-            config=_without_ids(config),
+            config={**config.to_dict(), "forget_set": config.forget_set.described()},
             config_identity=config.identity(),
             limits=config.ascent.stop.limits,
             seed=config.seed,
@@ -190,14 +194,6 @@ class RunRecord(Part):
     def to_json(self) -> dict[str, Any]:
         """Plain values, as ``manifest.json`` holds them."""
         return self.model_dump(mode="json")
-
-
-def _without_ids(config: UnlearnConfig) -> dict[str, Any]:
-    """All settings; of ids that were listed their number alone."""
-    settings = config.to_dict()
-    if not isinstance(ids := settings["forget_set"]["ids"], str | None):
-        settings["forget_set"]["ids"] = f"{len(ids)} ids"
-    return settings
 
 
 def now() -> str:

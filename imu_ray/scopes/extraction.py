@@ -22,7 +22,7 @@ from imu_ray.errors import NonFiniteError, StageFailedError, UnsupportedModelErr
 from imu_ray.models.layers import evaluation_mode, forward_errors
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard, ShardReport, first_of
-from imu_ray.tasks.base import BadRow, Batch, Outputs, Task
+from imu_ray.tasks.base import BadRow, Batch, Outputs, Task, reader_of
 
 READER = ThreadPoolExecutor(1, "read")  # one thread in each process: a caller's Dataset need not be safe in several
 
@@ -66,7 +66,7 @@ def extract_features(
     labels, ids, digests, places = [], [], b"", []
     bad: list[BadRow] = []
     seconds = 0.0
-    task = part.task
+    task = reader_of(part.task, source)
 
     def forward(batch: Batch) -> Outputs:
         with (

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source
@@ -93,6 +94,10 @@ class Task(Protocol):
         """The task of a model, from a trial with the first usable row of ``forget``; refused where they do not fit."""
         ...
 
+    def reading(self, config: ForgetSetConfig) -> Self:
+        """The same task, which decodes the rows of a set by its settings."""
+        ...
+
     @property
     def head(self) -> str:
         """Name of the layer whose input is cached where the head moves alone; empty where there is none."""
@@ -135,6 +140,14 @@ class Task(Protocol):
         Float64; of outputs at many positions in their type, float32 at least.
         """
         ...
+
+
+T = TypeVar("T", bound=Task)
+
+
+def reader_of(task: T, source: Source) -> T:
+    """The task as it reads a source."""
+    return task if source.row_settings is None else task.reading(source.row_settings)
 
 
 def rows_at_once(rows: int, task: Task) -> int:

@@ -3,13 +3,14 @@
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source, View
@@ -57,12 +58,9 @@ class ClassificationTask:
     ) -> "ClassificationTask":
         """Find the model's head with the first usable row of ``forget``."""
         samples = sources["forget"]
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and math.prod(config.pixels or ()) > limit:
-            raise ConfigError(
-                f"forget_set.image_size is {config.image_size}; expected at most {math.isqrt(limit)} square, Pillow's "
-                "limit for an image"
-            )
+        settings = [config, *(source.row_settings for source in sources.values() if source.row_settings is not None)]
+        for each in settings:
+            _check_size(each)
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         task = cls(config.with_overrides({"on_bad_row": "skip"}), dtype=parameter.dtype)
         for row in range(samples.num_rows):
@@ -76,12 +74,17 @@ class ClassificationTask:
             )
         ending = find_ending(model, batch.inputs.to(parameter.device), head)
         name, outputs = ending.layer if ending.linear else "", ending.classes
-        if config.classes is not None and (len(config.classes) != outputs or len(set(config.classes)) != outputs):
-            raise ConfigError(
-                f"forget_set.classes lists {len(config.classes)} names ({len(set(config.classes))} different) for a "
-                f"model with {outputs} outputs; expected every class once, in the order of the outputs"
-            )
+        for classes in (each.classes for each in settings if each.classes is not None):
+            if len(classes) != outputs or len(set(classes)) != outputs:
+                raise ConfigError(
+                    f"forget_set.classes lists {len(classes)} names ({len(set(classes))} different) for a model with "
+                    f"{outputs} outputs; expected every class once, in the order of the outputs"
+                )
         return cls(config, name, outputs, parameter.dtype, tuple(batch.inputs.shape[1:]))
+
+    def reading(self, config: ForgetSetConfig) -> Self:
+        """The same task under other settings of the rows."""
+        return replace(self, config=config)
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -241,3 +244,12 @@ class ClassificationTask:
                 "expected a row for each"
             )
         return Outputs(logits, batch.labels_B, features)
+
+
+def _check_size(config: ForgetSetConfig) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and math.prod(config.pixels or ()) > limit:
+        raise ConfigError(
+            f"forget_set.image_size is {config.image_size}; expected at most {math.isqrt(limit)} square, Pillow's "
+            "limit for an image"
+        )

@@ -20,7 +20,7 @@ from imu_ray.errors import ConfigError, ForgetSetError, UnsupportedModelError
 from imu_ray.influence.gradients import IGNORE, output_gradient, shares
 from imu_ray.influence.scores import sample_losses
 from imu_ray.models.layers import evaluation_mode, forward_errors, logits_of
-from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs, UnusableError, leave_out
+from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs, UnusableError, leave_out, reader_of
 
 PADDING = 0  # a token behind the last label changes nothing, whichever it is
 READ = 1024  # rows that are read at once for their lengths
@@ -59,7 +59,7 @@ class SequenceTask:
         if head:
             raise ConfigError(f"model.head is {head!r}, which sequences do not use; expected none; leave it out")
         reader = cls.reader(model, config)
-        length = config.max_length or max(reader._longest(source) for source in sources.values())
+        length = config.max_length or max(reader_of(reader, source)._longest(source) for source in sources.values())
         inputs = reader._first(sources["forget"], length)
         with evaluation_mode(model), forward_errors(model, inputs, UnsupportedModelError):
             logits = logits_of(model(inputs))
@@ -74,6 +74,10 @@ class SequenceTask:
     def reader(cls, model: nn.Module, config: ForgetSetConfig) -> Self:
         """The task as far as it reads rows."""
         return cls(config)
+
+    def reading(self, config: ForgetSetConfig) -> Self:
+        """The same task under other settings of the rows."""
+        return replace(self, config=config)
 
     def _longest(self, source: Source) -> int:
         """Tokens of the longest usable row; 2 where there is none."""

@@ -299,7 +299,7 @@ def test_a_registered_kind_of_source_is_opened(monkeypatch):
         def read(self, start, stop):
             return Rows(list(map(str, range(start, stop))), np.zeros(stop - start, np.int64), [None] * (stop - start))
 
-    monkeypatch.setattr("imu_ray.data.SOURCES", (*SOURCES, Numbers))
+    monkeypatch.setattr("imu_ray.data.opening.SOURCES", (*SOURCES, Numbers))
     assert open_source(7, CONFIG).read(2, 4).ids == ["2", "3"]
     assert open_source(image_table(3), CONFIG).name == "the table"
 
