@@ -161,6 +161,22 @@ def test_a_model_that_fails_each_time_is_left_out_and_named(sets, tmp_path):
         run(sets, tmp_path / "few", models=2, methods={}, fault="always")
 
 
+def break_off(model, forget, retain, unseen, seed, first=1):
+    if seed >= first:
+        raise RuntimeError("not this one")
+    return model
+
+
+def test_a_method_that_fails_on_a_model_leaves_the_other_methods_alone(sets, tmp_path):
+    broken = {"call": "test_ensemble:break_off"}
+    methods = {"broken": broken, "no model left": {**broken, "first": 0}, "nothing": METHODS["nothing at all"]}
+    result = run(sets, tmp_path / "run", methods=methods)
+    found = {row["method"]: row["models"] for row in result.table[2:]}
+    assert found == {"broken": 1, "no model left": 0, "nothing": 2}
+    assert set(result.failed) == {f"{base} {seed}" for base in ("original", "retrained") for seed in range(2)}
+    assert "broken failed: RuntimeError: not this one" in result.failed["original 1"]
+
+
 def test_wrong_inputs_are_refused_before_a_model_is_trained(sets, tmp_path):
     for changed, message in (
         ({"evaluation": {"retain": sets["retain"]}}, "evaluation lacks test"),

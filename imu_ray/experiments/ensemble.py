@@ -85,13 +85,19 @@ class Ensemble:
             self.measure(run, "", base, seed, built, {"seconds": time.monotonic() - started, "status": "trained"})
         elif not self.is_done(run, "", base, seed):
             self.measure(run, "", base, seed, built, {"status": "trained"})
-        kind = BASES[base]
+        kind, failed = BASES[base], list[str]()
         for name in self.methods if base == "original" or self.control else ():
-            if not self.is_done(run, name, kind, seed):
-                torch.manual_seed(seed)
-                started = time.monotonic()
+            if self.is_done(run, name, kind, seed):
+                continue
+            torch.manual_seed(seed)
+            started = time.monotonic()
+            try:
                 changed, status = self.run_method(name, built, seed)
                 self.measure(run, name, kind, seed, changed, {"seconds": time.monotonic() - started, "status": status})
+            except Exception as error:  # the other methods are run all the same
+                failed.append(f"{name} failed: {type(error).__name__}: {error}")
+        if failed:
+            raise StageFailedError("; ".join(failed))
 
     def run_method(self, name: str, model: nn.Module, seed: int) -> tuple[nn.Module, str]:
         """The model that a method makes, and how it ended."""

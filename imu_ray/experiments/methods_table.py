@@ -45,10 +45,15 @@ def method_rows(run: RunDirectory, methods: Mapping[str, Mapping[str, Any]]) -> 
         _row(NOTHING, made, {seed: _read(run, "", "original", seed) for seed in made.seeds["original"]}, retrained, {}),
         _row(RETRAIN, made, retrained, retrained, {"needs": "retain"}),
     ]
+    files = run.storage.files()
     for name, own in methods.items():
-        whole = made.join(Margins.read(below(run.location, margins_folder(name))))
+        folder, needs = margins_folder(name), {"needs": own.get("needs", "forget")}
+        if not any(file.startswith(f"{folder}/") for file in files):
+            rows.append(_row(name, made, {}, retrained, needs))
+            continue
+        whole = made.join(Margins.read(below(run.location, folder)))
         figures = {seed: _read(run, name, "unlearned", seed) for seed in whole.seeds.get("unlearned", ())}
-        row = _row(name, whole, figures, retrained, {"needs": own.get("needs", "forget")})
+        row = _row(name, whole, figures, retrained, needs)
         row["audits"] = {audit: function(whole) for audit, function in POPULATION.items()}
         rows.append(row)
     _share_controls(rows)
@@ -93,7 +98,7 @@ def _share_controls(rows: list[dict[str, Any]]) -> None:
         offline = audited["rmia"].get("offline", {})
         row["rmia"] = offline.get("retrained" if side == "oracle" else side, {}).get("auc")
     rows[0]["ulira"] = audited["ulira"].get("do_nothing", {})
-    for row in rows[2:]:
+    for row in (row for row in rows[2:] if "audits" in row):
         floor = row["audits"]["klom"].get("floor", {})
         row["klom"] = {name: found["unlearned"] for name, found in floor.get("sets", {}).items()}
         row["rmia"] = row["audits"]["rmia"].get("offline", {}).get("unlearned", {}).get("auc")

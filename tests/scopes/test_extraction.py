@@ -170,6 +170,9 @@ class Decoding:
         self.task, self.decoded, self.forwarded = task, [], []
         self.head = task.head
 
+    def reading(self, settings):
+        return self
+
     def collate(self, rows):
         self.decoded.append((rows.ids[0], threading.get_ident()))
         return self.task.collate(rows)
