@@ -21,7 +21,7 @@ from imu_ray.models.copies import unusable
 from imu_ray.models.head import find_ending, head_layers, head_sizes
 from imu_ray.models.layers import logits_of
 from imu_ray.tasks.base import Batch, Metric, Outputs, UnusableError, leave_out
-from imu_ray.tasks.images import decode_image, image_of, pixels_of
+from imu_ray.tasks.images import ARRAY, decode_array, decode_image, image_of, pixels_of
 from imu_ray.tasks.preprocessing import check_alone, prepare
 from imu_ray.tasks.transforms import augment
 
@@ -173,6 +173,8 @@ class ClassificationTask:
         """An image as pixels in [0, 1], or an array, as it is given."""
         if value is None:
             raise UnusableError("the input is missing")
+        if isinstance(value, bytes) and value.startswith(ARRAY):
+            value = decode_array(value)
         if isinstance(value, bytes | Image.Image):
             value = self._pixels(value)
         try:

@@ -1,13 +1,17 @@
 """Images: decoded, and as numbers."""
 
 import io
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from imu_ray.tasks.base import UnusableError
+
+ARRAY = b"\x93NUMPY"  # what a file of numpy.save begins with
 
 
 def decode_image(image: bytes | Image.Image, mode: str) -> Image.Image:
@@ -26,6 +30,15 @@ def decode_image(image: bytes | Image.Image, mode: str) -> Image.Image:
         raise
     except Exception as error:  # a decoder raises anything
         raise UnusableError(f"the image does not decode ({type(error).__name__})") from None
+
+
+def decode_array(content: bytes) -> npt.NDArray[Any]:
+    """An array that ``numpy.save`` wrote; ``UnusableError`` where it is none, or needs pickle."""
+    try:
+        found: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:
+        raise UnusableError(f"the array does not decode ({type(error).__name__})") from None
+    return found
 
 
 def pixels_of(image: Image.Image, dtype: torch.dtype) -> Tensor:
