@@ -77,6 +77,10 @@ class ForgetSetConfig(Section):
     """decode images as colour or as grey"""
     image_size: Pixels | Annotated[tuple[Pixels, ...], Field(min_length=2, max_length=2)] | None = None
     """resize images to this many pixels square, or to height and width (`[256, 128]`); null: leave as stored"""
+    transform: str | None = None
+    """what makes an input of a decoded image, in place of `image_size`, `mean` and `std`: `torchvision:WEIGHTS`, as
+    `torchvision:ResNet50_Weights.DEFAULT`; `timm:NAME`; `hf:FOLDER`, a folder with an image processor; `model`, the
+    model's own of these; or `package.module:callable`, of a PIL image, importing which runs code"""
     mean: tuple[float, ...] | None = None
     """mean per channel, subtracted after decoded images are scaled to [0, 1] (numbers are taken as they are)"""
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None

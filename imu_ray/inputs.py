@@ -46,6 +46,7 @@ from imu_ray.scopes.head import Head
 from imu_ray.scopes.layers import Layers
 from imu_ray.tasks import TASKS
 from imu_ray.tasks.base import Batch, Task, rows_at_once
+from imu_ray.tasks.preprocessing import named_for
 
 EXAMPLES = 8  # rows that a model is traced with
 
@@ -104,8 +105,12 @@ class Inputs:
             sources[name] = open_other_set(name, source, config.forget_set, fields)
         # What travels is on the CPU and in eval mode; the caller's model stays as it is.
         built = skeleton or to_eval(plain_copy(model.build() if isinstance(model, ModelSpec) else model))
+        spec = model if isinstance(model, ModelSpec) else None
+        for source in sources.values():
+            source.row_settings = named_for(source.row_settings or config.forget_set, spec, built)
         named_head = model.head if isinstance(model, ModelSpec) else None
-        chosen = kind.for_model(built, sources, config.forget_set, named_head)
+        rows_as = named_for(config.forget_set, spec, built)
+        chosen = kind.for_model(built, sources, rows_as, named_head)
         for source in sources.values():
             source.check(chosen.num_classes)
         origin = model.describe() if isinstance(model, ModelSpec) else {}
@@ -186,7 +191,9 @@ class Inputs:
             made = feature_job.extract(source, self.part, model, config, f"features of {name}")
             if not made.rows:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
-            own = {} if name in ("forget", FORGET_VIEWS) else own_settings(source, config.forget_set)
+            own = own_settings(source, config.forget_set)
+            if name in ("forget", FORGET_VIEWS):
+                own = {key: value for key, value in own.items() if key == "transform"}  # the model's own, by its name
             features[name] = made
             described[name] = describe_samples(source, made.reports).model_copy(update={"settings": own})
             size = described[name].feature_bytes

@@ -70,3 +70,28 @@ def nudge(pixels):
     """A view of an image: moved by at most one pixel."""
     down, right = (int(torch.randint(-1, 2, ())) for _ in range(2))
     return pixels.roll((down, right), (1, 2))
+
+
+# Preprocessings of an image, by import path.
+def halved(image):
+    """Half the pixels, in float64."""
+    return torch.from_numpy(np.array(image, dtype=np.float64)).unsqueeze(0) / 510
+
+
+def drawn(image):
+    return halved(image) + torch.rand(())
+
+
+def raising(image):
+    raise ValueError("Jane Doe")
+
+
+def words(image):
+    return "Jane Doe"
+
+
+def whole_numbers(image):
+    return torch.from_numpy(np.array(image))
+
+
+LIST = [1, 2]

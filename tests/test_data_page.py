@@ -1,8 +1,12 @@
 """docs/data.md: every example runs, and gives the scores of the same digits."""
 
+import io
+import json
 import re
+import tarfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,7 +45,46 @@ def write_files(folder):
     other = whole.rename_columns({"id": "name", "image": "png"})
     pq.write_table(other, folder / "other.parquet")
     ids = [f"digit-{row:04d}" for row in few[::-1]]
+    rows = pq.read_table(folder / "digits.parquet").to_pylist()
+    write_elsewhere(folder, rows)
     (folder / "deletions.csv").write_text("\n".join(["id", *ids]))
+
+
+def write_elsewhere(folder, rows):
+    """The digits once more, in other forms."""
+    with tarfile.open(folder / "digits.tar", "w") as archive:
+        for row in rows:
+            for ending, content in (("png", row["image"]), ("cls", str(row["label"]).encode())):
+                member = tarfile.TarInfo(f"{row['id']}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    lines = []
+    for row in rows:
+        for place in (
+            folder / "images" / f"{row['id']}.png",
+            folder / "digits" / str(row["label"]) / f"{row['id']}.png",
+        ):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(row["image"])
+        lines.append(json.dumps({**row, "image": f"images/{row['id']}.png"}))
+    (folder / "digits.jsonl").write_text("\n".join(lines))
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "saved_digits")
+    nested = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
+    pq.write_table(pa.Table.from_pylist(nested), folder / "nested.parquet")
+
+
+@pytest.mark.parametrize("kind", ["tar", "lines", "saved", "dataset", "pandas", "polars", "bytes"])
+def test_the_same_digits_have_the_same_scores_whatever_they_are_read_from(kind, page):
+    assert page[f"of_{kind}"].equals(page["scores"])
+
+
+def test_pairs_are_numbered_and_a_folder_is_in_the_order_of_its_paths(page):
+    wanted = page["scores"]
+    assert page["of_pairs"].drop_columns("sample_id").equals(wanted.drop_columns("sample_id"))
+    order = sorted(range(30), key=lambda row: (wanted["label"][row].as_py(), wanted["sample_id"][row].as_py()))
+    found = page["of_folder"]
+    assert found["label"].to_pylist() == wanted["label"].take(order).to_pylist()
+    np.testing.assert_allclose(found["influence"], wanted["influence"].take(order), rtol=1e-4, atol=1e-6)
 
 
 def test_named_rows_have_the_scores_of_a_file_with_them_alone(page):
@@ -56,3 +99,7 @@ def test_a_condition_takes_the_rows_that_meet_it(page):
 
 def test_a_set_of_other_columns_is_measured_as_the_same_rows(page):
     assert page["figures"]["test"] == page["figures"]["retain"] == page["figures"]["forget"]
+
+
+def test_a_preprocessing_of_ones_own_gives_what_the_settings_give(page):
+    assert page["prepared"].equals(page["scores"])

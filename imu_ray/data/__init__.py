@@ -1,4 +1,4 @@
-"""Where samples come from, as blocks of rows: Parquet, JSON lines, folders of images, torch Datasets, Arrow tables."""
+"""Where samples come from, as blocks of rows: files and archives, folders, tables, Datasets of several libraries."""
 
 from imu_ray.data.id_files import read_ids
 from imu_ray.data.market import persons_of

@@ -1,7 +1,8 @@
 """Columns of a table as ids, labels and inputs; shared by tables in memory and Parquet files."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,17 @@ import pyarrow.compute as pc
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.ids import IdList
+from imu_ray.data.image_files import ImageFiles
 from imu_ray.data.source import Fields, Rows
 from imu_ray.errors import ForgetSetError
 
-ID, LABEL = "id", "label"
+ID, LABEL, IMAGE = "id", "label", "image"
 OPTIONAL = ("paraphrased_answer", "perturbed_answer")  # fields that a set may be without
 
 
 def image_fields(config: ForgetSetConfig) -> Fields:
     """What an image task reads."""
-    return {"image": config.image_column, LABEL: config.label_column}
+    return {IMAGE: config.image_column, LABEL: config.label_column}
 
 
 def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name: str) -> Fields:
@@ -29,36 +31,90 @@ def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name:
     columns = {key: column for key, column in fields.items() if key not in OPTIONAL or column in schema.names}
     columns |= {} if id_column is None else {ID: id_column}
     for key, column in columns.items():
-        if (count := schema.names.count(column)) != 1:
+        kind = type_of(schema, column)
+        if kind is None:
+            count = schema.names.count(column)
             raise ForgetSetError(
                 f"{name} has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {', '.join(schema.names)}; "
                 f"name the right one in forget_set.{key}_column"
             )
-        kind = schema.field(column).type
         if key in (ID, LABEL) and (pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)):
             expected = "expected one text or whole number in each row"
             raise ForgetSetError(f"column {column!r} of {name} holds {kind}; {expected}")
     return columns
 
 
+def type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """The type of a column, or of ``column.field`` in a column of structs; None where there is not just one."""
+    if schema.names.count(column) == 1:
+        return schema.field(column).type
+    outer, dot, inner = column.partition(".")
+    if not dot or column in schema.names or schema.names.count(outer) != 1:
+        return None
+    kind = schema.field(outer).type
+    return type_of(pa.schema(list(kind)), inner) if pa.types.is_struct(kind) else None
+
+
+def column_of(table: pa.Table, column: str) -> pa.ChunkedArray:
+    """A column, or ``column.field`` of a column of structs."""
+    if column in table.column_names:
+        return table[column]
+    outer, *inner = column.split(".")
+    return pc.struct_field(table[outer], inner)
+
+
+def outer_columns(schema: pa.Schema, columns: Iterable[str]) -> list[str]:
+    """The columns of a table that hold these, each once."""
+    return list(dict.fromkeys(one if one in schema.names else one.partition(".")[0] for one in columns))
+
+
 def rows_of(
-    table: pa.Table, columns: Fields, config: ForgetSetConfig, numbers: Sequence[int] | npt.NDArray[np.int64], name: str
+    table: pa.Table,
+    columns: Fields,
+    config: ForgetSetConfig,
+    numbers: Sequence[int] | npt.NDArray[np.int64],
+    name: str,
+    files: ImageFiles | None = None,
 ) -> Rows:
-    """Rows of a table, which have ``numbers``; a row whose label cannot be read is refused by name."""
-    ids = list(map(str, table[columns[ID]].to_pylist() if ID in columns else numbers))
-    labels = table[columns[LABEL]].to_pylist() if LABEL in columns else [0] * len(table)
+    """Rows of a table, which have ``numbers``; a row whose label cannot be read is refused by name.
+
+    Where there are ``files``, a text in place of an image is the path of one.
+    """
+    ids = list(map(str, column_of(table, columns[ID]).to_pylist() if ID in columns else numbers))
+    labels = column_of(table, columns[LABEL]).to_pylist() if LABEL in columns else [0] * len(table)
     cells = zip(ids, labels, strict=True)
     labels = [label_of(value, config, f"row {sample_id} of {name}") for sample_id, value in cells]
-    parts = {key: map(_input, _cells(table[column])) for key, column in columns.items() if key not in (ID, LABEL)}
+    parts: dict[str, Iterable[Any]] = {}
+    for key, column in columns.items():
+        if key not in (ID, LABEL):
+            cells_of = _cells(column_of(table, column))
+            parts[key] = map(_input, cells_of if files is None or key != IMAGE else map(files.of_cell, cells_of, ids))
     inputs = zip(*parts.values(), strict=True)
     found = [value[0] if len(parts) == 1 else dict(zip(parts, value, strict=True)) for value in inputs]
     return Rows(ids, np.array(labels, dtype=np.int64), found)
 
 
 def _cells(column: pa.ChunkedArray) -> list[Any]:
+    shape, kind = [], column.type
+    while pa.types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+    if shape and (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and not column.null_count:
+        found = [_stacked(chunk, shape) for chunk in column.chunks]
+        if all(part is not None for part in found):
+            return [row for part in found if part is not None for row in part]
     if isinstance(column.type, pa.FixedShapeTensorType):
         return [row for chunk in column.chunks for row in chunk.to_numpy_ndarray()]
     return list(column.to_pylist())
+
+
+def _stacked(lists: pa.Array, shape: list[int]) -> npt.NDArray[Any] | None:
+    """Lists of fixed sizes as one array ``[rows, *shape]``; None where a number is missing."""
+    rows = len(lists)
+    for _ in shape:
+        lists = lists.flatten()
+    complete = not lists.null_count and len(lists) == rows * math.prod(shape)
+    return lists.to_numpy(zero_copy_only=False).reshape(rows, *shape) if complete else None
 
 
 def _input(cell: Any) -> Any:
@@ -100,7 +156,7 @@ def label_of(value: Any, config: ForgetSetConfig, where: str) -> int:
 def check_keys(table: pa.Table, columns: Fields, config: ForgetSetConfig, num_classes: int, name: str) -> None:
     """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named."""
     if ID in columns:
-        ids = _plain(table[columns[ID]])
+        ids = _plain(column_of(table, columns[ID]))
         if ids.null_count:
             missing = f"{ids.null_count} rows of {name} have no {columns[ID]!r}"
             raise ForgetSetError(f"{missing}; expected a unique id in every row")
@@ -112,21 +168,19 @@ def check_keys(table: pa.Table, columns: Fields, config: ForgetSetConfig, num_cl
             )
     if LABEL not in columns:
         return
-    labels = _plain(table[columns[LABEL]])
+    labels = _plain(column_of(table, columns[LABEL]))
     for value in pc.unique(labels).to_pylist():
         label = label_of(value, config, f"a row of {name}")
         if not 0 <= label < num_classes:
             row = next(row for row, found in enumerate(labels) if found.as_py() == value)
-            sample_id = table[columns[ID]][row].as_py() if ID in columns else row
+            sample_id = column_of(table, columns[ID])[row].as_py() if ID in columns else row
             raise ForgetSetError(f"row {str(sample_id)!r} of {name} has label {label}; expected 0 to {num_classes - 1}")
 
 
 def find_cells(column: pa.ChunkedArray, asked: IdList) -> Iterator[tuple[str, int]]:
     """Ids of a column that were asked for, and where they stand in it."""
     column = _plain(column)
-    if not (
-        pa.types.is_integer(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    ):
+    if not (pa.types.is_integer(column.type) or is_text(column.type)):
         column = pa.chunked_array([pa.array(map(str, column.to_pylist()), pa.string())])
     texts = column.cast(pa.large_string())
     places = np.flatnonzero(pc.is_in(texts, value_set=pa.array(asked.ids, pa.large_string())).to_numpy())

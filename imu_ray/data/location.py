@@ -12,6 +12,7 @@ from imu_ray.errors import ForgetSetError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 PREVIEWS = "Thumbs.db"  # what Windows leaves in folders of images, those of Market-1501 among them
 
 

@@ -7,22 +7,29 @@ from typing import Any
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.dataset import DatasetSource
 from imu_ray.data.folder import FolderSource
+from imu_ray.data.frame import FrameSource, ListSource
+from imu_ray.data.hugging_face import HuggingFaceSource
 from imu_ray.data.jsonl import JsonLinesSource
 from imu_ray.data.location import Location
 from imu_ray.data.market import MarketSource
 from imu_ray.data.parquet import ParquetSource
 from imu_ray.data.source import Fields, Source
 from imu_ray.data.table import TableSource
+from imu_ray.data.tar import TarSource
 from imu_ray.errors import ForgetSetError
 
 # Every kind of source; the one that takes what was given reads it.
 SOURCES: tuple[type[Source], ...] = (
     TableSource,
+    FrameSource,
+    ListSource,
+    HuggingFaceSource,
     DatasetSource,
     ParquetSource,
     JsonLinesSource,
     FolderSource,
     MarketSource,
+    TarSource,
 )
 
 
@@ -48,12 +55,14 @@ def _open(given: Any, config: ForgetSetConfig, role: str, fields: Fields | None)
         return kinds[0](place or given, config, fields)
     if place is None:
         raise ForgetSetError(
-            f"the {role} is a {type(given).__name__}; expected a path, a pyarrow.Table or a torch Dataset"
+            f"the {role} is a {type(given).__name__}; expected a path, a pyarrow.Table, a DataFrame, "
+            "a torch Dataset, or a list of pairs"
         )
     found = (
         f"files of several kinds ({', '.join(kind.__name__ for kind in kinds)})" if kinds else "no file that is read"
     )
     raise ForgetSetError(
-        f"the {role} {given} holds {found}; expected Parquet files, JSON lines (.jsonl), or (on a local or mounted "
-        "path) images in one folder per class; put each kind in a folder of its own"
+        f"the {role} {given} holds {found}; expected Parquet files, JSON lines (.jsonl), tar archives, or (on a "
+        "local or mounted path) images in one folder per class, or a saved dataset of Hugging Face's; put each kind in "
+        "a folder of its own"
     )

@@ -15,15 +15,17 @@ from imu_ray.data.columns import (
     ID,
     LABEL,
     check_keys,
+    column_of,
     columns_of,
     find_cells,
     find_numbers,
     image_fields,
     is_text,
     rows_of,
+    type_of,
 )
 from imu_ray.data.ids import IdList
-from imu_ray.data.location import JSON_LINES, Location
+from imu_ray.data.location import JSON_LINES, TAR, Location
 from imu_ray.data.query import Query
 from imu_ray.data.source import Fields, Rows, Shard, Source, reading
 from imu_ray.errors import ForgetSetError
@@ -41,7 +43,7 @@ class ParquetSource(Source):
             with reading(path):
                 file = self._open(path)
             self.columns = columns_of(file.schema_arrow, config, fields or image_fields(config), path)
-            found = {column: file.schema_arrow.field(column).type for column in self.columns.values()}
+            found = {column: type_of(file.schema_arrow, column) for column in self.columns.values()}
             types = types or found
             if found != types:
                 raise ForgetSetError(
@@ -57,7 +59,7 @@ class ParquetSource(Source):
         """A file, or a folder that holds Parquet files."""
         if not isinstance(given, Location):
             return False
-        return bool(given.ending_in(".parquet")) or not (given.is_folder or given.ending_in(*JSON_LINES))
+        return bool(given.ending_in(".parquet")) or not (given.is_folder or given.ending_in(*JSON_LINES, *TAR))
 
     def _open(self, path: str) -> pq.ParquetFile:
         return pq.ParquetFile(path, filesystem=self.filesystem)
@@ -137,7 +139,7 @@ class ParquetSource(Source):
             with reading(path), self._open(path) as file:
                 for start, group in _groups(file):
                     if _may_hold(file, group, column, asked):
-                        cells = file.read_row_group(group, columns=[column])[column]
+                        cells = column_of(file.read_row_group(group, columns=[column]), column)
                         yield from ((one, first + start + place) for one, place in find_cells(cells, asked))
 
     def matching(self, where: str) -> npt.NDArray[np.int64]:
@@ -199,7 +201,7 @@ def _rows_of_file(file: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: li
 
 def _may_hold(file: pq.ParquetFile, group: int, column: str, asked: IdList) -> bool:
     """Whether a row group may have a row with one of the ids, by the least and the greatest of its column."""
-    kind = file.schema_arrow.field(column).type
+    kind = type_of(file.schema_arrow, column)
     if pa.types.is_integer(kind):
         values: Sequence[Any] = asked.numbers
     elif is_text(kind):

@@ -56,7 +56,8 @@ class SelectionRecord(Part):
 class SamplesRecord(Part):
     """A sample set: rows given, read and used, and a fingerprint of their content; never the content itself.
 
-    ``settings`` are those of an evaluation set that differ from ``forget_set``.
+    ``settings`` are those of an evaluation set that differ from ``forget_set``, and the name of a preprocessing that
+    was told from the model.
     """
 
     name: str

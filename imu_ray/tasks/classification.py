@@ -1,6 +1,5 @@
 """Image (or array) classification with cross-entropy."""
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,11 @@ from imu_ray.models.copies import unusable
 from imu_ray.models.head import find_ending, head_layers, head_sizes
 from imu_ray.models.layers import logits_of
 from imu_ray.tasks.base import Batch, Metric, Outputs, UnusableError, leave_out
+from imu_ray.tasks.images import ARRAY, decode_array, decode_image, image_of, pixels_of
+from imu_ray.tasks.preprocessing import check_alone, prepare
 from imu_ray.tasks.transforms import augment
+
+AGAIN = 4  # times that a preprocessing is run again, to find one that draws random numbers
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,25 @@ class ClassificationTask:
         settings = [config, *(source.row_settings for source in sources.values() if source.row_settings is not None)]
         for each in settings:
             _check_size(each)
+            check_alone(each)
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         task = cls(config.with_overrides({"on_bad_row": "skip"}), dtype=parameter.dtype)
         for row in range(samples.num_rows):
-            batch = task.collate(samples.read(row, row + 1))
+            first = samples.read(row, row + 1)
+            batch = task.collate(first)
             if batch.ids:
                 break
         else:
             raise ForgetSetError(
                 f"no row of {samples.name} can be used (the last: {batch.bad_rows[0].reason}); expected at least one "
                 "that decodes to finite numbers; see forget_set.image_column"
+            )
+        if config.transform is not None and any(
+            not torch.equal(task.collate(first).inputs, batch.inputs) for _ in range(AGAIN)
+        ):
+            raise ConfigError(
+                f"forget_set.transform {config.transform!r} gives another input for the same image when it is run "
+                "again; expected one without random numbers; augmentations are named in ascent.view_transform"
             )
         ending = find_ending(model, batch.inputs.to(parameter.device), head)
         name, outputs = ending.layer if ending.linear else "", ending.classes
@@ -116,15 +128,15 @@ class ClassificationTask:
         return output_gradient(outputs, labels)
 
     def collate(self, rows: Rows) -> Batch:
-        """Decode, scale to [0, 1], augment (a ``View``), standardise and stack.
+        """Decode, scale to [0, 1], augment (a ``View``), standardise and stack; or as ``forget_set.transform`` does.
 
         Raises:
-            ConfigError: the transform of the views cannot be used.
+            ConfigError: the transform of the rows, or of the views, cannot be used.
             ForgetSetError: a row does not decode, or its label is outside the classes.
             NonFiniteError: a row holds NaN or infinity.
         """
         inputs, kept, bad = [], [], []
-        decoded: dict[int, Tensor] = {}  # the last input of a view, because its views stand together
+        decoded: dict[int, Tensor] = {}
         for place, (sample_id, label, value) in enumerate(
             zip(rows.ids, rows.labels.tolist(), rows.inputs, strict=True)
         ):
@@ -132,11 +144,9 @@ class ClassificationTask:
                 raise ForgetSetError(f"row {sample_id!r} has label {label}; expected 0 to {self.num_classes - 1}")
             try:
                 if isinstance(value, View):
-                    if id(value.input) not in decoded:
-                        numbers = self._numbers(value.input)
-                        self._check_shape(numbers)
-                        decoded = {id(value.input): numbers}
-                    numbers = augment(decoded[id(value.input)], value.transform, value.draw)
+                    numbers = self._drawn(value, decoded)
+                elif self.config.transform is not None:
+                    numbers = prepare(self._image(value), self.config.transform).to(self.dtype)
                 else:
                     numbers = self._numbers(value)
                 numbers = self._standardise(numbers)
@@ -163,6 +173,8 @@ class ClassificationTask:
         """An image as pixels in [0, 1], or an array, as it is given."""
         if value is None:
             raise UnusableError("the input is missing")
+        if isinstance(value, bytes) and value.startswith(ARRAY):
+            value = decode_array(value)
         if isinstance(value, bytes | Image.Image):
             value = self._pixels(value)
         try:
@@ -186,28 +198,33 @@ class ClassificationTask:
             )
 
     def _pixels(self, image: bytes | Image.Image) -> Tensor:
-        """A decoded image ``[channels, height, width]`` in [0, 1]; one large enough to exhaust memory is refused."""
-        try:
-            if isinstance(image, bytes):
-                image = Image.open(io.BytesIO(image))
-            # Pillow only warns up to twice this many, and filters of warnings are shared by the threads that decode.
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            if image.mode.startswith("I") or image.mode == "F":
-                raise UnusableError(
-                    f"the image has mode {image.mode}, more than 8 bits a channel, which would be cut off"
-                )
-            image = image.convert(self.config.image_mode)
-        except (UnusableError, MemoryError):
-            raise
-        except Exception as error:  # a decoder raises anything
-            raise UnusableError(f"the image does not decode ({type(error).__name__})") from None
+        """A decoded image ``[channels, height, width]`` in [0, 1]."""
+        image = decode_image(image, self.config.image_mode)
         if self.config.pixels:
             height, width = self.config.pixels
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image))
-        return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.unsqueeze(0)).to(self.dtype) / 255
+        return pixels_of(image, self.dtype)
+
+    def _drawn(self, value: View, decoded: dict[int, Tensor]) -> Tensor:
+        """A view of a sample, of whose views ``decoded`` keeps what they are drawn from."""
+        name = self.config.transform
+        if id(value.input) not in decoded:
+            if name is None:
+                numbers = self._numbers(value.input)
+                self._check_shape(numbers)
+            else:
+                numbers = pixels_of(self._image(value.input), torch.float32)
+            decoded.clear()  # views of a sample stand together
+            decoded[id(value.input)] = numbers
+        drawn = augment(decoded[id(value.input)], value.transform, value.draw)
+        return drawn if name is None else prepare(image_of(drawn), name).to(self.dtype)
+
+    def _image(self, value: Any) -> Image.Image:
+        """What ``forget_set.transform`` is given."""
+        if not isinstance(value, bytes | Image.Image):
+            what = "missing" if value is None else f"a {type(value).__name__}"
+            raise UnusableError(f"the input is {what}; forget_set.transform takes images")
+        return decode_image(value, self.config.image_mode)
 
     def _standardise(self, numbers: Tensor) -> Tensor:
         for name, sign in (("mean", -1), ("std", 1)):
