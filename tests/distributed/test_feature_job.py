@@ -85,7 +85,13 @@ def test_scores_are_bit_identical_for_any_workers_and_shards(workers, run, expec
     assert figures == expected[1]
 
 
-@pytest.mark.parametrize("curvature", ["diagonal_fisher", "identity", "kfac", "hessian", "implicit"])
+@pytest.mark.parametrize(
+    "curvature",
+    [
+        "diagonal_fisher",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("identity", "kfac", "hessian", "implicit")),
+    ],
+)
 def test_every_curvature_gives_the_same_bits_for_any_workers_and_shards_and_when_they_are_killed(
     curvature, tmp_path, monkeypatch
 ):
