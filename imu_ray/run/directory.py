@@ -136,7 +136,8 @@ class RunDirectory:
 
         def fill_and_digest(path: Path) -> None:
             fill(path)
-            self._digests[name] = file_digest(path)
+            if _is_artifact(name):
+                self._digests[name] = file_digest(path)
 
         with self._room_for(name):
             self.storage.write(name, fill_and_digest)
@@ -249,7 +250,7 @@ class RunDirectory:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file that is left when a run ends, but the record and what an update goes on from."""
-        left = (name for name in self.storage.files() if name not in RECORD and not name.startswith("state/"))
+        left = filter(_is_artifact, self.storage.files())
         return {name: self._digests.get(name) or self.digest(name) for name in left}
 
     def digest(self, name: str) -> str:
@@ -266,6 +267,11 @@ class RunDirectory:
     def clear_state(self, *, but_last: bool = False) -> None:
         """Remove the state of a finished run; ``but_last`` keeps what it may take more steps from."""
         self.storage.remove("state/train" if but_last else "state")
+
+
+def _is_artifact(name: str) -> bool:
+    """Whether a file is left when a run ends and is no part of the record."""
+    return name not in RECORD and not name.startswith("state/")
 
 
 def _check(number: int) -> str:
