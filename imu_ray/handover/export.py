@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imu_ray.errors import CheckpointError
-from imu_ray.handover.signature import sign
+from imu_ray.handover.signature import read_private_key
 from imu_ray.run.directory import MANIFEST, RunDirectory
 from imu_ray.run.fingerprint import IDS
 
@@ -42,10 +42,9 @@ def export_run(location: str | Path, out: str | Path, sign_key: str | Path | Non
     if out.exists():
         raise CheckpointError(f"{out} is there; expected a new folder or .zip file")
     record = without_ids(manifest) | {"exported_from": run.digest(MANIFEST)}
-    key = None
-    if sign_key is not None:
-        _, key = sign(b"", sign_key)
-        record["public_key"] = key
+    key = None if sign_key is None else read_private_key(sign_key)
+    if key is not None:
+        record["public_key"] = key.public_key().public_bytes_raw().hex()
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=out.parent) as made:
@@ -56,8 +55,8 @@ def export_run(location: str | Path, out: str | Path, sign_key: str | Path | Non
             with run.storage.fetch(name) as path:
                 if path is not None:
                     folder.write(name, lambda target, path=path: shutil.copyfile(path, target))  # type: ignore[misc]
-        if sign_key is not None:
-            folder.write_text(SIGNATURE, sign(text.encode(), sign_key)[0].hex() + "\n")
+        if key is not None:
+            folder.write_text(SIGNATURE, key.sign(text.encode()).hex() + "\n")
         place = Path(made) / "record"
         if out.suffix == ".zip":
             place = _zipped(place)
@@ -66,15 +65,12 @@ def export_run(location: str | Path, out: str | Path, sign_key: str | Path | Non
 
 
 def without_ids(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest without ids: bad rows by reason, and no list of ids among the settings."""
+    """The manifest without ids: bad rows by reason; its settings name none (``ForgetSetConfig.described``)."""
     record = json.loads(json.dumps(manifest))
     for samples in filter(None, [record.get("forget_set"), *record.get("evaluation", {}).values()]):
         samples["bad_rows"] = [{"reason": row["reason"]} for row in samples["bad_rows"]]
     if record.get("influence"):
         record["influence"].pop("ids", None)  # a digest without a key, by which ids could be guessed
-    chosen = record["config"].get("forget_set", {})
-    if isinstance(chosen.get("ids"), list):
-        chosen["ids"] = f"{len(chosen['ids'])} ids"
     return record  # type: ignore[no-any-return]
 
 

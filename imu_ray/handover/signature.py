@@ -6,12 +6,8 @@ from typing import Any
 from imu_ray.errors import CheckpointError, ConfigError
 
 
-def sign(message: bytes, key_file: str | Path) -> tuple[bytes, str]:
-    """The signature of a message, 64 bytes, and the public key, in hex.
-
-    Args:
-        message: what is signed.
-        key_file: private key, PEM without a password (``openssl genpkey -algorithm ed25519``).
+def read_private_key(key_file: str | Path) -> Any:
+    """An Ed25519 private key: PEM without a password (``openssl genpkey -algorithm ed25519``).
 
     Raises:
         ConfigError: the extra is not installed, or the file holds no such key.
@@ -23,7 +19,7 @@ def sign(message: bytes, key_file: str | Path) -> tuple[bytes, str]:
         raise ConfigError(f"the key {key_file} cannot be read ({error}); {EXPECTED}") from None
     if not isinstance(key, kinds.Ed25519PrivateKey):
         raise ConfigError(f"the key {key_file} is of kind {type(key).__name__}; {EXPECTED}")
-    return key.sign(message), key.public_key().public_bytes_raw().hex()
+    return key
 
 
 def is_signed(message: bytes, signature: bytes, public_key: str) -> bool:
