@@ -176,14 +176,11 @@ class Pipeline:
         """Influence and intensity of every sample; begins the run directory."""
         curvature_set = self.config.influence.curvature_set
         with self.stage("scores"):
-            fitted_on = None if curvature_set == "forget" else self.features[curvature_set]
-            scores = score_job.score(self.features["forget"], self.part, self.config, fitted_on)
             if self.given is not None:
-                ids = hashlib.sha256()
-                for sample_id in self._forget_ids():
-                    ids.update(f"{sample_id}\n".encode())
-                told = {"given": self.config.influence.scores, "ids": ids.hexdigest()}
-                scores = dataclasses.replace(scores, influence=self.given, figures=told)
+                scores = self._with_given(self.given)
+            else:
+                fitted_on = None if curvature_set == "forget" else self.features[curvature_set]
+                scores = score_job.score(self.features["forget"], self.part, self.config, fitted_on)
         figures = self.record.influence = scores.figures
         weighted = self.config.intensity.scheme in ("imu", "permuted") and self.config.influence.curvature != "identity"
         if weighted and figures.get("plain_gradient_share", 0) > DOMINATED:
@@ -202,6 +199,15 @@ class Pipeline:
         weights = self._weights(scores)
         table = functools.partial(score_job.intensity_table, self.features["forget"], scores, weights)
         return self._take(Weighted(scores.influence, weights, table, scores.label_counts))
+
+    def _with_given(self, influence: Column) -> score_job.Scores:
+        """Scores with the influence of another engine, and a digest of the ids in the order it was joined by."""
+        ids = hashlib.sha256()
+        for sample_id in self._forget_ids():
+            ids.update(f"{sample_id}\n".encode())
+        scores = score_job.with_influence(self.features["forget"], self.part, self.config, influence)
+        told = {"given": self.config.influence.scores, "ids": ids.hexdigest()}
+        return dataclasses.replace(scores, figures=told)
 
     def _weights(self, scores: score_job.Scores) -> Column:
         """Intensities ``[N]``, or of all tokens ``[N, T]``."""
@@ -393,6 +399,8 @@ class Pipeline:
 
     def recover(self, parts: Mapping[str, Part], *, reference: bool = True) -> dict[str, Any]:
         """What brings forgotten answers back under each part's parameters, and of the reference model."""
+        if not self.config.audit.recovery:
+            return {}
         beside = self.reference if reference else None
         of_parts = {name: (self.inputs, part) for name, part in parts.items()}
         of_parts |= {} if beside is None else {"reference": (beside, beside.part)}
@@ -429,8 +437,8 @@ class Pipeline:
                 figures["gaps"] = gaps_of(figures)
             if self.config.audit.checks:
                 figures["checks"] = self.measure_checks(outcome, figures["before"])
-        if self.config.audit.recovery:
-            figures["recovery"] = self.recover({"before": self.part, "after": written})
+        if recovery := self.recover({"before": self.part, "after": written}):
+            figures["recovery"] = recovery
         return self.finish(changed, figures, samples, outcome)
 
     def finish(

@@ -50,8 +50,6 @@ def recover(sides: Mapping[str, Side], sources: Mapping[str, Source], config: Un
     ``sources`` are where the rows of the sets can be read again; features are no inputs.
     """
     first, tests = next(iter(sides.values())), config.audit.recovery
-    if not tests:
-        return {}
     if not sources:
         reason = "the trials of a sweep are not attacked; audit the run that you keep"
         return {name: {"skipped": dict.fromkeys(tests, reason)} for name in sides}

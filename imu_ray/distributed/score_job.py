@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from imu_ray.config import InfluenceConfig, UnlearnConfig
 from imu_ray.distributed.feature_job import FeatureSet
@@ -82,6 +83,13 @@ def score_batches(shard: FeatureShard, part: Part, settings: InfluenceConfig) ->
 def norms_of(shard: FeatureShard, part: Part) -> Column:
     """Gradient norm of every sample of a shard."""
     return part.norms(shard)
+
+
+def with_influence(features: FeatureSet, part: Part, config: UnlearnConfig, influence: Column) -> Scores:
+    """What is known of every sample beside an influence ``[N]`` that was computed elsewhere: no curvature is fitted."""
+    nowhere = {name: torch.zeros_like(matrix) for name, matrix in part.parameters.items()}
+    scored = features.stream("scores", functools.partial(score_shard, part=part, directions=nowhere))
+    return replace(_collect(scored, features, part, config), influence=influence)
 
 
 def score(features: FeatureSet, part: Part, config: UnlearnConfig, fitted_on: FeatureSet | None = None) -> Scores:
