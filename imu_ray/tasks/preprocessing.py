@@ -1,7 +1,6 @@
 """What is done to an image before a model sees it, by name: as torchvision, timm or Hugging Face do, or one's own."""
 
 import functools
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +8,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.errors import ConfigError, ImuError, nearest
+from imu_ray.errors import ConfigError, nearest
 from imu_ray.models.copies import unusable
 from imu_ray.models.spec import ModelSpec, import_path
+from imu_ray.tasks.transforms import own_code
 
 SETTING = "forget_set.transform"
 MODEL, TORCHVISION, TIMM, HF = "model", "torchvision:", "timm:", "hf:"
@@ -47,17 +47,10 @@ def prepare(image: Image.Image, name: str) -> Tensor:
         ConfigError: it does not take the image, or gives no dense floating tensor.
     """
     transform = find_preprocessing(name)
-    try:
+    size = f"{image.width} x {image.height} pixels"
+    given = f"an image of mode {image.mode} and {size}; expected one that takes it; see forget_set.image_mode"
+    with own_code(SETTING, name, given):
         made = transform(image)
-    except (ImuError, MemoryError):
-        raise
-    except Exception as error:  # its text may hold what the sample holds
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"{SETTING} {name!r} raised {type(error).__name__} in {line.filename}, line {line.lineno}, for an image of "
-            f"mode {image.mode} and {image.width} x {image.height} pixels; expected one that takes it; see "
-            "forget_set.image_mode"
-        ) from None
     if unusable(made) or not made.is_floating_point():
         gave = f"{made.dtype}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
         raise ConfigError(f"{SETTING} {name!r} gave {gave}; expected a dense floating tensor [channels, height, width]")

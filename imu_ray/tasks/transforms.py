@@ -69,18 +69,12 @@ def augment(numbers: Tensor, name: str, draw: int) -> Tensor:
                 "name a callable of your own ('package.module:callable'), or set ascent.views=0"
             )
         return transform(numbers, torch.Generator().manual_seed(draw))  # type: ignore[no-any-return]
-    try:
-        with _global_numbers(draw):
-            made = transform(numbers.clone())
-    except (ImuError, MemoryError):
-        raise
-    except Exception as error:  # its text may hold what the sample holds
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"{SETTING} {name!r} raised {type(error).__name__} in {line.filename}, line {line.lineno}, for a sample of "
-            f"shape {shape}; expected a callable that takes a floating tensor (of an image, pixels in [0, 1] before "
-            "forget_set.mean and std) and gives such a tensor"
-        ) from None
+    expected = (
+        f"a sample of shape {shape}; expected a callable that takes a floating tensor (of an image, pixels in [0, 1] "
+        "before forget_set.mean and std) and gives such a tensor"
+    )
+    with own_code(SETTING, name, expected), _global_numbers(draw):
+        made = transform(numbers.clone())
     if unusable(made) or not made.is_floating_point() or list(made.shape) != shape:
         gave = f"{made.dtype} of shape {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
         raise ConfigError(
@@ -88,6 +82,23 @@ def augment(numbers: Tensor, name: str, draw: int) -> Tensor:
             "same shape"
         )
     return made.detach().to("cpu", numbers.dtype)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def own_code(setting: str, name: str, given: str) -> Iterator[None]:
+    """An error of the caller's own code as one of the setting that names it.
+
+    Its text may hold what the sample holds, so that it is not passed on; ``given`` says what the code was given, and
+    what was expected of it.
+    """
+    try:
+        yield
+    except (ImuError, MemoryError):
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{line.filename}, line {line.lineno}"
+        raise ConfigError(f"{setting} {name!r} raised {type(error).__name__} in {where}, for {given}") from None
 
 
 @contextlib.contextmanager
