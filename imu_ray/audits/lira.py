@@ -6,7 +6,15 @@ import numpy as np
 from scipy.stats import rankdata
 
 from imu_ray.audits.margins import Margins, Matrix
-from imu_ray.audits.population import Column, attack_figures, constant_points, few_others, lacking, utility_warning
+from imu_ray.audits.population import (
+    Column,
+    attack_figures,
+    constant_points,
+    few_others,
+    interval,
+    lacking,
+    utility_warning,
+)
 from imu_ray.errors import ForgetSetError
 
 FOLDS = 4
@@ -26,8 +34,10 @@ def ulira(margins: Margins) -> dict[str, Any]:
     trained on it and ``unlearned_alike`` (the control). ``do_nothing`` are originals beside untouched ones.
 
     Of each reading: ``auc``, ``band`` (95 % of areas when models are exchanged between the sides at random),
-    ``tpr_at_1_fpr``, and ``accuracy``, of guessing *in* where :math:`\Lambda > 0`; all in [0, 1], means over the held
-    out parts. A population that has forgotten lies within the band, at 0.01 and at 0.5.
+    ``tpr_at_1_fpr``, and ``accuracy``, of guessing *in* where :math:`\Lambda > 0`; all in [0, 1]. ``auc`` and
+    ``tpr_at_1_fpr`` are of each *in* model's samples beside those of the *out* models that are held out with it: their
+    mean over the models and its 95 % interval. A population that has forgotten lies within the band, at 0.01 and at
+    0.5.
 
     A method that gives every model the same margins would pass the second reading whatever is left in its features.
     Points at which unlearned models (nearly) agree are left out and counted as ``constant``; where they are half of
@@ -66,12 +76,12 @@ def likelihood_attack(in_MN: Matrix, out_MN: Matrix) -> dict[str, Any]:
     models = min(len(in_MN), len(out_MN))
     ratios = held_out_ratios(in_MN[:models], out_MN[:models])
     parts = [[side[fold::FOLDS] for side in ratios] for fold in range(FOLDS)]
-    figures = [attack_figures(some.ravel(), others.ravel()) for some, others in parts]
+    figures = [attack_figures(model, others.ravel()) for some, others in parts for model in some]
     right = [((some > 0).mean() + (others <= 0).mean()) / 2 for some, others in parts]
     shared = set.intersection(*(set(each) for each in figures))
     return {
         "models": models,
-        **{name: float(np.mean([each[name] for each in figures])) for name in figures[0] if name in shared},
+        **{name: interval([each[name] for each in figures]) for name in figures[0] if name in shared},
         "band": [
             float(each) for each in np.quantile(_exchanged_areas(in_MN[:models], out_MN[:models]), [0.025, 0.975])
         ],

@@ -71,7 +71,7 @@ def attack_figures(members: Column, others: Column) -> dict[str, float]:
     truth, scores = np.repeat([1, 0], [len(members), len(others)]), np.concatenate([members, others])
     found = {"auc": float(roc_auc_score(truth, scores))}
     if len(others) >= MIN_OTHERS:
-        false_rates, true_rates, _ = roc_curve(truth, scores)
+        false_rates, true_rates, _ = roc_curve(truth, scores, drop_intermediate=False)
         found["tpr_at_1_fpr"] = float(true_rates[false_rates <= FPR].max())
     return found
 

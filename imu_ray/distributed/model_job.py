@@ -7,13 +7,15 @@ import ray
 from ray.exceptions import RayError
 
 from imu_ray.config import ResourcesConfig
-from imu_ray.distributed.tasks import explain_failure
+from imu_ray.distributed import sharing
+from imu_ray.distributed.tasks import Stage, StageRef, explain_failure
+from imu_ray.errors import ConfigError
 from imu_ray.progress import LINE_SECONDS, Progress
 
 
 @ray.remote
-def _make(work: Callable[[Any], None], model: Any) -> None:
-    work(model)
+def _make(stage: StageRef, model: Any) -> None:
+    stage.begin()(model)
 
 
 def make_models(
@@ -32,7 +34,9 @@ def make_models(
     Returns:
         Of the models that failed each time, the reason.
     """
-    shared, waiting, pending = ray.put(work), list(models), dict[Any, Any]()
+    made = Stage(stage, resources.cpus_per_worker, work)
+    shared = StageRef(sharing.share(made, "ensemble.train_fn", ConfigError))
+    waiting, pending = list(models), dict[Any, Any]()
     task = _make.options(
         name=stage,
         num_cpus=resources.cpus_per_worker,

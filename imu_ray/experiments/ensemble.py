@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from imu_ray.data import PartSource, Source, open_forget_set, open_other_set
 from imu_ray.data.columns import image_fields
 from imu_ray.distributed.model_job import make_models
 from imu_ray.distributed.session import ray_session
-from imu_ray.distributed.sharing import own_code_by_value
 from imu_ray.errors import CheckpointError, ConfigError, StageFailedError
 from imu_ray.events import event
 from imu_ray.experiments.methods_table import figures_name, margins_folder, method_rows, write_tables
@@ -31,14 +30,17 @@ from imu_ray.models.checkpoint import load_checkpoint
 from imu_ray.models.layers import evaluation_mode, logits_of
 from imu_ray.models.spec import ModelSpec, import_path
 from imu_ray.run.directory import RunDirectory
+from imu_ray.run.record import versions
 from imu_ray.section import nest
 from imu_ray.tasks.base import Batch, reader_of
 from imu_ray.tasks.classification import ClassificationTask
 
 RECORD, ROWS = "ensemble.json", 256
 BASES = {"original": "unlearned", "retrained": "control"}  # and what unlearning makes of it
+TRAINED_ON = {"original": ("forget", "retain"), "retrained": ("retain",)}
 TrainFn = Callable[[nn.Module, Tensor, Tensor, int], None]
 Rows = tuple[Tensor, Tensor]  # decoded inputs ``[N, ...]`` and labels ``[N]``
+Decoded = tuple[list[str], Tensor, Tensor]  # and ids before them
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Ensemble:
         """Train a model, or load it where it was trained, and run every method on it that has not been run."""
         base, seed = model
         run, checkpoint = RunDirectory(self.location), f"models/{base}-{seed:05d}.safetensors"
+        there = frozenset(run.storage.files())
         torch.manual_seed(seed)
         built = self.model.build()
         with run.storage.fetch(checkpoint) as path:
@@ -78,16 +81,15 @@ class Ensemble:
                 load_checkpoint(built, path)
         if path is None:
             started = time.monotonic()
-            rows = self.rows("retain") if base == "retrained" else _join(self.rows("forget"), self.rows("retain"))
             built.train()
-            self.train_fn(built, *rows, seed)
+            self.train_fn(built, *self.rows(*TRAINED_ON[base]), seed)
             run.write_model(checkpoint, built.eval())
             self.measure(run, "", base, seed, built, {"seconds": time.monotonic() - started, "status": "trained"})
-        elif not self.is_done(run, "", base, seed):
+        elif figures_name("", base, seed) not in there:
             self.measure(run, "", base, seed, built, {"status": "trained"})
         kind, failed = BASES[base], list[str]()
-        for name in self.methods if base == "original" or self.control else ():
-            if self.is_done(run, name, kind, seed):
+        for name in self.methods_of(base):
+            if figures_name(name, kind, seed) in there:
                 continue
             torch.manual_seed(seed)
             started = time.monotonic()
@@ -101,8 +103,9 @@ class Ensemble:
 
     def run_method(self, name: str, model: nn.Module, seed: int) -> tuple[nn.Module, str]:
         """The model that a method makes, and how it ended."""
-        settings = {key: value for key, value in self.methods[name].items() if key != "needs"}
+        settings = dict(self.methods[name])
         if call := settings.pop("call", None):
+            settings.pop("needs", None)
             changed = import_path(f"ensemble.methods.{name}.call", call)(
                 model, self.rows("forget"), self.rows("retain"), self.rows("unseen"), seed, **settings
             )
@@ -119,28 +122,45 @@ class Ensemble:
             )
         return result.model, result.status
 
-    def rows(self, name: str) -> Rows:
-        """All samples of a set."""
-        parts = list(self.batches(self.sources[name]))
-        return torch.cat([part.inputs for part in parts]), torch.cat([part.labels_B for part in parts])
+    def methods_of(self, base: str) -> Collection[str]:
+        """The methods that are run on the models of a base."""
+        return self.methods if base == "original" or self.control else ()
 
-    def batches(self, source: Source) -> list[Batch]:
-        """The samples of a source, decoded."""
-        starts = range(0, source.num_rows, ROWS)
+    def lacks(self, there: Collection[str], model: tuple[str, int]) -> bool:
+        """Whether any figures of a model, which are written last, are not among the files of the directory."""
+        base, seed = model
+        names = [figures_name("", base, seed), *(figures_name(own, BASES[base], seed) for own in self.methods_of(base))]
+        return not all(name in there for name in names)
+
+    def batches(self, name: str) -> Iterator[Batch]:
+        """The samples of a set, decoded."""
+        source = self.sources[name]
         task = reader_of(self.task, source)
-        return [task.collate(source.read(start, min(start + ROWS, source.num_rows))) for start in starts]
+        for start in range(0, source.num_rows, ROWS):
+            yield task.collate(source.read(start, min(start + ROWS, source.num_rows)))
 
     @functools.cached_property
-    def points(self) -> dict[str, Source]:
-        """Where margins are kept: the forget set, some of what is retained, and unseen rows that no method looks at."""
-        retain = self.sources["retain"]
-        some = np.linspace(0, retain.num_rows - 1, min(self.retain_points, retain.num_rows)).round().astype(np.int64)
-        return {"forget": self.sources["forget"], "retain": PartSource(retain, some), "test": self.sources["test"]}
+    def decoded(self) -> Mapping[str, Decoded]:
+        """Ids, inputs and labels of all sets, held by the process."""
+        found = {}
+        for name in self.sources:
+            parts = list(self.batches(name))
+            ids = [each for part in parts for each in part.ids]
+            found[name] = ids, torch.cat([part.inputs for part in parts]), torch.cat([part.labels_B for part in parts])
+        return found
 
-    def is_done(self, run: RunDirectory, method: str, kind: str, seed: int) -> bool:
-        """Whether a model's figures, which are written last, are there."""
-        with run.storage.fetch(figures_name(method, kind, seed)) as path:
-            return path is not None
+    def rows(self, *names: str) -> Rows:
+        """All samples of some sets, in memory of their own: what is given them may change them."""
+        parts = [self.decoded[name] for name in names]
+        return torch.cat([inputs for _, inputs, _ in parts]), torch.cat([labels_N for _, _, labels_N in parts])
+
+    def points(self) -> Iterator[tuple[str, Decoded]]:
+        """Where margins are kept: the forget set, some of what is retained, and unseen rows that no method looks at."""
+        yield "forget", self.decoded["forget"]
+        ids, inputs, labels_N = self.decoded["retain"]
+        some = np.linspace(0, len(ids) - 1, min(self.retain_points, len(ids))).round().astype(np.int64)
+        yield "retain", ([ids[at] for at in some], inputs[some], labels_N[some])
+        yield "test", self.decoded["test"]
 
     def measure(
         self, run: RunDirectory, method: str, kind: str, seed: int, model: nn.Module, told: Mapping[str, Any]
@@ -148,17 +168,16 @@ class Ensemble:
         """Write margins and figures of a model."""
         ids, sets, found = list[str](), list[str](), list[Tensor]()
         figures: dict[str, Any] = {"kind": kind, "seed": seed, "method": method, **told}
-        for name, source in self.points.items():
-            right, losses = list[Tensor](), list[Tensor]()
-            for batch in self.batches(source):
-                with evaluation_mode(model):
-                    logits = logits_of(model(batch.inputs))
-                ids += batch.ids
-                sets += [name] * len(batch.ids)
-                found.append(margins(logits, batch.labels_B))
-                right.append((logits.argmax(1) == batch.labels_B).double())
-                losses.append(sample_losses(logits, batch.labels_B))
-            figures[name] = {"accuracy": float(torch.cat(right).mean()), "loss": float(torch.cat(losses).mean())}
+        for name, (own, inputs, labels_N) in self.points():
+            with evaluation_mode(model):
+                logits_NC = torch.cat([logits_of(model(part.clone())) for part in torch.split(inputs, ROWS)])
+            ids += own
+            sets += [name] * len(own)
+            found.append(margins(logits_NC, labels_N))
+            figures[name] = {
+                "accuracy": float((logits_NC.argmax(1) == labels_N).double().mean()),
+                "loss": float(sample_losses(logits_NC, labels_N).mean()),
+            }
             if not math.isfinite(figures[name]["loss"]):
                 raise StageFailedError(
                     f"the {kind} model of seed {seed}{method and f' by {method}'} gives losses on {name} that are not "
@@ -226,8 +245,9 @@ def ensemble(
         _begin(run, work, train_fn, settings)
         bases = ("original", "retrained")
         models = [(base, seed) for seed in range(settings.models) for base in bases]
-        with ray_session(config.resources) as resources, own_code_by_value():
-            failed = make_models("models", work, [each for each in models if not _whole(run, work, each)], resources)
+        with ray_session(config.resources) as resources:
+            there = frozenset(run.storage.files())
+            failed = make_models("models", work, [each for each in models if work.lacks(there, each)], resources)
         named = {f"{base} {seed}": reason for (base, seed), reason in failed.items()}
         for name, reason in named.items():
             event("model failed", model=name, reason=reason)
@@ -239,6 +259,7 @@ def ensemble(
 def method_config(config: UnlearnConfig, settings: Mapping[str, Any]) -> UnlearnConfig:
     """The settings of a library's run: a recipe, what all runs have in common, and what a method sets."""
     own = dict(settings)
+    own.pop("needs", None)
     base = UnlearnConfig.from_recipe(own.pop("recipe", config.recipe))
     shared = {
         "forget_set": config.forget_set.to_dict(),
@@ -268,7 +289,7 @@ def _open(
         if "call" in own:
             import_path(f"ensemble.methods.{name}.call", str(own["call"]))
         else:
-            method_config(config, {key: value for key, value in own.items() if key != "needs"})
+            method_config(config, own)
     rows = config.forget_set
     whole = {name: open_other_set(name, evaluation[name], rows, image_fields) for name in ("retain", "test")}
     whole = {"forget": open_forget_set(forget_set, rows, image_fields(rows)), **whole}
@@ -291,11 +312,11 @@ def _begin(run: RunDirectory, work: Ensemble, train_fn: str | TrainFn, settings:
     made_from = {
         "model": work.model.describe(),
         "train_fn": train_fn if isinstance(train_fn, str) else f"{defined.__module__}:{defined.__qualname__}",
-        "rows": {name: [source.num_rows, _digest(work.batches(source))] for name, source in work.sources.items()},
+        "rows": {name: [source.num_rows, _digest(work.batches(name))] for name, source in work.sources.items()},
         "retain_points": work.retain_points,
         "config": work.config.identity(),
     }
-    found = run.read_json(RECORD)
+    found, began = run.read_json(RECORD), list[dict[str, str]]()
     methods = {name: json.loads(json.dumps(own)) for name, own in work.methods.items()}
     if found is not None:
         known = found["methods"]
@@ -306,24 +327,15 @@ def _begin(run: RunDirectory, work: Ensemble, train_fn: str | TrainFn, settings:
                 "the same, or a new directory"
             )
         methods = known | methods
+        began = found["versions"]
     elif run.storage.entries():
         raise CheckpointError(f"run_dir {run.location} holds other files; expected an empty or new directory")
-    run.write_json(RECORD, {"made_from": made_from, "methods": methods, "models": settings.models})
+    used = began if versions() in began else [*began, versions()]
+    run.write_json(RECORD, {"made_from": made_from, "methods": methods, "models": settings.models, "versions": used})
 
 
-def _whole(run: RunDirectory, work: Ensemble, model: tuple[str, int]) -> bool:
-    """Whether nothing is left to make of a model."""
-    base, seed = model
-    methods = work.methods if base == "original" or work.control else ()
-    return work.is_done(run, "", base, seed) and all(work.is_done(run, name, BASES[base], seed) for name in methods)
-
-
-def _digest(batches: list[Batch]) -> str:
+def _digest(batches: Iterable[Batch]) -> str:
     seen = hashlib.sha256()
     for batch in batches:
         seen.update(batch.inputs.numpy().tobytes() + batch.labels_B.numpy().tobytes())
     return seen.hexdigest()
-
-
-def _join(some: Rows, others: Rows) -> Rows:
-    return torch.cat([some[0], others[0]]), torch.cat([some[1], others[1]])

@@ -42,18 +42,18 @@ def method_rows(run: RunDirectory, methods: Mapping[str, Mapping[str, Any]]) -> 
         raise StageFailedError(f"{reason}; see why the others failed; the same call tries them again")
     retrained = {seed: _read(run, "", "retrained", seed) for seed in made.seeds["retrained"]}
     rows = [
-        _row(NOTHING, made, {seed: _read(run, "", "original", seed) for seed in made.seeds["original"]}, retrained, {}),
-        _row(RETRAIN, made, retrained, retrained, {"needs": "retain"}),
+        _row(NOTHING, {seed: _read(run, "", "original", seed) for seed in made.seeds["original"]}, retrained),
+        _row(RETRAIN, retrained, retrained, needs="retain"),
     ]
     files = run.storage.files()
     for name, own in methods.items():
-        folder, needs = margins_folder(name), {"needs": own.get("needs", "forget")}
+        folder, needs = margins_folder(name), own.get("needs", "forget")
         if not any(file.startswith(f"{folder}/") for file in files):
-            rows.append(_row(name, made, {}, retrained, needs))
+            rows.append(_row(name, {}, retrained, needs))
             continue
         whole = made.join(Margins.read(below(run.location, folder)))
         figures = {seed: _read(run, name, "unlearned", seed) for seed in whole.seeds.get("unlearned", ())}
-        row = _row(name, whole, figures, retrained, needs)
+        row = _row(name, figures, retrained, needs)
         row["audits"] = {audit: function(whole) for audit, function in POPULATION.items()}
         rows.append(row)
     _share_controls(rows)
@@ -67,24 +67,29 @@ def _read(run: RunDirectory, method: str, kind: str, seed: int) -> dict[str, Any
 
 def _row(
     name: str,
-    margins: Margins,
     figures: Mapping[int, Mapping[str, Any]],
     retrained: Mapping[int, Mapping[str, Any]],
-    more: Mapping[str, Any],
+    needs: str = "nothing",
 ) -> dict[str, Any]:
     """What can be told of a method without the audits of populations."""
-    row: dict[str, Any] = {"method": name, "models": len(figures), "needs": "nothing", **more}
+    row: dict[str, Any] = {"method": name, "models": len(figures), "needs": needs}
     if not figures:
         return row | {"skipped": "no model is left"}
-    means = {part: np.mean([each[part]["accuracy"] for each in retrained.values()]) for part in SETS}
     row["accuracy"] = {part: interval([each[part]["accuracy"] for each in figures.values()]) for part in SETS}
-    gaps = [np.mean([abs(each[part]["accuracy"] - means[part]) for part in SETS]) for each in figures.values()]
-    row["gap"] = interval(np.array(gaps))
+    row["gap"] = interval(
+        [_gap(each, [other for other in retrained.values() if other is not each]) for each in figures.values()]
+    )
     if seconds := [each["seconds"] for each in figures.values() if "seconds" in each]:
         row["seconds"] = interval(np.array(seconds))
     statuses = [each["status"] for each in figures.values()]
     row["statuses"] = {status: statuses.count(status) for status in sorted(set(statuses))}
     return row
+
+
+def _gap(figures: Mapping[str, Any], retrained: list[Mapping[str, Any]]) -> float:
+    """Mean over the sets of the distance of a model's accuracy from the mean of retrained models, without itself."""
+    means = {part: np.mean([each[part]["accuracy"] for each in retrained]) for part in SETS}
+    return float(np.mean([abs(figures[part]["accuracy"] - means[part]) for part in SETS]))
 
 
 def _share_controls(rows: list[dict[str, Any]]) -> None:
@@ -116,16 +121,16 @@ def markdown(rows: list[dict[str, Any]], failed: Mapping[str, str], wanted: int)
     """The table, and below it what is missing and why."""
     titles = [
         "method", "needs", "models", "forget", "retain", "test", "gap", "KLOM forget", "KLOM retain", "KLOM test",
-        "U-LiRA", "U-LiRA alike", "RMIA", "seconds",
+        "U-LiRA", "band", "TPR", "U-LiRA alike", "band", "TPR", "RMIA", "seconds",
     ]  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for row in rows:
         klom = row.get("klom", {})
         cells = [row["method"], row["needs"], str(row["models"])]
         cells += [_percent(row.get("accuracy", {}).get(part)) for part in SETS] + [_percent(row.get("gap"))]
-        cells += [_number(klom.get(part)) for part in SETS]
-        cells += [_attack(row.get("ulira")), _attack(row.get("ulira_alike")), _mean(row.get("rmia"))]
-        lines.append(f"| {' | '.join([*cells, _mean(row.get('seconds'))])} |")
+        cells += [_within(klom.get(part), 2) for part in SETS]
+        cells += [*_attack(row.get("ulira")), *_attack(row.get("ulira_alike")), _plus_minus(row.get("rmia"), 3)]
+        lines.append(f"| {' | '.join([*cells, _plus_minus(row.get('seconds'), 2)])} |")
     lines += ["", *_notes(rows, failed, wanted)]
     return "\n".join(lines) + "\n"
 
@@ -134,9 +139,10 @@ def _notes(rows: list[dict[str, Any]], failed: Mapping[str, str], wanted: int) -
     """How to read the table, which models are missing, and what was not measured."""
     told = [
         f"Means over models (of {wanted} wanted) with 95 % intervals; accuracy in per cent, gap: mean distance from "
-        "the retrained models' mean over the three sets, in points. KLOM: 95th percentile, nats, beside one half of "
-        "the oracles; the row of retrain is its floor. U-LiRA: area (and its band of chance), beside models that were "
-        "never trained on the rows; alike: and had the same method. RMIA: area. Seconds are of a model."
+        "the (other) retrained models' mean over the three sets, in points. KLOM: 95th percentile, nats, beside one "
+        "half of the oracles, and where 95 % of draws of the models lie; the row of retrain is its floor. U-LiRA: "
+        "area, its band of chance, and the true positives at 1 % false ones in per cent, beside models that were never "
+        "trained on the rows; alike: and had the same method. RMIA: area, offline. Seconds are of a model."
     ]
     told += [f"Failed: {name}: {reason}." for name, reason in failed.items()]
     for row in rows:
@@ -156,22 +162,25 @@ def _notes(rows: list[dict[str, Any]], failed: Mapping[str, str], wanted: int) -
 
 
 def _percent(found: Mapping[str, float] | None) -> str:
-    if found is None:
+    return _plus_minus(found and {name: 100 * value for name, value in found.items()}, 1)
+
+
+def _plus_minus(found: Mapping[str, float] | None, places: int) -> str:
+    """The mean over models and half the width of its interval."""
+    if not found or "mean" not in found:
         return "-"
-    half = f" ± {100 * (found['high'] - found['mean']):.1f}" if "high" in found else ""
-    return f"{100 * found['mean']:.1f}{half}"
+    half = f" ± {found['high'] - found['mean']:.{places}f}" if "high" in found else ""
+    return f"{found['mean']:.{places}f}{half}"
 
 
-def _mean(found: Mapping[str, float] | None) -> str:
-    return "-" if not found or "mean" not in found else f"{found['mean']:.3g}"
+def _within(found: Mapping[str, float] | None, places: int) -> str:
+    """The mean over draws and where 95 % of them lie."""
+    return f"{found['mean']:.{places}f} ({found['low']:.{places}f} to {found['high']:.{places}f})" if found else "-"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _attack(found: Mapping[str, Any] | None) -> str:
+def _attack(found: Mapping[str, Any] | None) -> list[str]:
+    """The area, its band, and the true positives."""
     if not found or "auc" not in found:
-        return "-"
+        return ["-"] * 3
     low, high = found["band"]
-    return f"{found['auc']:.3f} ({low:.3f} to {high:.3f})"
+    return [_plus_minus(found["auc"], 3), f"{low:.3f} to {high:.3f}", _percent(found.get("tpr_at_1_fpr"))]

@@ -166,7 +166,7 @@ class RunRecord(Part):
             limits=config.ascent.stop.limits,
             seed=config.seed,
             model=model,
-            versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            versions=versions(),
             hardware={
                 "platform": platform.platform(),
                 "processor": processor(),
@@ -200,6 +200,11 @@ class RunRecord(Part):
 def now() -> str:
     """The time, in UTC, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """The version of Python and of each package that figures depend on, in this environment."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str:

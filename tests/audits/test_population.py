@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ def forgotten(**shifts):
     """All kinds; those that are not named behave as retrained models do."""
     kinds = ("original", "retrained", "unlearned", "control")
     return population(**{kind: shifts.get(kind, 0.0) for kind in kinds})
+
+
+@pytest.fixture(autouse=True)
+def fewer_exchanges(monkeypatch):
+    monkeypatch.setattr(lira, "EXCHANGES", 80)
 
 
 def divergence_by_hand(some, others):
@@ -83,12 +89,37 @@ def test_klom_of_a_population_that_retraining_made_is_within_its_floor():
     floor = found["floor"]
     assert (found["direction"], floor["models"], found["all"]["models"]) == ("KL(unlearned || oracle)", 16, 32)
     forget = floor["sets"]["forget"]
-    assert forget["unlearned"] == pytest.approx(forget["oracle"], rel=0.35)
-    assert forget["do_nothing"] > 1.5 * forget["oracle"]
+    assert forget["oracle"]["low"] <= forget["unlearned"]["mean"] <= forget["oracle"]["high"]
+    assert forget["do_nothing"]["low"] > 1.2 * forget["oracle"]["high"]
     for name in ("retain", "test"):
-        assert floor["sets"][name]["do_nothing"] == pytest.approx(floor["sets"][name]["oracle"], rel=0.35)
+        assert floor["sets"][name]["do_nothing"]["mean"] == pytest.approx(
+            floor["sets"][name]["oracle"]["mean"], rel=0.2
+        )
     # More models leave less to chance.
-    assert found["all"]["sets"]["test"]["unlearned"] < floor["sets"]["test"]["unlearned"]
+    assert found["all"]["sets"]["test"]["unlearned"] < floor["sets"]["test"]["unlearned"]["low"]
+
+
+def test_the_floor_of_klom_is_over_draws_of_models_of_which_none_stands_beside_itself(monkeypatch):
+    margins, drawn = forgotten(original=1.0), []
+
+    def watched(some, others):
+        drawn.append((some, others))
+        return margin_divergence(some, others)
+
+    monkeypatch.setattr(sys.modules[klom.__module__], "margin_divergence", watched)
+    found = klom(margins)["floor"]
+    oracles = {row.tobytes() for row in margins.of["retrained"]}
+    floors = [pair for pair in drawn if {row.tobytes() for row in pair[0]} <= oracles]
+    assert len(floors) == found["draws"] == 40
+    for some, others in floors:
+        rows = {row.tobytes() for row in (*some, *others)}
+        assert len(some) == len(others) == 16
+        assert rows == oracles
+    tests = margins.sets == "test"
+    values = [np.percentile(margin_divergence(*pair)[tests], 95) for pair in floors]
+    side = found["sets"]["test"]["oracle"]
+    wanted = [np.mean(values), *np.percentile(values, [2.5, 97.5])]
+    assert [side["mean"], side["low"], side["high"]] == pytest.approx(wanted)
 
 
 def test_klom_is_the_95th_percentile_of_each_set():
@@ -113,15 +144,14 @@ def test_ratios_are_of_models_that_the_gaussians_were_not_fitted_on():
                 assert ratios[model, point] == pytest.approx(wanted)
 
 
-def test_identical_populations_lie_within_the_band_in_nineteen_of_twenty_cases(monkeypatch):
-    monkeypatch.setattr(lira, "EXCHANGES", 80)
+def test_identical_populations_lie_within_the_band_in_nineteen_of_twenty_cases():
     inside, areas = 0, []
     for seed in range(30):
         random = np.random.default_rng(seed)
         found = likelihood_attack(random.normal(size=(12, 5)), random.normal(size=(12, 5)))
         low, high = found["band"]
-        inside += low <= found["auc"] <= high
-        areas.append(found["auc"])
+        inside += low <= found["auc"]["mean"] <= high
+        areas.append(found["auc"]["mean"])
     # Of 30 with a share of 0.95, fewer than 25 are seen once in 300 series.
     assert inside >= 25
     assert np.mean(areas) == pytest.approx(0.5, abs=4 * np.std(areas) / np.sqrt(30))
@@ -130,8 +160,8 @@ def test_identical_populations_lie_within_the_band_in_nineteen_of_twenty_cases(m
 def test_separate_populations_are_told_apart_in_either_reading_of_out():
     found = ulira(forgotten(original=20.0, unlearned=15.0))
     for reading in ("untouched", "unlearned_alike", "do_nothing"):
-        assert found[reading]["auc"] == 1.0
-        assert found[reading]["tpr_at_1_fpr"] == 1.0
+        assert found[reading]["auc"]["mean"] == 1.0
+        assert found[reading]["tpr_at_1_fpr"]["mean"] == 1.0
         assert found[reading]["accuracy"] == 1.0
         assert found[reading]["band"][1] < 0.99
     assert (found["points"], found["constant"]) == (40, 0)
@@ -140,9 +170,9 @@ def test_separate_populations_are_told_apart_in_either_reading_of_out():
 def test_the_two_readings_of_out_differ_where_the_call_itself_leaves_a_trace():
     # Unlearned and control models are both pushed down: alike, but unlike those that were left alone.
     found = ulira(forgotten(original=3.0, unlearned=-12.0, control=-12.0))
-    assert found["untouched"]["auc"] == 1.0
+    assert found["untouched"]["auc"]["mean"] == 1.0
     low, high = found["unlearned_alike"]["band"]
-    assert low <= found["unlearned_alike"]["auc"] <= high
+    assert low <= found["unlearned_alike"]["auc"]["mean"] <= high
     without = forgotten(original=3.0)
     seeds = {kind: each for kind, each in without.seeds.items() if kind != "control"}
     told = ulira(Margins(without.points, without.sets, seeds, {kind: without.of[kind] for kind in seeds}))
