@@ -1,7 +1,7 @@
 """Recovery on Ray tasks: one for each model and test, all from the same draw of rows."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from imu_ray.distributed import sharing
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.tasks import Stage, StageRef
 from imu_ray.errors import UnsupportedModelError
+from imu_ray.events import event
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard, Positions
 
@@ -34,14 +35,22 @@ class Side:
 
 @ray.remote
 def _attack(stage: StageRef, test: str) -> dict[str, Any] | str:
-    found: dict[str, Any] | str = stage.begin()(test)
-    return found
+    return attempt(stage.begin(), test)
 
 
 @ray.remote
-def _probe(stage: StageRef, *parts: Marked) -> dict[str, Any]:
-    found: dict[str, Any] = stage.begin()(parts)
-    return found
+def _probe(stage: StageRef, *parts: Marked) -> dict[str, Any] | str:
+    return attempt(stage.begin(), parts)
+
+
+def attempt(attack: Callable[[Any], dict[str, Any] | str], given: Any) -> dict[str, Any] | str:
+    """What an attack finds, or why it broke off: a model that has unlearned is written all the same."""
+    try:
+        return attack(given)
+    except OSError:
+        raise  # tried again
+    except Exception as error:
+        return f"it failed ({type(error).__name__}: {error})"
 
 
 def recover(sides: Mapping[str, Side], sources: Mapping[str, Source], config: UnlearnConfig) -> dict[str, Any]:
@@ -63,6 +72,7 @@ def recover(sides: Mapping[str, Side], sources: Mapping[str, Source], config: Un
     attacks = [(name, test) for name in sides for test in tests if not reasons[test]]
     for (name, test), found in zip(attacks, _run(attacks, sides, sources, drawn, places, config), strict=True):
         if isinstance(found, str):
+            event("recovery not measured", model=name, test=test, reason=found)
             results[name]["skipped"][test] = found
         else:
             results[name][test] = found

@@ -20,7 +20,7 @@ HANDED_ON = ("metrics.json", "report.html", IDS)
 def export_run(location: str | Path, out: str | Path, sign_key: str | Path | None = None) -> Path:
     """Write what may leave of a finished run: its record, ``metrics.json``, ``report.html`` and fingerprints of ids.
 
-    The record names no sample: of rows that were left out, their reasons and numbers stay. It lists the digests of all
+    The record names no sample (``without_ids``). It lists the digests of all
     artifacts, of those that stay too, so that a signature covers them.
 
     Args:
@@ -65,12 +65,20 @@ def export_run(location: str | Path, out: str | Path, sign_key: str | Path | Non
 
 
 def without_ids(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest without ids: bad rows by reason; its settings name none (``ForgetSetConfig.described``)."""
+    """The manifest without ids (its settings name none), and without that by which samples or ids can be guessed.
+
+    Of bad rows the reasons stay. Digests that were made without a key go, and a condition on columns.
+    """
     record = json.loads(json.dumps(manifest))
+    record["config"]["forget_set"].pop("where", None)
+    record.pop("inputs", None)
     for samples in filter(None, [record.get("forget_set"), *record.get("evaluation", {}).values()]):
         samples["bad_rows"] = [{"reason": row["reason"]} for row in samples["bad_rows"]]
+        samples.pop("fingerprint")
+        for name in ("ids_digest", "where"):
+            (samples.get("selection") or {}).pop(name, None)
     if record.get("influence"):
-        record["influence"].pop("ids", None)  # a digest without a key, by which ids could be guessed
+        record["influence"].pop("ids", None)
     return record  # type: ignore[no-any-return]
 
 

@@ -13,6 +13,7 @@ from imu_ray.audits.recovery import Attack
 from imu_ray.config import ForgetSetConfig, UnlearnConfig
 from imu_ray.data import open_source
 from imu_ray.demo import digits, train_digits
+from imu_ray.distributed.recovery_job import attempt
 from imu_ray.influence.gradients import IGNORE
 from imu_ray.scopes.extraction import extract_features
 from imu_ray.scopes.head import Head
@@ -198,6 +199,21 @@ def test_where_nothing_is_changed_recovery_is_the_accuracy_of_the_model(known, m
         assert relearnt["steps"] == [0, 1]
         assert relearnt["accuracy"][0] == own["held"]
         assert relearnt["retain"]["accuracy"][0] == pytest.approx(own["kept"])
+
+
+def break_off(test):
+    raise RuntimeError("no room")
+
+
+def no_network(test):
+    raise ConnectionError("try again")
+
+
+def test_an_attack_that_breaks_off_is_a_reason_and_what_may_pass_is_tried_again():
+    assert attempt(lambda test: {"accuracy": 1.0}, "probe") == {"accuracy": 1.0}
+    assert attempt(break_off, "probe") == "it failed (RuntimeError: no room)"
+    with pytest.raises(ConnectionError):
+        attempt(no_network, "probe")
 
 
 def small(seed=0):

@@ -143,6 +143,19 @@ def test_rows_that_were_left_out_are_handed_on_without_their_ids(run, tmp_path):
     assert "person-17" not in text
 
 
+def test_nothing_is_handed_on_by_which_samples_could_be_guessed(run, tmp_path):
+    manifest = json.loads((run / "manifest.json").read_text())
+    where = "person == 'Jane'"
+    manifest["config"]["forget_set"]["where"] = where
+    selection = {"rows_searched": 9, "rows_found": 1, "ids_digest": "d1ge57", "where": where}
+    manifest["forget_set"]["selection"] = selection
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    text = (export_run(run, tmp_path / "out") / "manifest.json").read_text()
+    assert json.loads(text)["forget_set"]["selection"] == {"rows_searched": 9, "rows_found": 1}
+    for secret in ("Jane", "d1ge57", manifest["forget_set"]["fingerprint"]):
+        assert secret not in text
+
+
 @pytest.mark.parametrize("broken", ["record", "signature", "another key", "no signature"])
 def test_a_signature_is_of_one_record_under_one_key(broken, run, tmp_path):
     key, public = private_key(tmp_path / "key.pem")
