@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory):
+def ray_cluster():
     """A local Ray with four logical CPUs, whatever the machine has."""
     import ray
 
@@ -39,7 +39,7 @@ def ray_cluster(tmp_path_factory):
         include_dashboard=False,
         logging_level="warning",
         log_to_driver=False,
-        _temp_dir=str(tmp_path_factory.mktemp("ray")),
+        _temp_dir=tempfile.mkdtemp(dir="/tmp"),  # a socket's path has 107 characters at most
     )
     yield
     ray.shutdown()
