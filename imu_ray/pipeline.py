@@ -47,6 +47,7 @@ from imu_ray.recipes import choose_recipe, resolve_targets, settle_scope, warnin
 from imu_ray.run.bundle import Bundle
 from imu_ray.run.directory import INTENSITIES, MODEL, MODEL_FOLDER, SEAL, RunDirectory, default_run_dir
 from imu_ray.run.fingerprint import IDS, fingerprint, fingerprint_table, read_key
+from imu_ray.run.metrics import read_metrics, write_metrics
 from imu_ray.run.record import AscentRecord, CurvatureRecord, RunRecord, TargetRecord, VerdictRecord
 from imu_ray.run.recorder import Recorder
 from imu_ray.run.result import UnlearnResult
@@ -499,7 +500,7 @@ class Pipeline:
         return UnlearnResult(
             changed,
             self.run.location,
-            self.run.read_json("metrics.json"),
+            read_metrics(self.run),
             trajectory,
             RunRecord.model_validate(self.begun),
         )
@@ -507,7 +508,7 @@ class Pipeline:
     def write_audit(self, figures: dict[str, Any], samples: Weighted | None, trajectory: pa.Table | None) -> None:
         """``metrics.json`` and the report."""
         if self.write:
-            self.run.write_json("metrics.json", figures)
+            write_metrics(self.run, figures)
             if self.config.audit.report:
                 drawn = None if samples is None else (samples.influence, of_rows(samples.weights))
                 self.run.write_text("report.html", render_report(self.record.to_json(), figures, drawn, trajectory))
