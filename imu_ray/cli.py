@@ -206,8 +206,9 @@ def main(*command: str) -> int:
     options = _parser().parse_args([*command, *sys.argv[1:]])
     if options.command == "schema":
         from imu_ray.job import job_schema
+        from imu_ray.run.metrics import metrics_schema
 
-        print(json.dumps(job_schema(), indent=2))
+        print(json.dumps({"job": job_schema, "metrics": metrics_schema}[options.of](), indent=2))
         return 0
     log_events("text")
     if os.getcwd() not in sys.path:  # a model may be defined where the job starts
@@ -293,7 +294,8 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "sweep":
             stage.add_argument("--resume", action="store_true", help="go on with what run_dir holds")
-    commands.add_parser("schema", help="print the JSON schema of a job file, for editors")
+    schema = commands.add_parser("schema", help="print the JSON schema of a job file, for editors, or of metrics.json")
+    schema.add_argument("of", nargs="?", default="job", choices=("job", "metrics"), help="default job")
     demo = commands.add_parser("demo", help="forget a handwritten digit, and 5 %% random digits, on two local workers")
     demo.add_argument("--out", help="directory of data, models and runs; default runs/<time>-<id>")
     text = "put runs side by side: settings that differ, status words, all figures, seconds; a table on standard error"

@@ -136,7 +136,8 @@ def test_an_export_verifies_and_nothing_in_it_names_a_sample(out, run, tmp_path)
 
 def test_a_run_and_its_export_have_the_same_figures_side_by_side(run, tmp_path):
     found = compare(run, export_run(run, tmp_path / "record.zip"))
-    assert (found.warnings, found.settings) == ([], {})
+    assert found.settings == {}
+    assert not any("comparison" in each for each in found.warnings)
     assert len(found.figures) > 20
     for figure in found.figures:
         assert figure.values[0] == figure.values[1]
