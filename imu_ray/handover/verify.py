@@ -10,10 +10,10 @@ from imu_ray.errors import CheckpointError, ConfigError
 from imu_ray.handover.export import SIGNATURE, opened
 from imu_ray.handover.signature import is_signed, read_public_key
 from imu_ray.models.checkpoint import read_checkpoint, state_hash
-from imu_ray.run.directory import MANIFEST, MODEL, MODEL_FOLDER, SEAL, RunDirectory
+from imu_ray.run.directory import MANIFEST, MODEL, MODEL_FOLDER, SEAL, WITH_SAMPLES, RunDirectory
 from imu_ray.run.fingerprint import IDS, fingerprint, holds, read_key
 
-PARTS = {"metrics.json": "metrics", "report.html": "report", IDS: "ids"}
+PARTS = {"metrics.json": "metrics", "report.html": "report", WITH_SAMPLES: "report", IDS: "ids"}
 
 
 @dataclass(frozen=True)
