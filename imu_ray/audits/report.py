@@ -58,7 +58,7 @@ def render_report(
     sets, language = [name for name in last if name not in AUDITS], last.get("language")
     shown = {"sides": sides, "last": last, "sets": sets, "language": language}
     if rocs := {side: metrics[side]["membership"]["roc"] for side in sides if "roc" in _membership(metrics[side])}:
-        figures = {"Membership": [_draw_rocs(rocs)], **figures}
+        figures = {"Membership: the attack by the loss": [_draw_rocs(rocs)], **figures}
     if recovery := metrics.get("recovery"):
         shown["recovered"] = [side for side in ("before", "after", "reference") if side in recovery]
         shown["recovery_rows"], shown["unrecovered"] = _recovery_rows(recovery)
