@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from imu_ray.api import ascend, audit, remember, score, unlearn
     from imu_ray.experiments.ensemble import EnsembleResult, ensemble
     from imu_ray.experiments.sweep import SweepResult, sweep
+    from imu_ray.handover.comparison import Comparison, compare
     from imu_ray.handover.export import export_run
     from imu_ray.handover.verify import verify_run
     from imu_ray.job import JobConfig
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "EmptySelectionError",
     "EnsembleConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "UnsupportedModelError",
     "ascend",
     "audit",
+    "compare",
     "ensemble",
     "export_run",
     "plan",
@@ -66,6 +69,7 @@ _HOMES = {
     **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.experiments.sweep"),
     **dict.fromkeys(("EnsembleResult", "ensemble"), "imu_ray.experiments.ensemble"),
     "JobConfig": "imu_ray.job",
+    **dict.fromkeys(("Comparison", "compare"), "imu_ray.handover.comparison"),
     "export_run": "imu_ray.handover.export",
     "verify_run": "imu_ray.handover.verify",
     "ModelSpec": "imu_ray.models.spec",

@@ -20,6 +20,7 @@ from imu_ray.pipeline import Pipeline, gaps_of
 from imu_ray.recipes import resolve_settings, settle_scope
 from imu_ray.run.bundle import BundleRecord, check_place, write_bundle
 from imu_ray.run.directory import INTENSITIES
+from imu_ray.run.metrics import read_metrics
 from imu_ray.run.record import now
 from imu_ray.run.result import UnlearnResult
 
@@ -156,7 +157,7 @@ def audit(
         "audit", model, forget_set, task, evaluation, settings, run_dir, write=run_dir is not None
     ) as job:
         if job.finished:
-            return dict(job.run.read_json("metrics.json"))
+            return read_metrics(job.run)
         metrics["after"] = job.measure()
         metrics |= job.measure_reference()
         if beside := beside | job.compare({"after": job.part}):

@@ -167,6 +167,17 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _compare(options: argparse.Namespace) -> dict[str, Any]:
+    """The table on standard error, or with ``--json`` all of it in the last line."""
+    found = imu_ray.compare(*options.runs)
+    if options.out is not None:
+        found.write_page(options.out)
+    if not options.json:
+        print(found.text(), file=sys.stderr)
+    fair = f"{len(found.warnings)} warnings" if found.warnings else "the runs can be compared"
+    return {"reason": fair, "report": options.out, **({"comparison": found.to_json()} if options.json else {})}
+
+
 STAGES = {
     "unlearn": (_unlearn, "make a model forget: score, ascend, audit"),
     "score": (_score, "write every sample's influence and intensity, and change nothing"),
@@ -187,7 +198,7 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
     return request_command(options)
 
 
-OTHERS = {"demo": _demo, "export": _export, "verify": _verify, "request": _request}
+OTHERS = {"demo": _demo, "compare": _compare, "export": _export, "verify": _verify, "request": _request}
 
 
 def main(*command: str) -> int:
@@ -195,8 +206,9 @@ def main(*command: str) -> int:
     options = _parser().parse_args([*command, *sys.argv[1:]])
     if options.command == "schema":
         from imu_ray.job import job_schema
+        from imu_ray.run.metrics import metrics_schema
 
-        print(json.dumps(job_schema(), indent=2))
+        print(json.dumps({"job": job_schema, "metrics": metrics_schema}[options.of](), indent=2))
         return 0
     log_events("text")
     if os.getcwd() not in sys.path:  # a model may be defined where the job starts
@@ -282,9 +294,15 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "sweep":
             stage.add_argument("--resume", action="store_true", help="go on with what run_dir holds")
-    commands.add_parser("schema", help="print the JSON schema of a job file, for editors")
+    schema = commands.add_parser("schema", help="print the JSON schema of a job file, for editors, or of metrics.json")
+    schema.add_argument("of", nargs="?", default="job", choices=("job", "metrics"), help="default job")
     demo = commands.add_parser("demo", help="forget a handwritten digit, and 5 %% random digits, on two local workers")
     demo.add_argument("--out", help="directory of data, models and runs; default runs/<time>-<id>")
+    text = "put runs side by side: settings that differ, status words, all figures, seconds; a table on standard error"
+    compare = commands.add_parser("compare", help=text, description=text, epilog=ENDING, formatter_class=raw)
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run directory, its URI, or an exported folder or .zip")
+    compare.add_argument("--json", action="store_true", help="no table, but all of it in the last line")
+    compare.add_argument("--out", metavar="PATH", help="write a page (.html) too, or below a URI")
     text = "write what may be handed on of a run: record, figures and report, without an id"
     export = commands.add_parser("export", help=text, description=text)
     export.add_argument("run", metavar="RUN", help="run directory, or its URI")

@@ -365,6 +365,9 @@ class AuditConfig(Section):
     """measure the figures at every check of the update too, once it has ended; needs `ascent.keep: all`"""
     report: bool = Field(True, json_schema_extra=NO_RESULT)
     """write report.html"""
+    samples: int = Field(0, ge=0, json_schema_extra=NO_RESULT)
+    """show so many of the samples to forget, those with the highest influence and those least forgotten: pictures, or
+    the beginning of texts, in `report_with_samples.html`; `report.html`, which an export holds, never shows one"""
 
     @field_validator("retain_log", "reference")
     @classmethod

@@ -20,6 +20,7 @@ from imu_ray.audits.answers import check_settings
 from imu_ray.audits.gaps import reference_gaps
 from imu_ray.audits.language import read_retain_log
 from imu_ray.audits.report import DOMINATED, render_report
+from imu_ray.audits.samples import Shown
 from imu_ray.audits.verdict import verdict
 from imu_ray.config import UnlearnConfig
 from imu_ray.distributed import (
@@ -45,8 +46,9 @@ from imu_ray.models.copies import plain_copy
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import choose_recipe, resolve_targets, settle_scope, warnings_of
 from imu_ray.run.bundle import Bundle
-from imu_ray.run.directory import INTENSITIES, MODEL, MODEL_FOLDER, SEAL, RunDirectory, default_run_dir
+from imu_ray.run.directory import INTENSITIES, MODEL, MODEL_FOLDER, SEAL, WITH_SAMPLES, RunDirectory, default_run_dir
 from imu_ray.run.fingerprint import IDS, fingerprint, fingerprint_table, read_key
+from imu_ray.run.metrics import read_metrics, write_metrics
 from imu_ray.run.record import AscentRecord, CurvatureRecord, RunRecord, TargetRecord, VerdictRecord
 from imu_ray.run.recorder import Recorder
 from imu_ray.run.result import UnlearnResult
@@ -96,6 +98,11 @@ class Pipeline:
         inputs.require_sets(config)
         check_settings(config, self.task)
         self.key = None if config.record.key is None else read_key(config.record.key)
+        if config.audit.samples and not inputs.sources:
+            raise ConfigError(
+                f"audit.samples is {config.audit.samples} in a sweep, whose trials do not read the rows again; "
+                "expected 0; audit the run that you keep"
+            )
         self.reference = self._open_reference() if stage in ("unlearn", "audit") else None
         self.bundle: Bundle | None = None
         self.given: Column | None = None  # influence of another engine
@@ -451,7 +458,7 @@ class Pipeline:
         self.run.write_events(outcome.trajectory)
         if figures:
             self.record.verdict = VerdictRecord(**vars(verdict(outcome.status, outcome.reason, figures)))
-        self.write_audit(figures, samples, trajectory)
+        self.write_audit(figures, samples, trajectory, changed)
         self.run.write_model(MODEL, changed)
         merge = self.record.model.merge_adapter
         self.run.write_folder(MODEL_FOLDER, lambda folder: save_as_it_came(changed, folder, merge))
@@ -499,18 +506,37 @@ class Pipeline:
         return UnlearnResult(
             changed,
             self.run.location,
-            self.run.read_json("metrics.json"),
+            read_metrics(self.run),
             trajectory,
             RunRecord.model_validate(self.begun),
         )
 
-    def write_audit(self, figures: dict[str, Any], samples: Weighted | None, trajectory: pa.Table | None) -> None:
-        """``metrics.json`` and the report."""
+    def write_audit(
+        self,
+        figures: dict[str, Any],
+        samples: Weighted | None,
+        trajectory: pa.Table | None,
+        changed: nn.Module | None = None,
+    ) -> None:
+        """``metrics.json`` and the report; with ``audit.samples`` another one, which shows some."""
         if self.write:
-            self.run.write_json("metrics.json", figures)
+            write_metrics(self.run, figures)
             if self.config.audit.report:
                 drawn = None if samples is None else (samples.influence, of_rows(samples.weights))
-                self.run.write_text("report.html", render_report(self.record.to_json(), figures, drawn, trajectory))
+                shown = self._samples(samples, changed) if self.config.audit.samples else {}
+                self.record.samples_shown = sum(map(len, shown.values()))
+                pages = {"report.html": None} | ({WITH_SAMPLES: shown} if shown else {})
+                for name, each in pages.items():
+                    page = render_report(self.record.to_json(), figures, drawn, trajectory, each)
+                    self.run.write_text(name, page)
+
+    def _samples(self, samples: Weighted | None, changed: nn.Module | None) -> dict[str, list[Shown]]:
+        """Samples to show under the model as it was written; of an audit, the model that is audited."""
+        event("samples are shown", level=logging.WARNING, page=below(self.run.location, WITH_SAMPLES))
+        part = self.part if changed is None else self.part.of_model(changed)
+        influence = None if samples is None else samples.influence
+        forget, source = self.features["forget"], self.inputs.sources["forget"]
+        return audit_job.samples(forget, source, part, influence, self.config.audit.samples)
 
 
 def gaps_of(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 from architectures import Moody, NoHead, Scaled, Twice, cosine, named, same_state
+from figures import check_metrics
 from safetensors.torch import load_file, save_file
 from samples import SMALL, Pairs, image_table, pairs, paper, tensors
 from scipy.stats import entropy
@@ -105,13 +106,15 @@ def test_the_audit_is_that_of_the_saved_model(finished):
         figures = result.metrics["after"][name]
         assert figures["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
         assert figures["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
-    assert json.loads((result.run_dir / "metrics.json").read_text()) == result.metrics
+    assert check_metrics(result.run_dir, *sets()) == result.metrics
 
 
 def test_a_run_says_how_far_it_is_from_a_reference_model(tmp_path):
     other = named("heads.head", seed=1)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    result = start(tmp_path / "run", audit__reference=str(tmp_path / "other.safetensors"))
+    tests = {"audit__recovery": ["probe", "relearn", "quantise", "lora"], "audit__recovery_steps": 1}
+    result = start(tmp_path / "run", audit__reference=str(tmp_path / "other.safetensors"), **tests)
+    assert check_metrics(tmp_path / "run", *sets()) == result.metrics
     samples = {"forget": pairs(50), **sets()}
     for side, model in (("before", named("heads.head")), ("after", result.model)):
         for name, each in samples.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from figures import check_metrics
 from language import ANSWERS, QUESTIONS, gpt2, llama, lora, tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,9 +66,14 @@ def test_a_model_forgets_answers_and_from_pretrained_opens_what_is_written(make,
         task="causal_lm",
         evaluation={"test": pa.Table.from_pylist(UNSEEN[:4]), "retain": pa.Table.from_pylist(rows[4:])},
         # The original as its own reference: at first nothing is between them.
-        config=settings(scope, **{"ascent.objective": objective, "audit.reference": str(tmp_path / "source")}),
+        config=settings(
+            scope,
+            **{"ascent.objective": objective, "audit.reference": str(tmp_path / "source")},
+            **{"audit.recovery": ["probe", "lora"], "audit.recovery_steps": 1},
+        ),
         run_dir=tmp_path / "run",
     )
+    assert check_metrics(tmp_path / "run", "test", "retain") == result.metrics
     assert result.manifest["ascent"]["status"] == "reached"
     before, after = (result.metrics[key]["forget"] for key in ("before", "after"))
     assert after["probability"] < before["probability"] / 2
@@ -119,6 +125,7 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
     result = unlearn(spec, config=config, run_dir=tmp_path / "run", **given)
     before, after = (result.metrics[key]["language"] for key in ("before", "after"))
     assert [before["model"], after["model"]] == [result.manifest["model"][f"hash_{key}"] for key in ("before", "after")]
+    assert check_metrics(tmp_path / "run", *given["evaluation"]) == result.metrics
     said, still = before["sets"], after["sets"]
     assert said["forget"]["rouge"] > 0.9
     assert said["forget"]["rouge"] > still["forget"]["rouge"]

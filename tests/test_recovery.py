@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from figures import check_metrics
 from safetensors.torch import save_file
 from samples import Pairs
 
@@ -37,6 +38,7 @@ def test_a_class_that_only_the_head_forgot_is_recovered_and_the_job_says_so(know
     evaluation = {name: sets[name] for name in ("retain", "test")}
     config = settings(audit__recovery=["probe", "relearn", "quantise", "lora"], audit__reference=reference)
     result = unlearn(model, sets["forget"], evaluation=evaluation, config=config, run_dir=tmp_path / "run")
+    assert check_metrics(tmp_path / "run", *evaluation) == result.metrics
     found = result.metrics["recovery"]
     assert found.keys() == {"before", "after", "reference"}
     assert result.metrics["after"]["forget"]["accuracy"] <= 0.01

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from figures import check_metrics
 from persons import TRAINING, cosine, entries, trained, write_persons, written_out
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
@@ -21,6 +22,7 @@ def test_persons_named_by_id_are_forgotten_and_looked_up_before_and_after(tmp_pa
     ran = {"model": model}
     exec(example, ran)
     result = ran["result"]
+    assert check_metrics(result.run_dir) == result.metrics
     assert result.status == "reached"
     assert set(result.intensities["label"].to_pylist()) == {1, 2}
     old, new = model.state_dict(), result.model.state_dict()

@@ -152,6 +152,11 @@ def check_settings(config: UnlearnConfig, task: Task) -> None:
             f"audit.checks is true, but ascent.keep is {config.ascent.keep!r}, which keeps no parameters of checks; "
             "expected ascent.keep=all with it"
         )
+    if audit.samples and not audit.report:
+        raise ConfigError(
+            f"audit.samples is {audit.samples}, but audit.report is false, so that no page would show them; expected "
+            "audit.report=true with it"
+        )
     asked = [f"audit.{name}" for name in ("generate", "retain_log") if getattr(audit, name)]
     if asked and (not isinstance(task, CausalLMTask) or task.config.text_column is not None):
         raise ConfigError(

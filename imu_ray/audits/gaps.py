@@ -12,7 +12,7 @@ from imu_ray.audits.population import Column, interval, lacking, utility_warning
 
 Figures = Mapping[str, Any]
 ACCURACIES = ("forget", "retain", "test")
-COUNTS = ("samples", "members", "non_members")
+COUNTS = ("samples", "members", "non_members", "gallery", "left_out")
 EFFICACY = "membership.svc_efficacy.non_members"
 MIN_PAIRS = 3
 

@@ -1,4 +1,7 @@
-"""A self-contained HTML page of what a run did: tables, trajectory and distributions. It shows no sample and no id."""
+"""A self-contained HTML page of what a run did: tables, trajectory and distributions.
+
+It shows no id, and no sample but those that it is given.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from imu_ray.audits import AUDITS
+from imu_ray.audits.samples import Shown
 from imu_ray.influence.intensity import Column
 
 # Squared cosine with the plain gradient above which the curvature has no say to speak of.
@@ -33,6 +37,7 @@ def render_report(
     metrics: Mapping[str, Any],
     intensities: tuple[Column, Column] | None,
     trajectory: pa.Table | None,
+    samples: Mapping[str, Sequence[Shown]] | None = None,
 ) -> str:
     """The page as text; parts without data are left out.
 
@@ -41,6 +46,7 @@ def render_report(
         metrics: figures before and after.
         intensities: influence and intensity of every sample, ``[N]`` each.
         trajectory: a row per check of the ascent.
+        samples: those to show, by what they were chosen for; a page with them is not to be handed on.
     """
     figures = {}
     if trajectory is not None:
@@ -52,7 +58,7 @@ def render_report(
     sets, language = [name for name in last if name not in AUDITS], last.get("language")
     shown = {"sides": sides, "last": last, "sets": sets, "language": language}
     if rocs := {side: metrics[side]["membership"]["roc"] for side in sides if "roc" in _membership(metrics[side])}:
-        figures = {"Membership": [_draw_rocs(rocs)], **figures}
+        figures = {"Membership: the attack by the loss": [_draw_rocs(rocs)], **figures}
     if recovery := metrics.get("recovery"):
         shown["recovered"] = [side for side in ("before", "after", "reference") if side in recovery]
         shown["recovery_rows"], shown["unrecovered"] = _recovery_rows(recovery)
@@ -61,7 +67,7 @@ def render_report(
         present = {name for found in language["sets"].values() for name in found}
         shown["spoken"] = {name: title for name, title in SPOKEN.items() if name in present}
         shown["unsaid"] = _unsaid(language)
-    return render_page("report.html.j2", manifest=manifest, metrics=metrics, **shown)
+    return render_page("report.html.j2", manifest=manifest, metrics=metrics, samples=samples, **shown)
 
 
 def render_page(template: str, **values: Any) -> str:

@@ -13,14 +13,17 @@ from imu_ray.audits.accuracy import divergence, output_change, set_figures
 from imu_ray.audits.answers import KINDS, ROWS, Answering, asks_for_answers
 from imu_ray.audits.base import Answers, Predictions, predict_shard
 from imu_ray.audits.retrieval import embed_shard
+from imu_ray.audits.samples import Shown
 from imu_ray.config import AuditConfig
-from imu_ray.data import Shard, Source
+from imu_ray.data import PartSource, Shard, Source
 from imu_ray.distributed import sharing
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.tasks import Stage, StageRef, TaskRunner
 from imu_ray.errors import ForgetSetError
+from imu_ray.influence.intensity import Column
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.scopes.base import Part
+from imu_ray.scopes.features import FeatureShard, Positions
 from imu_ray.scopes.layers import Layers
 from imu_ray.tasks.causal_lm import CausalLMTask
 
@@ -104,6 +107,39 @@ def compare(
         means = np.concatenate(list(made.stream(f"reference on {name}", function, beside=others[name]))).mean(0)
         found[name] = dict(zip(("kl", "agreement", "js"), means.tolist(), strict=True))
     return found
+
+
+def samples(
+    forget: FeatureSet, source: Source, part: Part, influence: Column | None, count: int
+) -> dict[str, list[Shown]]:
+    """Samples of the forget set to show: so many with the largest influence, up or down, and so many least forgotten.
+
+    Args:
+        forget: features of the forget set.
+        source: where its rows can be read again; they are read here.
+        part: what makes outputs of the unlearned model.
+        influence: of each sample ``[N]``; None where they were not scored.
+        count: how many of each.
+    """
+    found = predict({"forget": forget}, part)["forget"]
+    losses, places = found.metrics["loss"], np.concatenate(forget.map("places of forget", _places))
+    chosen = {"least forgotten, by loss": np.argsort(losses, kind="stable")[:count]}
+    if influence is not None:
+        chosen = {"highest influence, up or down": np.argsort(-np.abs(influence), kind="stable")[:count], **chosen}
+    used = np.unique(np.concatenate(list(chosen.values())))
+    used = used[np.argsort(places[used])]
+    rows = PartSource(source, np.searchsorted(source.positions(0, source.num_rows), places[used])).read(0, len(used))
+
+    def shown(sample: int, value: Any) -> Shown:
+        label = int(found.labels[sample]) if found.labels.ndim == 1 else None
+        return Shown.of(value, label, float(losses[sample]), None if influence is None else float(influence[sample]))
+
+    made = {sample: shown(sample, value) for sample, value in zip(used.tolist(), rows.inputs, strict=True)}
+    return {title: [made[sample] for sample in samples.tolist()] for title, samples in chosen.items()}
+
+
+def _places(shard: FeatureShard) -> Positions:
+    return shard.places_n
 
 
 def mean_output_change(forget: FeatureSet, before: Part, after: Part) -> float:

@@ -19,6 +19,7 @@ from imu_ray.events import event
 from imu_ray.inputs import Inputs
 from imu_ray.pipeline import Pipeline
 from imu_ray.run.directory import MANIFEST, RunDirectory
+from imu_ray.run.metrics import read_metrics
 from imu_ray.run.storage import below
 
 
@@ -97,7 +98,7 @@ def _run_trial(config: Mapping[str, Any], shared: Shared) -> None:
     ended = run.read_json(MANIFEST) or {}
     if (ended.get("status"), ended.get("config_identity")) == ("complete", settings.identity()):
         # What became of it was lost on the way, with the driver or with this process.
-        manifest, metrics = ended, run.read_json("metrics.json")
+        manifest, metrics = ended, read_metrics(run)
     else:
         # A report per check costs Tune more than the check.
         trial = Trial(tune.report, [TuneReportCallback()]) if shared.stops_early else None

@@ -1,1 +1,1 @@
-"""What is handed on of a run: an export of its record, a signature, and whether both are still what was written."""
+"""What is done with finished runs: exported, signed and verified records, and runs side by side."""

@@ -1,10 +1,11 @@
 """The record of a run to hand on: manifest, figures and report, without the table of samples and without an id."""
 
+import contextlib
 import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,26 @@ def export_run(location: str | Path, out: str | Path, sign_key: str | Path | Non
             place = _zipped(place)
         place.replace(out)
     return out
+
+
+@contextlib.contextmanager
+def opened(location: str | Path) -> Iterator[RunDirectory]:
+    """A run directory, its URI, or what ``export_run`` wrote, a folder or ``.zip``.
+
+    Raises:
+        CheckpointError: the archive cannot be read.
+    """
+    if not str(location).endswith(".zip"):
+        yield RunDirectory(location)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(location) as archive:
+                for name in archive.namelist():
+                    (Path(folder) / Path(name).name).write_bytes(archive.read(name))  # an export has no folders
+        except (OSError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{location} cannot be read: {error}; expected what imu-ray export wrote") from None
+        yield RunDirectory(folder)
 
 
 def without_ids(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Whether a run, or an exported record, is still what was written."""
 
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from imu_ray.errors import CheckpointError, ConfigError
-from imu_ray.handover.export import SIGNATURE
+from imu_ray.handover.export import SIGNATURE, opened
 from imu_ray.handover.signature import is_signed, read_public_key
 from imu_ray.models.checkpoint import read_checkpoint, state_hash
-from imu_ray.run.directory import MANIFEST, MODEL, MODEL_FOLDER, SEAL, RunDirectory
+from imu_ray.run.directory import MANIFEST, MODEL, MODEL_FOLDER, SEAL, WITH_SAMPLES, RunDirectory
 from imu_ray.run.fingerprint import IDS, fingerprint, holds, read_key
 
-PARTS = {"metrics.json": "metrics", "report.html": "report", IDS: "ids"}
+PARTS = {"metrics.json": "metrics", "report.html": "report", WITH_SAMPLES: "report", IDS: "ids"}
 
 
 @dataclass(frozen=True)
@@ -55,20 +53,8 @@ def verify_run(
         CheckpointError: there is no record, or it is of a run that has not ended.
         ConfigError: a key cannot be used.
     """
-    if str(location).endswith(".zip"):
-        with tempfile.TemporaryDirectory() as folder:
-            _unpack(Path(location), Path(folder))
-            return _verify(RunDirectory(folder), checkpoint, public_key, key, ids)
-    return _verify(RunDirectory(location), checkpoint, public_key, key, ids)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            for name in opened.namelist():
-                (folder / Path(name).name).write_bytes(opened.read(name))  # an export has no folders
-    except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{archive} cannot be read: {error}; expected what imu-ray export wrote") from None
+    with opened(location) as run:
+        return _verify(run, checkpoint, public_key, key, ids)
 
 
 def _verify(

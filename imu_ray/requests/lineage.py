@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from imu_ray.run.directory import MANIFEST, RunDirectory
+from imu_ray.run.metrics import read_metrics
 from imu_ray.run.record import Part
 
 LINEAGE = "lineage.json"
@@ -107,5 +108,5 @@ def read_outcome(run: RunDirectory) -> Outcome | None:
         model=manifest["model"]["hash_after"],
         manifest=run.digest(MANIFEST),
         left_out=[row["sample_id"] for row in manifest["forget_set"]["bad_rows"]],
-        metrics=run.read_json("metrics.json"),
+        metrics=read_metrics(run),
     )

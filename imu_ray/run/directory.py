@@ -31,6 +31,7 @@ SEAL = "manifest.sha256"  # as ``sha256sum --check`` reads it
 INTENSITIES = "intensities.parquet"
 MODEL = "model.safetensors"
 MODEL_FOLDER = "model"
+WITH_SAMPLES = "report_with_samples.html"  # never part of an export
 STATE = "state/ascent.safetensors"
 RECORD = (MANIFEST, SEAL)
 Limits = Mapping[str, int | None]  # ``max_epochs`` and ``max_steps``; None: any number

@@ -153,6 +153,7 @@ class RunRecord(Part):
     verdict: VerdictRecord | None = None
     data_access: dict[str, list[str]] = {}
     forget_ids: IdsRecord | None = None
+    samples_shown: int = 0  # samples to forget that stand in report_with_samples.html
     artifacts: dict[str, str] = {}
 
     @classmethod

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file, save_file
 from samples import SMALL, image_table, paper
 
-from imu_ray import CheckpointError, ConfigError, unlearn
+from imu_ray import CheckpointError, ConfigError, compare, unlearn
 from imu_ray.cli import main
 from imu_ray.handover.export import export_run
 from imu_ray.handover.verify import verify_run
@@ -132,6 +132,20 @@ def test_an_export_verifies_and_nothing_in_it_names_a_sample(out, run, tmp_path)
     everything = b"".join(path.read_bytes() for path in folder.iterdir() if path.suffix != ".parquet")
     assert ids[0] == "s000"
     assert not [sample_id for sample_id in ids if sample_id.encode() in everything]
+
+
+def test_a_run_and_its_export_have_the_same_figures_side_by_side(run, tmp_path):
+    found = compare(run, export_run(run, tmp_path / "record.zip"))
+    assert found.settings == {}
+    assert not any("comparison" in each for each in found.warnings)
+    assert len(found.figures) > 20
+    for figure in found.figures:
+        assert figure.values[0] == figure.values[1]
+        assert isinstance(figure.values[0], float), figure
+    metrics = json.loads((run / "metrics.json").read_text())
+    figures = {(each.name, each.side): each.values[0] for each in found.figures}
+    assert figures["test.loss", "after"] == metrics["after"]["test"]["loss"]
+    assert figures["recovery.probe.accuracy", "before"] == metrics["recovery"]["before"]["probe"]["accuracy"]
 
 
 def test_rows_that_were_left_out_are_handed_on_without_their_ids(run, tmp_path):

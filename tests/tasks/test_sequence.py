@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from architectures import Reader, Untraced
+from figures import check_metrics
 from oracle import layer_factors
 from torch.nn import functional
 
@@ -328,6 +329,7 @@ def test_tokens_have_intensities_of_their_own_which_a_table_carries_to_the_updat
         )
         for workers in (1, 2)
     }  # fmt: skip
+    assert check_metrics(tmp_path / "1") == runs[1].metrics
     table = runs[1].intensities
     assert table.equals(runs[2].intensities)
     assert runs[1].manifest["model"]["hash_after"] == runs[2].manifest["model"]["hash_after"]
