@@ -181,6 +181,10 @@ def _warnings(names: Sequence[str], runs: Sequence[RunFigures]) -> list[str]:
     for name, run in zip(names, runs, strict=True):
         if run.record["status"] != "complete":
             found.append(f"{name} has not ended: it is {run.record['status']}")
+        if "fingerprint" not in (run.record.get("forget_set") or {"fingerprint": None}):
+            found.append(
+                f"{name} is an export, which does not tell rows to forget: whether they are the others' is open"
+            )
         if run.record["stage"] == "audit":
             found.append(f"{name} is an audit: its record does not say which original the model was made from")
         doubts = {side: run.metrics.get(side, {}).get("membership", {}).get("warning") for side in SIDES}
@@ -193,8 +197,8 @@ def _warnings(names: Sequence[str], runs: Sequence[RunFigures]) -> list[str]:
 
 
 def _rows_of(samples: Mapping[str, Any] | None, name: str, record: Mapping[str, Any]) -> str | None:
-    """Which rows a set holds; None where it was not given."""
-    if samples is None:
+    """Which rows a set holds; None where it was not given, or is not told."""
+    if samples is None or "fingerprint" not in samples:
         return None
     chosen = {key: record["config"]["forget_set"].get(key) for key in ("size", "size_seed")} if name == "forget" else {}
     part = f", {chosen}" if chosen.get("size") is not None else ""

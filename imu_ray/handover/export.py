@@ -93,9 +93,10 @@ def without_ids(manifest: Mapping[str, Any]) -> dict[str, Any]:
     record = json.loads(json.dumps(manifest))
     record["config"]["forget_set"].pop("where", None)
     record.pop("inputs", None)
-    for samples in filter(None, [record.get("forget_set"), *record.get("evaluation", {}).values()]):
+    forget = record.get("forget_set") or {}
+    forget.pop("fingerprint", None)
+    for samples in filter(None, [forget, *record.get("evaluation", {}).values()]):
         samples["bad_rows"] = [{"reason": row["reason"]} for row in samples["bad_rows"]]
-        samples.pop("fingerprint")
         for name in ("ids_digest", "where"):
             (samples.get("selection") or {}).pop(name, None)
     if record.get("influence"):

@@ -138,6 +138,7 @@ def test_a_run_and_its_export_have_the_same_figures_side_by_side(run, tmp_path):
     found = compare(run, export_run(run, tmp_path / "record.zip"))
     assert found.settings == {}
     assert not any("comparison" in each for each in found.warnings)
+    assert sum("record.zip is an export, which does not tell rows to forget" in each for each in found.warnings) == 1
     assert len(found.figures) > 20
     for figure in found.figures:
         assert figure.values[0] == figure.values[1]
