@@ -6,7 +6,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from imu_ray.audits.margins import Margins, Matrix
-from imu_ray.audits.population import Column, attack_figures, constant_points, few_others, lacking, utility_warning
+from imu_ray.audits.population import Column, attack_figures, constant_points, few_others, lacking, population_warning
 from imu_ray.errors import ForgetSetError
 
 FOLDS = 4
@@ -58,7 +58,7 @@ def ulira(margins: Margins) -> dict[str, Any]:
     for reading, kinds in pairs.items():
         reason = lacking(margins, kinds)
         found[reading] = {"skipped": reason} if reason else likelihood_attack(*(of[kind] for kind in kinds))
-    return found | utility_warning(margins)
+    return found | population_warning(margins)
 
 
 def likelihood_attack(in_MN: Matrix, out_MN: Matrix) -> dict[str, Any]:
