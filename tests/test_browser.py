@@ -63,7 +63,11 @@ def pages():
         run | {"status": "contained", "ended": "reached", "recipe": "samples", "rows": 30, "reason": "r"}
         for run in runs
     ]
-    figures = [Figure("forget.accuracy", "after", [0.5, "no test"]), Figure("seconds.total", "", [1.0, 2.0])]
+    figures = [
+        Figure("forget.accuracy", "after", [0.5, "no test"]),
+        Figure("a_long_name." * 9, "before", [0.5, 1.0]),
+        Figure("seconds.total", "", [1.0, 2.0]),
+    ]
     sweep = {"created": "2026-01-01", "axes": {"seed": "[1]", "ascent.learning_rate": "[1]"}, "choose_by": "auto"}
     failed = {
         **ROW,
@@ -75,10 +79,12 @@ def pages():
         "test.accuracy": None,
     }
     rows = [row | {"ascent.learning_rate": 0.01} for row in (ROW, failed)]
+    many = [{**runs[0], "name": f"a run of some length, number {number}"} for number in range(12)]
     return {
         "report": report({"highest influence": [picture, text], "least forgotten": [text, picture]}),
         "sweep": render_sweep(sweep, rows, ACCURACIES, ["a"]),
         "comparison": Comparison(runs, ["other rows: no fair comparison"], {"seed": [0, 1]}, figures).page(),
+        "many": Comparison(many, [], {"seed": list(range(12))}, [Figure("test.loss", "after", [0.123456] * 12)]).page(),
     }
 
 
@@ -135,7 +141,7 @@ def open_page(browser):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["report", "sweep", "comparison"])
+@pytest.mark.parametrize("name", ["report", "sweep", "comparison", "many"])
 def test_a_page_shows_without_an_error_fetches_nothing_and_can_be_read_by_everyone(name, width, written, open_page):
     page, errors, asked = open_page(written / f"{name}.html", width)
     assert errors == []

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imu_ray.audits.margins import Margins, Matrix
-from imu_ray.audits.population import CONSTANT, Column, lacking, utility_warning
+from imu_ray.audits.population import CONSTANT, Column, lacking, population_warning
 
 DELTA = 1e-5
 WIDTH = 0.5  # of a bin of epsilon
@@ -44,7 +44,7 @@ def forgetting_quality(margins: Margins) -> dict[str, Any]:
     halves = {"oracle": retrained[1::2], **sides}
     reason = None if few >= 4 else f"{len(retrained)} retrained models; halves of fewer than 4 tell nothing"
     floor = {"skipped": reason} if reason else _scores(halves, retrained[::2], few)
-    return {**_scores(sides, retrained, models), "floor": floor, **utility_warning(margins)}
+    return {**_scores(sides, retrained, models), "floor": floor, **population_warning(margins)}
 
 
 def largest_epsilon(unlearned_M: Column, retrained_M: Column) -> float:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from imu_ray.audits.guard import utility_warning as figures_warning
+from imu_ray.audits.guard import figures_warning
 from imu_ray.audits.margins import Margins, Matrix
-from imu_ray.audits.population import Column, interval, lacking, utility_warning
+from imu_ray.audits.population import Column, interval, lacking, population_warning
 
 Figures = Mapping[str, Any]
 ACCURACIES = ("forget", "retain", "test")
@@ -78,7 +78,8 @@ def tug_of_war(figures: Figures, reference: Figures) -> float:
 
     In [0, 1]; 1 is the retrained model.
 
-    Source: Zhao et al., What makes unlearning hard and what to do about it, arXiv:2406.01257.
+    Source: Zhao et al., What makes unlearning hard and what to do about it, arXiv:2406.01257; as in the authors' code
+    (github.com/kairanzhao/RUM).
     """
     return float(np.prod([1 - _distance(figures, reference, f"{name}.accuracy") for name in ACCURACIES]))
 
@@ -90,7 +91,8 @@ def tug_of_war_membership(figures: Figures, reference: Figures) -> float:
 
     In [0, 1]; 1 is the retrained model.
 
-    Source: Zhao and Triantafillou, Scalability of memorization-based machine unlearning, arXiv:2410.16516.
+    Source: Zhao and Triantafillou, Scalability of memorization-based machine unlearning, arXiv:2410.16516; as in the
+    authors' code (github.com/kairanzhao/RUM).
     """
     paths = [EFFICACY, *(f"{name}.accuracy" for name in ACCURACIES[1:])]
     return float(np.prod([1 - _distance(figures, reference, path) for path in paths]))
@@ -122,7 +124,7 @@ def utility_paid(margins: Margins) -> dict[str, Any]:
         after, without = (_losses(margins.of[kind][[row[at] for row in rows]]) for at, kind in enumerate(pair))
         changes = after - without
         found[side] = {name: interval(changes[:, margins.sets == name].mean(1) / forgotten) for name in names}
-    return found | utility_warning(margins)
+    return found | population_warning(margins)
 
 
 def loss_changes(margins: Margins) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def loss_changes(margins: Margins) -> dict[str, Any]:
                 values.append(float(spearmanr(change, without("retrained", seed) - without("original", seed))[0]))
         enough = len(values) >= MIN_PAIRS
         found[kind] = interval(values) if enough else {"skipped": f"{len(values)} seeds in which losses moved"}
-    return found | utility_warning(margins)
+    return found | population_warning(margins)
 
 
 def _losses(margins_MN: Matrix) -> Matrix:

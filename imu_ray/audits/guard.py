@@ -11,7 +11,7 @@ MIN_ROWS = 20  # of fewer a share near chance says nothing
 FAR_BELOW = 0.5  # of what another model has above a guess
 
 
-def utility_warning(figures: Mapping[str, Any], others: Mapping[str, Mapping[str, Any] | None]) -> dict[str, str]:
+def figures_warning(figures: Mapping[str, Any], others: Mapping[str, Mapping[str, Any] | None]) -> dict[str, str]:
     """``warning``, where a model has lost half or more of what another knows of unseen samples; else nothing.
 
     Args:

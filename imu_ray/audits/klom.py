@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from imu_ray.audits.margins import Margins, Matrix
-from imu_ray.audits.population import Column, lacking, utility_warning
+from imu_ray.audits.population import Column, lacking, population_warning
 
 CLIP = 100.0
 BINS = 20
@@ -48,7 +48,7 @@ def klom(margins: Margins) -> dict[str, Any]:
         "quantile": QUANTILE,
         "floor": {"models": few, "draws": DRAWS, "sets": _over_draws(margins, sides, oracles, few)},
         "all": {"models": many, "sets": _by_set(margins, sides, oracles, many)},
-        **utility_warning(margins),
+        **population_warning(margins),
     }
 
 

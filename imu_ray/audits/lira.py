@@ -13,7 +13,7 @@ from imu_ray.audits.population import (
     few_others,
     interval,
     lacking,
-    utility_warning,
+    population_warning,
 )
 from imu_ray.errors import ForgetSetError
 
@@ -68,7 +68,7 @@ def ulira(margins: Margins) -> dict[str, Any]:
     for reading, kinds in pairs.items():
         reason = lacking(margins, kinds)
         found[reading] = {"skipped": reason} if reason else likelihood_attack(*(of[kind] for kind in kinds))
-    return found | utility_warning(margins)
+    return found | population_warning(margins)
 
 
 def likelihood_attack(in_MN: Matrix, out_MN: Matrix) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def constant_points(margins_MN: Matrix, retrained_MN: Matrix) -> npt.NDArray[np.
     return found
 
 
-def utility_warning(margins: Margins) -> dict[str, str]:
+def population_warning(margins: Margins) -> dict[str, str]:
     r"""``warning``, where unlearned models know far less of unseen points than retrained ones; else nothing.
 
     Compared is the mean share of points of ``test`` with :math:`p_y > \tfrac12` (a margin above 0): half of the

@@ -17,14 +17,12 @@ from matplotlib.figure import Figure
 
 from imu_ray.audits import AUDITS
 from imu_ray.audits.samples import Shown
+from imu_ray.audits.verdict import TRIED
 from imu_ray.influence.intensity import Column
 
 # Squared cosine with the plain gradient above which the curvature has no say to speak of.
 DOMINATED = 0.99
 
-TRIED = {
-    "probe": "A new head", "quantise": "Rounded to", "relearn": "Training all parameters", "lora": "Training adapters",
-}  # fmt: skip
 SIDES = ("before", "after", "retrained")  # doing nothing is what stands before
 SPOKEN = {
     "perplexity": "Perplexity", "probability": "Probability", "choice_probability": "Among the choices",
@@ -111,11 +109,11 @@ def _recovery_rows(recovery: Mapping[str, Any]) -> tuple[dict[str, dict[str, flo
     unmeasured: dict[str, list[str]] = {}
     for side, tests in recovery.items():
         for name, title in TRIED.items():
-            found = tests.get(name, {})
+            found, title = tests.get(name, {}), title.capitalize()
             if name == "probe" and found:
                 rows.setdefault(f"{title}, {found['labelled']} labelled rows", {})[side] = found["accuracy"]
             for bits in ("8", "4") if name == "quantise" and found else ():
-                rows.setdefault(f"{title} {bits} bit", {})[side] = found[bits]["accuracy"]
+                rows.setdefault(f"{title} to {bits} bit", {})[side] = found[bits]["accuracy"]
             for place, step in enumerate(found.get("steps", ())):
                 accuracy = found["accuracy"][place]
                 rows.setdefault(f"{title}, {step} step{'s' * (step != 1)}", {})[side] = accuracy

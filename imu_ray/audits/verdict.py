@@ -8,6 +8,10 @@ from typing import Any
 UTILITY_DROP = 0.1  # of the accuracy on a set to keep, beyond which a model counts as broken
 MARGIN = 0.1  # of accuracy, by which recovered answers, or fresh views, may be above what they are compared with
 ERRORS = 2.0  # standard errors by which they must be too, where rows are few
+# Tests of recovery, in words.
+TRIED = {
+    "probe": "a new head", "quantise": "rounding", "relearn": "training all parameters", "lora": "training adapters",
+}  # fmt: skip
 Metrics = Mapping[str, Any]
 
 
@@ -142,12 +146,12 @@ class Evidence:
         sides = metrics.get("recovery", {})
         after, retrained = sides.get("after", {}), sides.get("reference", {})
         for name, why in after.get("skipped", {}).items():
-            self.missing.append(f"recovery by {SPOKEN.get(name, name)}: {why}")
-        for name, told in SPOKEN.items():
+            self.missing.append(f"recovery by {TRIED.get(name, name)}: {why}")
+        for name, told in TRIED.items():
             for bits in ("8", "4") if name == "quantise" else ("",):
                 found, beside = (side.get(name, {}) for side in (after, retrained))
                 if bits:
-                    told, found, beside = f"{SPOKEN[name]} to {bits} bit", found.get(bits, {}), beside.get(bits, {})
+                    told, found, beside = f"{TRIED[name]} to {bits} bit", found.get(bits, {}), beside.get(bits, {})
                 if not found.get("accuracy"):
                     continue
                 if beside.get("accuracy"):
@@ -162,9 +166,6 @@ class Evidence:
                 self._compare(f"recovery by {told}", found, last, whose)
         if not after:
             self.missing.append("recovery (audit.recovery)")
-
-
-SPOKEN = {"probe": "a new head", "quantise": "rounding", "relearn": "a few steps", "lora": "a few steps of adapters"}
 
 
 def _percent(share: float) -> str:

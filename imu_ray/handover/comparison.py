@@ -16,7 +16,7 @@ from imu_ray.run.storage import open_folder
 from imu_ray.section import flatten
 
 SPOKEN = {"before": "before (do nothing)"}
-SHOWN = ("status", "ended", "recipe", "rows")
+SHOWN = {"status": "status", "ended": "ended", "recipe": "recipe, as chosen", "rows": "rows to forget"}
 MACHINE = ("processor", "cpus", "gpus", "device", "threads_per_worker")
 
 
@@ -69,7 +69,7 @@ class Comparison:
         """A table for a terminal; what a run lacks has the number of its reason, which stands below."""
         reasons = self.reasons
         rows = [["", *(run["name"] for run in self.runs)]]
-        rows += [[key, *(_word(run[key]) for run in self.runs)] for key in SHOWN]
+        rows += [[title, *(_word(run[key]) for run in self.runs)] for key, title in SHOWN.items()]
         rows += [[name, *map(_word, values)] for name, values in self.settings.items()]
         for each in self.figures:
             side = f", {SPOKEN.get(each.side, each.side)}" if each.side else ""
@@ -114,7 +114,7 @@ def compare(*runs: str | Path) -> Comparison:
     described = [
         _described(name, location, each.record) for name, location, each in zip(_names(runs), runs, found, strict=True)
     ]
-    settings = [flatten(each.record["config"]) for each in found]
+    settings = [{key: x for key, x in flatten(each.record["config"]).items() if x != {}} for each in found]
     differ = {key: [each.get(key) for each in settings] for key in dict.fromkeys(itertools.chain(*settings))}
     return Comparison(
         described,

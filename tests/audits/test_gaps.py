@@ -7,7 +7,7 @@ from scipy.stats import t
 
 from imu_ray.audits.accuracy import divergence
 from imu_ray.audits.gaps import average_gap, reference_gaps, tug_of_war, tug_of_war_membership
-from imu_ray.audits.guard import prediction_warning, utility_warning
+from imu_ray.audits.guard import figures_warning, prediction_warning
 from imu_ray.config import ForgetSetConfig
 from imu_ray.scopes.features import FeatureShard
 from imu_ray.scopes.head import Head
@@ -95,11 +95,11 @@ def test_divergences_are_scipys():
 
 
 def test_a_model_far_below_another_warns():
-    assert utility_warning(figures(test=0.8), {"before": figures(test=0.9), "retrained": None}) == {}
-    found = utility_warning(figures(test=0.4), {"retrained": figures(test=0.9)})
+    assert figures_warning(figures(test=0.8), {"before": figures(test=0.9), "retrained": None}) == {}
+    found = figures_warning(figures(test=0.4), {"retrained": figures(test=0.9)})
     assert "test accuracy is 40.0%, that of retrained 90.0%" in found["warning"]
     assert "warning" in reference_gaps(figures(test=0.2), [figures()])
-    assert utility_warning({"forget": {}}, {"before": figures()}) == {}
+    assert figures_warning({"forget": {}}, {"before": figures()}) == {}
 
 
 def test_predictions_of_one_class_or_hardly_better_than_a_guess_warn():

@@ -191,7 +191,7 @@ def test_attacks_destinations_recovery_and_gaps_have_their_tables():
     page = render_report(MANIFEST, metrics, None, None)
     for shown in (
         "0.777", "modified entropy", "0.660", "no &lt;b&gt;retain&lt;/b&gt;", "2: 9, 1: 5, 3: 4<", "86.8 %", "34.5 %", "22.2 %",
-        "Rounded to 4 bit", "Training all parameters, 1 step<", "lora: of language &lt;b&gt;.", "0.012", "not measured: none",
+        "Rounding to 4 bit", "Training all parameters, 1 step<", "lora: of language &lt;b&gt;.", "0.012", "not measured: none",
         "forgotten rows taken for members against unseen rows taken for members: chance, before, after", "before: broken",
     ):  # fmt: skip
         assert shown in page, shown

@@ -57,7 +57,7 @@ def test_recovery_is_compared_with_that_of_the_retrained_model_where_there_is_on
     figures["retrained"] = figures["after"]
     found = verdict("reached", "", figures)
     assert found.word == "forgotten_as_measured"
-    assert "recovery by a few steps: 90.0 % right, of the retrained model 85.0 %" in found.checked
+    assert "recovery by training all parameters: 90.0 % right, of the retrained model 85.0 %" in found.checked
     figures["recovery"]["reference"]["relearn"]["accuracy"][-1] = 0.79
     assert verdict("reached", "", figures).word == "contained"
 
@@ -65,7 +65,7 @@ def test_recovery_is_compared_with_that_of_the_retrained_model_where_there_is_on
 def test_steps_without_a_retrained_model_say_nothing():
     found = verdict("reached", "", metrics(recovery={"relearn": {"accuracy": [0.1, 0.9]}}))
     assert found.word == "inconclusive"
-    assert any("a few steps: there is no retrained model" in each for each in found.not_checked)
+    assert any("training all parameters: there is no retrained model" in each for each in found.not_checked)
 
 
 @pytest.mark.parametrize(
