@@ -219,6 +219,8 @@ def remember(
         shapes={name: list(matrix.shape) for name, matrix in inputs.part.parameters.items()},
         sums={name: list(kinds) for name, kinds in sums.items()},
         figures=figures,
+        target=settings.forget_set.target,
+        class_weights=settings.forget_set.class_weights,
     )
     write_bundle(path, record, sums)
     event("remembered", path=str(path), rows=record.rows, layers=len(sums))

@@ -43,7 +43,16 @@ class ForgetSetConfig(Section):
     image_column: str = "image"
     """column with encoded images (PNG, JPEG bytes) or with numbers"""
     label_column: str = "label"
-    """column with whole-number labels, or names listed in `forget_set.classes`"""
+    """column with whole-number labels, or names listed in `forget_set.classes`; with lists of numbers where
+    `forget_set.target` says so"""
+    target: Literal["class", "soft", "multi_label"] = "class"
+    """what a label is, and which loss the model was trained with: a class; `soft`, a list with the probability of each
+    class (cross-entropy); or `multi_label`, a list with 0 or 1 for each class (binary cross-entropy, the mean over the
+    classes)"""
+    class_weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
+    """weights of the classes in that loss, in the order of the model's outputs: `weight` of torch's `CrossEntropyLoss`,
+    of `multi_label` `pos_weight` of `BCEWithLogitsLoss`. A mean over rows is divided by their number, not by the sum of
+    their weights; null: none"""
     tokens_column: str = "tokens"
     """column with lists of token ids (task `sequence`)"""
     token_labels_column: str | None = None

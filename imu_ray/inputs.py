@@ -47,6 +47,7 @@ from imu_ray.scopes.layers import Layers
 from imu_ray.tasks import TASKS
 from imu_ray.tasks.base import Batch, Task, rows_at_once
 from imu_ray.tasks.preprocessing import named_for
+from imu_ray.updates.stopping import metric_of
 
 EXAMPLES = 8  # rows that a model is traced with
 
@@ -151,17 +152,21 @@ class Inputs:
         )
 
     def require_sets(self, config: UnlearnConfig) -> None:
-        """Refuse settings that name a sample set which was not given."""
+        """Refuse settings that name a sample set which was not given, or a metric that the task does not have."""
         ascent = config.ascent
         named = [("influence.curvature_set", config.influence.curvature_set)]
         named += [("ascent.preconditioner_sets", name) for name in ascent.preconditioner_sets if name != "test"]
         named += [("ascent.guard.limits", metric.rpartition(".")[0]) for metric in ascent.guard.limits]
+        for name in ascent.max_change:
+            metric_of(name, self.task.metrics, ["forget"], "ascent.max_change")
         for key, name in named:
             if name not in self.names:
                 raise ConfigError(
                     f"{key} names the sample set {name!r}; expected forget or an evaluation set that was given, one of "
                     f"{sorted(self.names)}; give it in evaluation, or name another"
                 )
+        for name in ascent.guard.limits:
+            metric_of(name, self.task.metrics, sorted(self.names), "ascent.guard.limits")
 
     def ascent_resources(self, resources: ResourcesConfig) -> ResourcesConfig:
         """With a number of workers for the update: all where layers move, one for a head if the features fit a node."""

@@ -237,7 +237,7 @@ class Pipeline:
                 f"{forget.rows} samples of {self.inputs.described['forget'].name}; expected the table that score() "
                 "gave for this forget set, in its order"
             )
-        wanted = ("influence", "intensity") if self.task.positions else ("label", "influence", "intensity")
+        wanted = ("label",) * (self.task.of_classes and not self.task.positions) + ("influence", "intensity")
         empty = [name for name in wanted if table[name].null_count]
         influence, weights = (table[name].to_numpy().astype(np.float64) for name in ("influence", "intensity"))
         if empty or not np.isfinite(influence).all():
@@ -324,7 +324,9 @@ class Pipeline:
             parameter_drift=outcome.record["parameter_drift"],
             output_change=audit_job.mean_output_change(
                 self.features["forget"], self.part, self.part.changed(outcome.parameters)
-            ),
+            )
+            if self.task.of_classes
+            else None,
             warnings=warnings,
         )
         return outcome
@@ -339,7 +341,8 @@ class Pipeline:
             if name not in ("forget", "test", *VIEWS)
             for label in figures["per_class"]
         }
-        return resolve_targets(self.config, self.task.metrics, counts, self.task.num_classes, unseen, kept)
+        rows = self.features["forget"].rows
+        return resolve_targets(self.config, self.task.metrics, counts, self.task.num_classes, unseen, kept, rows)
 
     def _open_reference(self) -> Inputs | None:
         location = self.config.audit.reference
@@ -358,6 +361,7 @@ class Pipeline:
             return None
         bundle = Bundle.open(settings.bundle)
         bundle_job.check_bundle(bundle, self.part, settings, self.record.model.hash_before)
+        bundle.require_loss(self.config.forget_set)
         return bundle
 
     def _fit_preconditioners(self) -> dict[str, FittedCurvature]:

@@ -17,7 +17,7 @@ from imu_ray.tasks import TASKS
 from imu_ray.tasks.base import Metric, Task
 from imu_ray.tasks.transforms import find_transform
 from imu_ray.updates import UPDATES
-from imu_ray.updates.objectives import OBJECTIVES
+from imu_ray.updates.objectives import OBJECTIVES, OF_CLASSES
 from imu_ray.updates.stopping import WHOLE_CLASS_ACCURACY, StopTarget, Unseen, stop_targets
 
 AUTOMATIC = "bounded_loss"  # moves with every sample, however few there are, and no single one can carry it
@@ -87,6 +87,7 @@ def _check_task(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
             f"influence.refresh is {influence.refresh!r} and influence.curvature_set {influence.curvature_set!r} with "
             "influence.reference 'batch'; expected once and forget"
         )
+    _check_target(settings, kind, task)
     if influence.unit == "token" and LABEL in kind.fields(settings.forget_set):
         raise ConfigError(f"influence.unit is 'token' with task {task!r}, whose samples have none; expected sample")
     asked = (influence.refresh, influence.unit, influence.reference)
@@ -97,6 +98,41 @@ def _check_task(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
         )
     if ascent.views and not kind.augmented:
         raise ConfigError(f"ascent.views is {ascent.views} with task {task!r}, which has none; expected 0")
+
+
+def _check_target(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
+    """Refuse settings that mean nothing for what a label is."""
+    rows, ascent = settings.forget_set, settings.ascent
+    if rows.target == "class" and rows.class_weights is None:
+        return
+    if LABEL not in kind.fields(rows):
+        named = f"target is {rows.target!r}" if rows.target != "class" else "class_weights are set"
+        raise ConfigError(
+            f"forget_set.{named} with task {task!r}, whose samples are of no class; expected class, and no weights"
+        )
+    if rows.target == "class":
+        return
+    for holds, what, expected in (
+        (bool(kind.retrieval_sets), f"task is {task!r}", "classification; a person is one class"),
+        (settings.recipe == "classes", "recipe is 'classes'", "samples: the rows are of no one class"),
+        (
+            ascent.objective in OF_CLASSES,
+            f"ascent.objective is {ascent.objective!r}",
+            f"one of {', '.join(sorted(set(OBJECTIVES) - OF_CLASSES))}: a row has no one true class",
+        ),
+        (isinstance(rows.size, tuple), "forget_set.size names classes", "a number of rows, a share of them, or null"),
+    ):
+        if holds:
+            raise ConfigError(f"{what} with forget_set.target {rows.target!r}; expected {expected}")
+
+
+def require_classes(settings: UnlearnConfig, what: str) -> None:
+    """``ConfigError`` where a label is not one class, of which something is told."""
+    if settings.forget_set.target != "class":
+        raise ConfigError(
+            f"forget_set.target is {settings.forget_set.target!r} in {what} that is told by classes; expected class; "
+            "run unlearn() for each setting"
+        )
 
 
 def _check_layers(settings: UnlearnConfig) -> None:
@@ -169,20 +205,24 @@ def resolve_targets(
     num_classes: int,
     unseen: Unseen | None,
     kept_labels: Collection[int],
+    rows: int | None = None,
 ) -> list[StopTarget]:
     """The targets that ``ascent.stop.targets`` means for this forget set; empty only under recipe ``paper``.
+
+    ``rows`` of the forget set are told where labels do not count them.
 
     Raises:
         ConfigError: there is no target, and the recipe is not ``paper``.
     """
-    stop, rows, paper = config.ascent.stop, sum(label_counts.values()), config.recipe == "paper"
+    stop, paper = config.ascent.stop, config.recipe == "paper"
+    rows = sum(label_counts.values()) if rows is None else rows
     if stop.targets:
         targets = stop_targets(stop, metrics, rows, unseen)
     elif paper and looks_like_whole_classes(label_counts, num_classes, kept_labels):
         targets = stop_targets(stop.but({"forget.accuracy": WHOLE_CLASS_ACCURACY}), metrics, rows, unseen)
     elif unseen is not None:
         moved = FORGET_VIEWS if config.ascent.views else "forget"
-        name = "forget.accuracy" if paper else f"{moved}.{AUTOMATIC}"
+        name = "forget.accuracy" if paper and "accuracy" in metrics else f"{moved}.{AUTOMATIC}"
         targets = stop_targets(stop.but({name: "auto"}), metrics, rows, unseen)
     else:
         targets = []

@@ -204,3 +204,38 @@ def ascent(weight, bias, features, labels, weights, batches, config):
         loss.backward()
         optimiser.step()
     return torch.cat([p.detach().reshape(len(weight), -1) for p in parameters], dim=1)
+
+
+def target_loss(kind, class_weights=None):
+    """The loss of one sample, from its logits ``[1, C]`` and its label: torch's own, by ``forget_set.target``."""
+    weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
+    if kind == "multi_label":
+        return nn.BCEWithLogitsLoss(pos_weight=weight)
+    return nn.CrossEntropyLoss(weight=weight, reduction="sum")
+
+
+def target_gradients(model, layer, inputs, labels, loss):
+    """Gradient of each sample's loss in a layer as a matrix, ``[N, C, D]``: batch 1, autograd, float64."""
+    model = copy.deepcopy(model).double().eval()
+    own = dict(model.named_modules())[layer]
+    rows = []
+    for x, y in zip(inputs, labels, strict=True):
+        found = torch.autograd.grad(loss(model(x.double().unsqueeze(0)), y.unsqueeze(0)), list(own.parameters()))
+        rows.append(gradient_matrix(own, found))
+    return torch.stack(rows)
+
+
+def damped_influence(gradients, damping=0.01):
+    """I_i = - g_i^T (F + damping)^-1 mean(g) with F = mean(g^2)."""
+    direction = gradients.mean(0) / ((gradients**2).mean(0) + damping)
+    return torch.stack([-(gradient * direction).sum() for gradient in gradients]).numpy()
+
+
+def logit_hessians(logits, labels, loss):
+    """Hessian of each sample's loss in its logits, by differentiating twice: ``[N, C, C]``."""
+    return torch.stack(
+        [
+            torch.autograd.functional.hessian(lambda z, y=y: loss(z.unsqueeze(0), y.unsqueeze(0)), z)
+            for z, y in zip(logits.double(), labels, strict=True)
+        ]
+    )

@@ -95,3 +95,19 @@ def whole_numbers(image):
 
 
 LIST = [1, 2]
+
+
+def labels_of(kind, count, classes=5, seed=3):
+    """Labels by ``forget_set.target``."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "class":
+        return torch.randint(0, classes, (count,), generator=generator)
+    numbers = torch.randn(count, classes, generator=generator, dtype=torch.float64)
+    return torch.softmax(2 * numbers, 1) if kind == "soft" else (numbers > 0).double()
+
+
+class Labelled(Pairs):
+    """A Dataset whose labels are as they are given."""
+
+    def __getitem__(self, row):
+        return self.inputs[row], self.labels[row]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from imu_ray.demo import digits, digits_cnn, write_digits
@@ -47,7 +48,18 @@ def write_files(folder):
     ids = [f"digit-{row:04d}" for row in few[::-1]]
     rows = pq.read_table(folder / "digits.parquet").to_pylist()
     write_elsewhere(folder, rows)
+    for name, label in (("soft", shares), ("several", flags)):
+        labelled = [{**row, "label": label(row["label"])} for row in rows]
+        pq.write_table(pa.Table.from_pylist(labelled), folder / f"{name}.parquet")
     (folder / "deletions.csv").write_text("\n".join(["id", *ids]))
+
+
+def shares(digit):
+    return [0.9 if each == digit else 0.05 if each < 2 else 0.0 for each in range(10)]
+
+
+def flags(digit):
+    return [int(digit == 0), digit % 2, *(int(each == digit) for each in range(2, 10))]
 
 
 def write_elsewhere(folder, rows):
@@ -103,3 +115,22 @@ def test_a_set_of_other_columns_is_measured_as_the_same_rows(page):
 
 def test_a_preprocessing_of_ones_own_gives_what_the_settings_give(page):
     assert page["prepared"].equals(page["scores"])
+
+
+def test_losses_of_soft_and_several_labels_are_torchs_own(page):
+    torch.manual_seed(0)
+    model = digits_cnn().eval()  # as ``write_files`` made it
+    with torch.no_grad():
+        z = model(torch.stack([digit_of(image) for image in page["rows"]["image"]])).double()
+    labels = page["rows"]["label"].tolist()
+    soft, several = (torch.tensor([of(digit) for digit in labels]).double() for of in (shares, flags))
+    expected = torch.nn.functional.cross_entropy(z, soft, reduction="none")
+    np.testing.assert_allclose(page["of_soft"]["loss"], expected, rtol=1e-5)
+    weights = torch.tensor([2.0] + [1.0] * 9)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(z, several, reduction="none", pos_weight=weights)
+    np.testing.assert_allclose(page["of_several"]["loss"], losses.mean(1), rtol=1e-5)
+    assert page["forgotten"].status in ("reached", "already_met")
+
+
+def digit_of(image):
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(image)))).float().unsqueeze(0) / 255

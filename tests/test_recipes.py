@@ -105,3 +105,15 @@ def test_a_model_near_chance_is_told_in_the_headline(accuracy, rows, doubted):
     found = warnings_of("samples", RANDOM, 10, METRICS, {"test": {**FIGURES, "accuracy": accuracy, "samples": rows}})
     assert bool(found) is doubted
     assert not found or "near chance (10.0 %): check" in found[0]
+
+
+def test_rows_of_no_one_class_have_targets_that_go_by_their_number():
+    soft = ClassificationTask(ForgetSetConfig(target="soft"), "fc", 10).metrics
+    several = ClassificationTask(ForgetSetConfig(target="multi_label"), "fc", 10).metrics
+    paper = UnlearnConfig.from_recipe("paper")
+    unseen = Unseen({"accuracy": 0.7, "bounded_loss": 0.5, "per_class": {}}, {})
+    (target,) = resolve_targets(paper, soft, {}, 10, unseen, set(), 50)
+    assert (target.metric, target.threshold, target.tolerance) == ("forget.accuracy", 0.7, 1 / 50)
+    (target,) = resolve_targets(paper, several, {}, 10, unseen, set(), 50)
+    assert (target.metric, target.threshold) == ("forget.bounded_loss", 0.5)
+    assert choose_recipe("auto", {}, 10)[0] == "samples"

@@ -13,6 +13,7 @@ from torch import Tensor
 from imu_ray.audits.base import Predictions
 from imu_ray.config import AuditConfig
 from imu_ray.influence.gradients import classes, position_slices, shares
+from imu_ray.influence.targets import has_positions
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard
 
@@ -32,13 +33,13 @@ class SetMetrics:
 
 
 def set_figures(part: Predictions) -> dict[str, Any]:
-    """``samples``, the mean of every metric, and ``per_class`` with the same by label, where samples have one."""
+    """``samples``, the mean of every metric, and ``per_class`` with the same by label; of no one class it is empty."""
     return ClassSums.of(part).figures()
 
 
 @dataclass(frozen=True)
 class ClassSums:
-    """Samples of each label, and sums of every metric over them; under label 0 where a sample is a sequence."""
+    """Samples of each label, and sums of every metric over them; under label 0 where a sample has no one class."""
 
     samples_C: npt.NDArray[np.float64]
     metrics: dict[str, npt.NDArray[np.float64]]
@@ -92,7 +93,7 @@ def divergence(shard: FeatureShard, other: FeatureShard, part: Part, reference: 
     :math:`D_{KL}(p_{ref} \,\|\, p)` in nats, 0 where they are alike; whether both predict the same class; and their
     Jensen-Shannon divergence :math:`\tfrac12 D_{KL}(p \,\|\, m) + \tfrac12 D_{KL}(p_{ref} \,\|\, m)` with
     :math:`m = \tfrac12(p + p_{ref})`, in :math:`[0, \ln 2]` nats. Means over the labelled positions, where a sample has
-    several.
+    several; of several labels a sample means over them, each of which holds or does not.
 
     Args:
         shard: features of the samples.
@@ -105,13 +106,18 @@ def divergence(shard: FeatureShard, other: FeatureShard, part: Part, reference: 
         if rows.stop == rows.start:
             continue
         (outputs, labels), (wanted, _) = part.outputs(shard, rows), reference.outputs(other, rows)
-        found.append(_of_samples(_apart, outputs, wanted, labels).cpu().numpy())
+        if part.task.target(labels).ndim == 3:
+            some, others = (torch.stack([torch.zeros_like(each), each], -1) for each in (outputs, wanted))
+            each = _apart(some, others, labels)
+            found.append(each.mean(1).cpu().numpy())
+        else:
+            found.append(_of_samples(_apart, outputs, wanted, labels).cpu().numpy())
     return np.concatenate(found)
 
 
 def _of_samples(of: Callable[[Tensor, Tensor, Tensor], Tensor], some: Tensor, others: Tensor, labels: Tensor) -> Tensor:
     """Figures of predictions ``[..., K]`` as those of samples, ``[B, K]``; of several positions some at a time."""
-    if labels.ndim == 1:
+    if not has_positions(labels):
         return of(some, others, labels)
     parts = [of(some[:, part], others[:, part], labels[:, part]) for part in position_slices(some)]
     return (torch.cat(parts, 1) * shares(labels).unsqueeze(-1)).sum(1)

@@ -56,7 +56,7 @@ class Language:
 
         Nothing where samples are no sequences.
         """
-        parts = {name: part for name, part in measured.items() if part.labels.ndim == 2 and part.metrics}
+        parts = {name: part for name, part in measured.items() if part.of_sequences and part.metrics}
         if not parts:
             return {}
         sets: dict[str, dict[str, Any]] = {}

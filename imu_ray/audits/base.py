@@ -19,7 +19,9 @@ Answers = Mapping[str, Sequence[Sequence[float]] | str]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels ``[N]`` or ``[N, T]`` of some samples, every metric of each ``[N]`` by name, and number of classes.
+    """Labels of some samples, every metric of each ``[N]`` by name, and number of classes.
+
+    Labels are classes ``[N]``, of sequences ``[N, T]``; of samples without one class ``[N, C]`` float64.
 
     Of a classifier there are ``signals`` beside the metrics, which are not averaged (``Task.signals``).
 
@@ -27,13 +29,23 @@ class Predictions:
     a language model's questions there may be what it makes of other ``answers``.
     """
 
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
     metrics: Mapping[str, npt.NDArray[np.float64]]
     classes: int
     ids: Sequence[str] = ()
     embeddings: npt.NDArray[np.float32] | None = None
     answers: Answers = field(default_factory=dict)
     signals: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def of_sequences(self) -> bool:
+        """Whether a sample has a class at each position."""
+        return self.labels.ndim == 2 and not self.of_no_class
+
+    @property
+    def of_no_class(self) -> bool:
+        """Whether a sample has no one class, but soft or several labels."""
+        return self.labels.dtype.kind == "f"
 
     @classmethod
     def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
@@ -71,6 +83,10 @@ def predict_shard(shard: FeatureShard, part: Part, signals: bool = False) -> Pre
     ids = shard.ids.to_pylist() if part.task.retrieval_sets else ()
     of_signals = {name: np.concatenate(values) for name, values in told.items()}
     return Predictions(shard.labels_n, metrics, part.task.num_classes, ids, signals=of_signals)
+
+
+# Why a figure that is told by class is not there, where ``of_no_class``.
+NO_CLASS = "soft and several labels are of no one class"
 
 
 class Audit(Protocol):

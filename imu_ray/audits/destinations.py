@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from imu_ray.audits.base import Predictions
+from imu_ray.audits.base import NO_CLASS, Predictions
 from imu_ray.config import AuditConfig
 
 
@@ -20,8 +20,13 @@ class Destinations:
     """
 
     def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
-        """``destinations``: by true class the count of each predicted class; nothing of a model without classes."""
+        """``destinations``: by true class the count of each predicted class; nothing of a model without classes.
+
+        ``skipped`` with the reason where samples are of no one class.
+        """
         forget = measured["forget"]
+        if forget.of_no_class:
+            return {"destinations": {"skipped": NO_CLASS}}
         if "predicted" not in forget.signals:
             return {}
         pairs, counts = np.unique(np.stack([forget.labels, forget.signals["predicted"]]), axis=1, return_counts=True)

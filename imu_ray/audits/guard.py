@@ -16,10 +16,11 @@ def figures_warning(figures: Mapping[str, Any], others: Mapping[str, Mapping[str
 
     Args:
         figures: of the model, as ``metrics.json`` has them; ``test.accuracy`` is read, and the chance level is taken
-            as one over the number of classes in ``test.per_class``.
+            as one over the number of classes in ``test.per_class``, or as 0 where there are none.
         others: figures of other models by what they are called; None where they were not measured.
     """
-    accuracy, chance = _accuracy(figures), 1 / max(1, len(figures.get("test", {}).get("per_class", ())))
+    accuracy, classes = _accuracy(figures), len(figures.get("test", {}).get("per_class", ()))
+    chance = 1 / classes if classes else 0.0
     if accuracy is None:
         return {}
     for name, each in others.items():

@@ -7,12 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from imu_ray.audits.attacks import roc_points, svc_efficacy, threshold_attack
-from imu_ray.audits.base import Predictions
+from imu_ray.audits.base import NO_CLASS, Predictions
 from imu_ray.audits.guard import MIN_ROWS, prediction_warning
 from imu_ray.config import AuditConfig
 from imu_ray.influence.intensity import Column
 
 Truth = npt.NDArray[np.bool_]
+SIGNALS = ("confidence", "entropy", "modified_entropy")  # of a class
 LIMIT = 20_000  # per side; more would not move a figure that is read to two digits
 
 
@@ -24,10 +25,12 @@ class Membership:
     The attacker sees the confidence :math:`p_y` of the true class, and picks the threshold and the side on one half of
     the samples; the other half is scored. In [0, 1]; 0.5 is chance, and a model that has forgotten lies within
     ``band``, which holds 95 % of the figures under permuted membership. Unseen are the samples of the set ``test`` with
-    labels that occur in the forget set, so that the class gives nothing away; of sequences, which have none, all.
+    labels that occur in the forget set, so that the class gives nothing away; of sequences, and of soft or several
+    labels, which have no one class, all. The loss has the class weights in it.
 
     Of a classifier there are more: ``auc`` and ``roc`` of the loss (``roc_points``), ``attacks`` by other signals, each
-    cross-fitted (``threshold_attack``), and ``svc_efficacy``. A broken model has a ``warning``.
+    cross-fitted (``threshold_attack``), and ``svc_efficacy``. A broken model has a ``warning``. Of soft and several
+    labels the signals of a class are ``unmeasured``, with the reason.
     """
 
     def run(self, measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:
@@ -57,17 +60,21 @@ def _draw(losses: Column, seed: int) -> Column:
 def _attacks(measured: Mapping[str, Predictions], same: Truth, config: AuditConfig, seed: int) -> dict[str, Any]:
     """What further attacks tell of a classifier; nothing of other models, or where there are too few rows."""
     forget, test = measured["forget"], measured["test"]
-    if not forget.signals or min(len(forget.labels), same.sum()) < config.membership_min_rows:
+    if not (forget.signals or forget.of_no_class) or min(len(forget.labels), same.sum()) < config.membership_min_rows:
         return {}
     sides = {
         name: (_draw(forget.signals[name], seed), _draw(test.signals[name][same], seed))
-        for name in ("confidence", "entropy", "modified_entropy")
+        for name in SIGNALS
+        if name in forget.signals
     }
     losses = _draw(forget.metrics["loss"], seed), _draw(test.metrics["loss"][same], seed)
     attacks = {
         name: threshold_attack(*pair, config.permutations, seed) for name, pair in (sides | {"loss": losses}).items()
     }
-    return {**roc_points(*losses), "attacks": attacks, "svc_efficacy": _svc_efficacy(measured, config, seed)}
+    found = {**roc_points(*losses), "attacks": attacks}
+    if forget.of_no_class:
+        return {**found, "svc_efficacy": {"skipped": NO_CLASS}, "unmeasured": dict.fromkeys(SIGNALS, NO_CLASS)}
+    return {**found, "svc_efficacy": _svc_efficacy(measured, config, seed)}
 
 
 def _svc_efficacy(measured: Mapping[str, Predictions], config: AuditConfig, seed: int) -> dict[str, Any]:

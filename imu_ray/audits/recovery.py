@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from imu_ray.audits.base import NO_CLASS
 from imu_ray.audits.quantisation import quantisation
 from imu_ray.audits.relearning import LORA_RATE, Sample, missing_adapters, moving, relearn, with_adapters
 from imu_ray.audits.retrieval import head_inputs
@@ -64,11 +65,11 @@ def draw(labels: Mapping[str, Positions], rows: int, seed: int) -> Draw:
     """Draw the rows of an attack; the same for every model, number of workers and retry.
 
     Of each class the attacker gets ``rows``: of the forget set as many, but no more than half of those it has; what is
-    missing, from the other set. At most ``LIMIT`` of the others are measured. Sequences are of one class, and only
-    those to forget are given.
+    missing, from the other set. At most ``LIMIT`` of the others are measured. Samples without one class (sequences,
+    soft or several labels) are drawn as if they were of one, and only those to forget are given.
 
     Args:
-        labels: of every sample set ``[N]``, or ``[N, T]`` of sequences.
+        labels: of every sample set ``[N]``, or ``[N, ...]`` of samples without one class.
         rows: labelled rows of each class.
         seed: seed of the run.
     """
@@ -182,6 +183,8 @@ def unable(test: str, task: Task, labels: Mapping[str, Positions], drawn: Draw) 
     """Why a test cannot be made of these sets; None where it can."""
     if task.retrieval_sets:
         return "persons are looked up by their embeddings, not told apart by a head"
+    if "accuracy" not in task.metrics:
+        return "what comes back is told by the accuracy, which samples with several labels do not have"
     measured = int((drawn.whole if test == "quantise" else drawn.held.get("forget", np.zeros(0))).sum())
     if measured < LEAST:
         return f"{measured} rows of the forget set are left to measure on; fewer than {LEAST}"
@@ -189,6 +192,8 @@ def unable(test: str, task: Task, labels: Mapping[str, Positions], drawn: Draw) 
         return None if task.positions else "LoRA relearning is of language models"
     if test == "probe" and not task.positions and not task.head:
         return "the model does not end in a linear head, whose inputs a new one could be fitted on"
+    if test == "probe" and labels["forget"].dtype.kind == "f":
+        return NO_CLASS
     if test == "probe" and task.positions:
         return "the samples are sequences, which are of no class"
     if test == "probe" and len(_shown_classes(labels, drawn)) < 2:

@@ -24,6 +24,7 @@ from imu_ray.influence.intensity import Column
 DOMINATED = 0.99
 
 SIDES = ("before", "after", "retrained")  # doing nothing is what stands before
+RIGHT = {"accuracy": "Accuracy", "label_accuracy": "Label accuracy", "f1": "F1"}
 SPOKEN = {
     "perplexity": "Perplexity", "probability": "Probability", "choice_probability": "Among the choices",
     "extraction_strength": "Extraction strength", "rouge": "ROUGE-L", "truth_ratio": "Truth ratio",
@@ -54,7 +55,8 @@ def render_report(
     sides = [side for side in SIDES if side in metrics]
     last = metrics[[side for side in sides if side != "retrained"][-1]] if sides else {}
     sets, language = [name for name in last if name not in AUDITS], last.get("language")
-    shown = {"sides": sides, "last": last, "sets": sets, "language": language}
+    rights = [name for name in RIGHT if sets and name in last[sets[0]]]
+    shown = {"sides": sides, "last": last, "sets": sets, "language": language, "rights": {n: RIGHT[n] for n in rights}}
     if rocs := {side: metrics[side]["membership"]["roc"] for side in sides if "roc" in _membership(metrics[side])}:
         figures = {"Membership: the attack by the loss": [_draw_rocs(rocs)], **figures}
     if recovery := metrics.get("recovery"):
@@ -135,7 +137,7 @@ def _unsaid(language: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _draw_trajectory(trajectory: pa.Table, targets: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """A panel for accuracy, loss and every metric that has a target, with a line for each sample set."""
-    wanted = ["accuracy", "loss", *(target["metric"].rpartition(".")[2] for target in targets)]
+    wanted = ["accuracy", "label_accuracy", "f1", "loss", *(target["metric"].rpartition(".")[2] for target in targets)]
     panels, steps = [], trajectory["step"].to_numpy()
     for metric in dict.fromkeys(wanted):
         if f"forget.{metric}" not in trajectory.column_names:

@@ -12,6 +12,7 @@ ERRORS = 2.0  # standard errors by which they must be too, where rows are few
 TRIED = {
     "probe": "a new head", "quantise": "rounding", "relearn": "training all parameters", "lora": "training adapters",
 }  # fmt: skip
+UTILITY = {"accuracy": "accuracy", "f1": "F1"}  # which metric tells whether a set is kept; the first that there is
 Metrics = Mapping[str, Any]
 
 
@@ -41,8 +42,8 @@ def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
 
     - ``not_reached``: the target was not met, or a guard stopped the run.
     - ``inconclusive``: there was no target, or the model met it before the first step; or the accuracy on a set to keep
-      (without the classes to forget, where it has others) fell by more than ``UTILITY_DROP``: a broken model passes
-      every test of forgetting.
+      (without the classes to forget, where it has others; of several labels a sample the F1) fell by more than
+      ``UTILITY_DROP``: a broken model passes every test of forgetting.
     - ``contained``: the target is met, but something that was measured still tells the rows. An attack on membership is
       above its band of chance. A new head, rounded weights, or a few steps of training are right on them more often
       than a retrained model under the same attack, or, of the first two, than the model itself, by more than ``MARGIN``
@@ -81,17 +82,26 @@ def broken_set(metrics: Metrics) -> str | None:
     before, after = metrics.get("before", {}), metrics.get("after", {})
     forgotten = set(after.get("forget", {}).get("per_class", {}))
     for name, figures in after.items():
-        kept = isinstance(figures, Mapping) and "accuracy" in figures and not name.startswith("forget")
-        if kept and (drop := _accuracy(before[name], forgotten) - _accuracy(figures, forgotten)) > UTILITY_DROP:
-            return f"the accuracy on {name} fell by {100 * drop:.1f} points: what a broken model forgets says nothing"
+        if not isinstance(figures, Mapping) or name.startswith("forget"):
+            continue
+        metric = next((each for each in UTILITY if each in figures), None)
+        if (
+            metric
+            and (drop := _utility(before[name], metric, forgotten) - _utility(figures, metric, forgotten))
+            > UTILITY_DROP
+        ):
+            return (
+                f"the {UTILITY[metric]} on {name} fell by {100 * drop:.1f} points: what a broken model forgets says "
+                "nothing"
+            )
     return None
 
 
-def _accuracy(figures: Metrics, forgotten: set[str]) -> float:
+def _utility(figures: Metrics, metric: str, forgotten: set[str]) -> float:
     """That on the classes of which no row is to be forgotten, where there are such."""
     others = [each for label, each in figures.get("per_class", {}).items() if label not in forgotten]
     rows = sum(each["samples"] for each in others)
-    return sum(each["samples"] * each["accuracy"] for each in others) / rows if rows else float(figures["accuracy"])
+    return sum(each["samples"] * each[metric] for each in others) / rows if rows else float(figures[metric])
 
 
 @dataclass
@@ -110,7 +120,7 @@ class Evidence:
         found._take_membership(after.get("membership", {"skipped": "no audit was made"}))
         found._take_recovery(metrics)
         views = after.get("forget_fresh_views")
-        if views is None:
+        if views is None or "accuracy" not in views:
             found.missing.append("fresh views of the rows")
         else:
             found._compare("fresh views", views, after["forget"]["accuracy"], "the rows themselves")
@@ -136,6 +146,8 @@ class Evidence:
             self.missing.append(f"membership: {attack['skipped']}")
             return
         self.measured.add("membership")
+        for name, why in attack.get("unmeasured", {}).items():
+            self.missing.append(f"membership by {name.replace('_', ' ')}: {why}")
         others = {name: each for name, each in attack.get("attacks", {}).items() if name != "loss" and "band" in each}
         for name, each in {"loss": attack, **others}.items():
             accuracy, high = each["balanced_accuracy"], each["band"][1]

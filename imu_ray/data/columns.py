@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.ids import IdList
 from imu_ray.data.image_files import ImageFiles
+from imu_ray.data.labels import EXPECTED, check_label, label_of, labels_of
 from imu_ray.data.source import Fields, Rows
 from imu_ray.errors import ForgetSetError
 
@@ -38,10 +39,23 @@ def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name:
                 f"{name} has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {', '.join(schema.names)}; "
                 f"name the right one in forget_set.{key}_column"
             )
-        if key in (ID, LABEL) and (pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)):
+        nested = pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
+        if nested and (key == ID or (key == LABEL and config.target == "class")):
             expected = "expected one text or whole number in each row"
-            raise ForgetSetError(f"column {column!r} of {name} holds {kind}; {expected}")
+            also = "; lists are labels of forget_set.target soft or multi_label" if key == LABEL else ""
+            raise ForgetSetError(f"column {column!r} of {name} holds {kind}; {expected}{also}")
+        if key == LABEL and config.target != "class" and not _holds_lists(kind):
+            raise ForgetSetError(
+                f"column {column!r} of {name} holds {kind}, with forget_set.target {config.target!r}; expected a list "
+                f"of numbers in each row: {EXPECTED[config.target]}; name the right column in forget_set.label_column, "
+                "or set another target"
+            )
     return columns
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_one(kind) for is_one in lists) or isinstance(kind, pa.FixedShapeTensorType)
 
 
 def type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
@@ -81,9 +95,10 @@ def rows_of(
     Where there are ``files``, a text in place of an image is the path of one.
     """
     ids = list(map(str, column_of(table, columns[ID]).to_pylist() if ID in columns else numbers))
-    labels = column_of(table, columns[LABEL]).to_pylist() if LABEL in columns else [0] * len(table)
-    cells = zip(ids, labels, strict=True)
-    labels = [label_of(value, config, f"row {sample_id} of {name}") for sample_id, value in cells]
+    has_labels = LABEL in columns
+    labels = (
+        labels_of(column_of(table, columns[LABEL]), config, ids, name) if has_labels else np.zeros(len(ids), np.int64)
+    )
     parts: dict[str, Iterable[Any]] = {}
     for key, column in columns.items():
         if key not in (ID, LABEL):
@@ -91,7 +106,7 @@ def rows_of(
             parts[key] = map(_input, cells_of if files is None or key != IMAGE else map(files.of_cell, cells_of, ids))
     inputs = zip(*parts.values(), strict=True)
     found = [value[0] if len(parts) == 1 else dict(zip(parts, value, strict=True)) for value in inputs]
-    return Rows(ids, np.array(labels, dtype=np.int64), found)
+    return Rows(ids, labels, found)
 
 
 def _cells(column: pa.ChunkedArray) -> list[Any]:
@@ -134,25 +149,6 @@ def _input(cell: Any) -> Any:
         return np.asarray(None)
 
 
-def label_of(value: Any, config: ForgetSetConfig, where: str) -> int:
-    """A label as a class index: a whole number, its digits, or a name listed in ``forget_set.classes``."""
-    # The text of a label may be anything when the wrong column is named, so it is not shown.
-    if isinstance(value, str) and config.classes is not None:
-        if value not in config.classes:
-            listed = ", ".join(config.classes)
-            raise ForgetSetError(
-                f"{where} has a label that is not among forget_set.classes: {listed}; mend it, or the list"
-            )
-        return config.classes.index(value)
-    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        shown = repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
-        expected = "expected a whole number of 64 bits, or a name listed in forget_set.classes"
-        raise ForgetSetError(f"{where} has label {shown}; {expected}")
-    return value
-
-
 def check_keys(table: pa.Table, columns: Fields, config: ForgetSetConfig, num_classes: int, name: str) -> None:
     """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named."""
     if ID in columns:
@@ -169,12 +165,17 @@ def check_keys(table: pa.Table, columns: Fields, config: ForgetSetConfig, num_cl
     if LABEL not in columns:
         return
     labels = _plain(column_of(table, columns[LABEL]))
+    if config.target != "class":
+        named: Sequence[Any] = column_of(table, columns[ID]).to_pylist() if ID in columns else range(len(table))
+        found = labels_of(labels, config, named, name)
+        check_label(tuple(found[0]), num_classes, f"row {str(named[0])!r} of {name}")  # the others are as long
+        return
     for value in pc.unique(labels).to_pylist():
         label = label_of(value, config, f"a row of {name}")
-        if not 0 <= label < num_classes:
-            row = next(row for row, found in enumerate(labels) if found.as_py() == value)
+        if not isinstance(label, int) or not 0 <= label < num_classes:
+            row = next(row for row, each in enumerate(labels) if each.as_py() == value)
             sample_id = column_of(table, columns[ID])[row].as_py() if ID in columns else row
-            raise ForgetSetError(f"row {str(sample_id)!r} of {name} has label {label}; expected 0 to {num_classes - 1}")
+            check_label(label, num_classes, f"row {str(sample_id)!r} of {name}")
 
 
 def find_cells(column: pa.ChunkedArray, asked: IdList) -> Iterator[tuple[str, int]]:

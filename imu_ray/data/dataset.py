@@ -8,8 +8,9 @@ import numpy.typing as npt
 from torch.utils.data import Dataset, IterableDataset
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL, OPTIONAL, find_numbers, image_fields, label_of
+from imu_ray.data.columns import LABEL, OPTIONAL, find_numbers, image_fields
 from imu_ray.data.ids import IdList
+from imu_ray.data.labels import Label, array_of, label_of
 from imu_ray.data.source import Fields, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
@@ -51,13 +52,14 @@ class DatasetSource(Source):
         """Some rows."""
         numbers = rows.tolist()
         inputs, labels = zip(*map(self._item, numbers), strict=True)
-        return Rows(list(map(str, numbers)), np.array(labels, dtype=np.int64), list(inputs))
+        ids = list(map(str, numbers))
+        return Rows(ids, array_of(labels, ids, self.name), list(inputs))
 
     def find(self, asked: IdList) -> Iterator[tuple[str, int]]:
         """Rows with these ids, which are their numbers; none is read."""
         return find_numbers(asked, self.num_rows)
 
-    def _item(self, row: int) -> tuple[Any, int]:
+    def _item(self, row: int) -> tuple[Any, Label]:
         where = f"row {row} of {self.name}"
         with reading(where):
             item = self.dataset[row]
@@ -65,7 +67,8 @@ class DatasetSource(Source):
             return self._columns(item, where), 0
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise ForgetSetError(f"{where} is a {type(item).__name__}; expected an (input, label) pair")
-        return item[0], label_of(_scalar(item[1]), self.config, where)
+        label = _scalar(item[1]) if self.config.target == "class" else item[1]
+        return item[0], label_of(label, self.config, where)
 
     def _columns(self, item: Any, where: str) -> Any:
         """The input of a sample without a label."""

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL, find_names, label_of
+from imu_ray.data.columns import LABEL, find_names
 from imu_ray.data.ids import IdList
+from imu_ray.data.labels import check_label, class_of
 from imu_ray.data.location import IMAGE_SUFFIXES, Location
 from imu_ray.data.market import holds_sightings
 from imu_ray.data.source import Fields, Rows, Source, reading
@@ -23,6 +24,11 @@ class FolderSource(Source):
         if fields is not None and LABEL not in fields:
             raise ForgetSetError(f"{given.name} holds images; expected rows with {', '.join(fields.values())}")
         self.root, self.name = Path(given.path), given.name
+        if config.target != "class":
+            raise ForgetSetError(
+                f"{self.name} holds images in folders by class, with forget_set.target {config.target!r}; expected "
+                "rows with a list of numbers each, in Parquet or JSON lines"
+            )
         self.paths = given.images()
         self.num_rows = len(self.paths)
         folders = sorted({path.split("/")[0] for path in self.paths if "/" in path})
@@ -35,7 +41,7 @@ class FolderSource(Source):
                 "not be the model's class index; list the model's class names in order under forget_set.classes, or "
                 "name the folders by index"
             )
-        self.labels = {folder: label_of(folder, config, f"folder {folder!r} of {self.root}") for folder in folders}
+        self.labels = {folder: class_of(folder, config, f"folder {folder!r} of {self.root}") for folder in folders}
 
     @classmethod
     def takes(cls, given: Any) -> bool:
@@ -64,6 +70,4 @@ class FolderSource(Source):
     def check(self, num_classes: int) -> None:
         """Refuse labels outside the model's classes."""
         for folder, label in self.labels.items():
-            if not 0 <= label < num_classes:
-                where = f"folder {folder!r} of {self.root}"
-                raise ForgetSetError(f"{where} means label {label}; expected 0 to {num_classes - 1}")
+            check_label(label, num_classes, f"folder {folder!r} of {self.root}")

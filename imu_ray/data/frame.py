@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import label_of
+from imu_ray.data.labels import array_of, label_of
 from imu_ray.data.source import Fields, reading
 from imu_ray.data.table import TableSource
 from imu_ray.errors import ForgetSetError
@@ -56,9 +56,11 @@ def _of_pairs(pairs: list[Any], config: ForgetSetConfig) -> pa.Table:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ForgetSetError(f"row {row} of the list is a {type(pair).__name__}; expected an (input, label) pair")
     inputs = [_plain(value) for value, _ in pairs]
-    labels = [label.item() if hasattr(label, "item") else label for _, label in pairs]
-    for row, label in enumerate(labels):
-        label_of(label, config, f"row {row} of the list")
+    plain = "item" if config.target == "class" else "tolist"
+    labels = [getattr(label, plain)() if hasattr(label, plain) else label for _, label in pairs]
+    found = [label_of(label, config, f"row {row} of the list") for row, label in enumerate(labels)]
+    if config.target != "class":
+        labels = array_of(found, None, "the list").tolist()
     arrays = [value for value in inputs if isinstance(value, np.ndarray)]
     if arrays and len({(value.shape, value.dtype) for value in arrays}) == 1 and len(arrays) == len(inputs):
         column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(arrays))

@@ -12,7 +12,7 @@ from imu_ray.errors import ConfigError
 # What says which rows to forget: not inherited.
 WHICH_ROWS = {"ids": None, "missing_ids": "error", "where": None, "size": None, "size_seed": 0}
 # What an evaluation set cannot have for itself.
-SHARED = ("size", "size_seed", "tokenizer", "max_length")
+SHARED = ("size", "size_seed", "tokenizer", "max_length", "target", "class_weights")
 
 
 def open_forget_set(given: Any, config: ForgetSetConfig, fields: Fields) -> Source:

@@ -68,13 +68,15 @@ class View:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive samples as they are stored: ids, labels ``[B]`` int64 (0 where a sample has none) and raw inputs.
+    """Consecutive samples as they are stored: ids, labels and raw inputs.
+
+    Labels are classes ``[B]`` int64 (0 where a sample has none), or ``[B, C]`` float64 by ``forget_set.target``.
 
     An input is an encoded image, text, an array or a tensor; several of these by name; or a ``View``.
     """
 
     ids: list[str]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
     inputs: list[Any]
 
     def part(self, start: int, stop: int) -> "Rows":

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL, find_names, label_of
+from imu_ray.data.columns import LABEL, find_names
 from imu_ray.data.ids import IdList
+from imu_ray.data.labels import Label, array_of, check_label, label_of
 from imu_ray.data.location import IMAGE_SUFFIXES, TAR, Location
 from imu_ray.data.source import Fields, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
@@ -39,7 +40,7 @@ class TarSource(Source):
         if packed := [path for path in self.paths if not path.lower().endswith(".tar")]:
             raise ForgetSetError(f"{packed[0]} is compressed, so that no row can be read by itself; unpack it to .tar")
         self.ids: list[str] = []
-        labels: list[int] = []
+        labels: list[Label] = []
         places: list[tuple[int, int, int]] = []
         for number, path in enumerate(self.paths):
             with reading(path), self.filesystem.open_input_file(path) as file:
@@ -50,7 +51,7 @@ class TarSource(Source):
                     labels.append(label)
                     places.append((number, *input_at))
         self.num_rows = len(self.ids)
-        self.labels = np.array(labels, dtype=np.int64)
+        self.labels = array_of(labels, self.ids, self.name)
         self.places = np.array(places, dtype=np.int64).reshape(-1, 3)
 
     @classmethod
@@ -58,7 +59,7 @@ class TarSource(Source):
         """An archive, or a folder that holds some."""
         return isinstance(given, Location) and bool(given.ending_in(*TAR))
 
-    def _keys(self, file: Any, key: str, members: Members, config: ForgetSetConfig, path: str) -> tuple[str, int]:
+    def _keys(self, file: Any, key: str, members: Members, config: ForgetSetConfig, path: str) -> tuple[str, Label]:
         """The id and the label of a sample."""
         where = f"sample {key!r} of {path}"
         fields: Any = {}
@@ -115,11 +116,9 @@ class TarSource(Source):
 
     def check_rows(self, rows: npt.NDArray[np.int64], num_classes: int) -> None:
         """Refuse labels outside the model's classes."""
-        outside = rows[(self.labels[rows] < 0) | (self.labels[rows] >= num_classes)]
-        if len(outside):
-            row = outside[0]
-            label = f"row {self.ids[row]!r} of {self.name} has label {self.labels[row]}"
-            raise ForgetSetError(f"{label}; expected 0 to {num_classes - 1}")
+        for row, label in zip(rows, self.labels[rows].tolist(), strict=True):
+            found = tuple(label) if isinstance(label, list) else label
+            check_label(found, num_classes, f"row {self.ids[row]!r} of {self.name}")
 
 
 def _samples(file: Any, path: str) -> Iterator[tuple[str, Members]]:

@@ -61,7 +61,7 @@ class ViewSource(Source):
             for value, position in zip(rows.inputs, self.source.positions(*place).tolist(), strict=True)
             for view in range(self.views)
         ]
-        return Rows(ids, np.repeat(rows.labels, self.views), inputs)
+        return Rows(ids, np.repeat(rows.labels, self.views, axis=0), inputs)
 
     def positions(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Places of the rows of views ``start`` to ``stop`` in what the caller gave."""

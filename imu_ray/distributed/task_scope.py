@@ -9,7 +9,7 @@ import torch
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.tasks import StageRef
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Weights
-from imu_ray.scopes.features import FeatureShard, Positions, of_rows
+from imu_ray.scopes.features import FeatureShard, Positions, of_rows, one_class
 from imu_ray.scopes.layers import Layers, TensorSum, shard_gradient
 from imu_ray.scopes.measure import record_of, sum_blocks
 from imu_ray.scopes.workers import Workers
@@ -72,7 +72,7 @@ class TaskScope:
 
 
 def _labels(shard: FeatureShard) -> Positions:
-    return np.unique(shard.labels_n)
+    return np.unique(one_class(shard.labels_n))
 
 
 def _gradient(

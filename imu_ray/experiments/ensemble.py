@@ -29,6 +29,7 @@ from imu_ray.influence.scores import margins, sample_losses
 from imu_ray.models.checkpoint import load_checkpoint
 from imu_ray.models.layers import evaluation_mode, logits_of
 from imu_ray.models.spec import ModelSpec, import_path
+from imu_ray.recipes import require_classes
 from imu_ray.run.directory import RunDirectory
 from imu_ray.run.record import versions
 from imu_ray.section import nest
@@ -237,6 +238,7 @@ def ensemble(
         ImuError: see ``imu_ray.errors``; too few models are left for any audit.
     """
     settings, config = settings or EnsembleConfig(), config or UnlearnConfig()
+    require_classes(config, "an ensemble")
     methods = methods if methods is not None else nest(settings.methods) or {"samples": {"recipe": "samples"}}
     methods = {name: nest(dict(own)) for name, own in methods.items()}
     work = _open(model, forget_set, train_fn, evaluation, methods, config, settings, str(run_dir))

@@ -21,7 +21,7 @@ from imu_ray.experiments.trials import COLUMNS, Shared, metric_of, read_row, run
 from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.spec import ModelSpec
-from imu_ray.recipes import resolve_settings, settle_scope
+from imu_ray.recipes import require_classes, resolve_settings, settle_scope
 from imu_ray.run.directory import RunDirectory, default_run_dir
 from imu_ray.run.record import now
 
@@ -81,6 +81,7 @@ def sweep(
         KeyboardInterrupt: Ctrl-C, once the trials have stopped; the same call with ``resume`` continues.
     """
     base, settings = resolve_settings(recipe, config, task), settings or SweepConfig()
+    require_classes(base, "a sweep")
     trials = make_trials(axes, base, settings, task)
     run = RunDirectory(sweep_dir or default_run_dir())
     stop = base.ascent.stop  # its limits are not part of what makes two runs the same

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imu_ray.influence import targets
+from imu_ray.influence.targets import LogitHessian, has_positions
+
 HEAD_DTYPE = torch.float64
 IGNORE = -100  # the label of a position without one
 SLICE = 2**20  # numbers of outputs at many positions that are worked on at once in float64
@@ -19,11 +22,13 @@ SLICE = 2**20  # numbers of outputs at many positions that are worked on at once
 class LayerIO:
     """What a linear layer saw: inputs ``[B, T, D]`` and the loss's gradients in its outputs ``[B, T, C]``.
 
-    Of a convolution with G groups, ``[G, B, T, D]`` and ``[G, B, T, C / G]``.
+    Of a convolution with G groups, ``[G, B, T, D]`` and ``[G, B, T, C / G]``. Of a head whose loss is another than the
+    plain cross-entropy there is the loss's ``hessian`` in its outputs, ``[B, T, C]``, which gradients do not tell.
     """
 
     inputs_BTD: Tensor
     output_grads_BTC: Tensor
+    hessian: LogitHessian | None = None
 
 
 def layer_inputs(features_BD: Tensor, has_bias: bool) -> Tensor:
@@ -38,21 +43,23 @@ def with_bias_input(inputs: Tensor) -> Tensor:
 
 
 def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""Gradient of the cross-entropy with respect to the logits, exact for confident samples.
+    r"""Gradient of the loss with respect to the logits, exact for confident samples.
 
     .. math:: r_c = p_c \;(c \ne y), \qquad r_y = -\sum_{c \ne y} p_c
 
     The textbook :math:`p_y - 1` loses every digit when :math:`p_y` rounds to 1. The loss of a sample with several
-    positions is the mean over those that have a label.
+    positions is the mean over those that have a label. Of other targets: ``targets.gradient``.
 
     Args:
         logits: ``[B, C]`` or ``[B, T, C]``.
-        labels: class indices ``[B]`` or ``[B, T]``, int64; ``IGNORE`` where a position has none.
+        labels: class indices ``[B]`` or ``[B, T]``, int64, ``IGNORE`` where a position has none; or another target.
 
     Returns:
         In the shape of the logits, float64; of several positions in the logits' type, float32 at least, because in
         float64 they would take several times the memory of the logits. 0 where a position has no label.
     """
+    if labels.is_floating_point():
+        return targets.gradient(logits, labels)
     if logits.ndim == 2:
         return _output_gradient(logits, labels)
     found = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -78,13 +85,17 @@ def position_slices(outputs_BTC: Tensor) -> list[slice]:
 
 
 def classes(labels: Tensor) -> Tensor:
-    """Labels that an index takes: 0 where a position has none."""
+    """Labels that an index takes: 0 where a position has none; of a weighted class the class."""
+    if labels.is_floating_point():
+        return labels.argmax(-1)
     return labels.clamp_min(0) if labels.ndim > 1 else labels
 
 
 def per_sample(pull: Tensor, labels: Tensor) -> Tensor:
-    """Pulls on ``[B, T, C]`` as those of each sample's mean over its labels; those on ``[B, C]`` as they are."""
-    return pull if labels.ndim == 1 else pull * shares(labels).to(pull).unsqueeze(-1)
+    """Pulls on ``[B, T, C]`` as those of each sample's mean over its labels; those on ``[B, C]`` by its scale."""
+    if labels.is_floating_point():
+        return pull * targets.scales(labels).to(pull).unsqueeze(-1)
+    return pull * shares(labels).to(pull).unsqueeze(-1) if has_positions(labels) else pull
 
 
 def shares(labels: Tensor) -> Tensor:
@@ -100,6 +111,13 @@ def probabilities(output_grads_BTC: Tensor) -> Tensor:
     :math:`p_c (1 - p_c)` or :math:`p_c p_d` counts.
     """
     return torch.where(output_grads_BTC < 0, 1 + output_grads_BTC, output_grads_BTC)
+
+
+def logit_hessian(layer_io: LayerIO) -> LogitHessian:
+    """The loss's Hessian in the outputs of a head: as it is given, or by the probabilities that the gradients tell."""
+    if layer_io.hessian is not None:
+        return layer_io.hessian
+    return LogitHessian.of_probabilities(probabilities(layer_io.output_grads_BTC))
 
 
 def gradient_sum(layer_io: LayerIO) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from imu_ray.influence import targets
 from imu_ray.influence.gradients import IGNORE, LayerIO, position_slices, shares
 
 
@@ -25,10 +26,21 @@ def influence_scores(layer_io: LayerIO, direction_CD: Tensor) -> Tensor:
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""Cross-entropy :math:`-\log p_{i,y_i}` of each sample, ``[B]`` float64; of a sequence their mean."""
+    r"""Loss of each sample, ``[B]`` float64: of a class :math:`-\log p_{i,y_i}`, of a sequence their mean.
+
+    Of other targets: ``targets.losses``.
+    """
+    if labels.is_floating_point():
+        return targets.losses(logits, labels)
     if labels.ndim == 1:
         return torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     return (position_losses(logits, labels) * shares(labels)).sum(1)
+
+
+def relative_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each sample in units of its scale, so that class weights do not count, ``[B]`` float64."""
+    found = sample_losses(logits, labels)
+    return found / targets.scales(labels) if labels.is_floating_point() else found
 
 
 def position_losses(logits: Tensor, labels: Tensor) -> Tensor:

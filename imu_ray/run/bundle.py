@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imu_ray.config import ForgetSetConfig
 from imu_ray.errors import CheckpointError, StageFailedError
 from imu_ray.run.record import Part
 from imu_ray.run.storage import open_folder, open_storage
@@ -31,6 +32,8 @@ class BundleRecord(Part):
         shapes: ``[C, D]`` by layer.
         sums: kinds of curvature that each layer has sums of.
         figures: mean of every metric over the rows, overall and ``per_class``.
+        target: what a label was (``forget_set.target``).
+        class_weights: of the loss.
     """
 
     format: Literal[1] = 1
@@ -42,6 +45,8 @@ class BundleRecord(Part):
     shapes: dict[str, list[int]]
     sums: dict[str, list[str]]
     figures: dict[str, Any]
+    target: str = "class"
+    class_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,17 @@ class Bundle:
                 f"bundle {self.location} was taken of another model (hash {self.record.model[:12]}, this one's is "
                 f"{model_hash[:12]}); expected the model as it was remembered; forget later requests together with the "
                 "earlier ones from that model, or run imu_ray.remember on this one"
+            )
+
+    def require_loss(self, settings: ForgetSetConfig) -> None:
+        """``CheckpointError`` when it was taken with another loss."""
+        held, wanted = (
+            (each.target, each.class_weights and tuple(each.class_weights)) for each in (self.record, settings)
+        )
+        if held != wanted:
+            raise CheckpointError(
+                f"bundle {self.location} was taken with forget_set.target and class_weights {held}, this run has "
+                f"{wanted}; expected the same loss; set them as they were, or take the bundle again"
             )
 
     def load(self, kinds: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:

@@ -93,7 +93,7 @@ class TargetRecord(Part):
 
 
 class AscentRecord(Part):
-    """What the update did, and how it ended."""
+    """What the update did, and how it ended; without a change of outputs where samples are of no one class."""
 
     update: str
     recipe: str
@@ -104,7 +104,7 @@ class AscentRecord(Part):
     kept_samples: int
     targets: list[TargetRecord]
     parameter_drift: float
-    output_change: float
+    output_change: float | None
     warnings: list[str]
 
 

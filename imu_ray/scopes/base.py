@@ -25,7 +25,7 @@ from imu_ray.tasks.base import Batch, Metric, Outputs, Task
 Weights = npt.NDArray[np.float64]
 Parameters = dict[str, Tensor]
 Record = dict[str, float]
-# Outputs, labels and the outputs before unlearning to the gradient with respect to the outputs.
+# Outputs, targets (``Task.target`` of the labels) and the outputs before unlearning to the gradient in the outputs.
 OutputGradient = Callable[[Tensor, Tensor, Tensor], Tensor]
 Statistics = Callable[[LayerIO], Any]
 A = TypeVar("A", bound=Additive)

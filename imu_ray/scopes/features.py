@@ -1,7 +1,8 @@
 """What a forward pass leaves behind; statistics, scores and updates work on it.
 
-Shapes: n samples of a shard, F features (the layer's input without the bias input). Where a task has T positions a
-sample, features are ``[n, T, F]`` and labels ``[n, T]``.
+Shapes: n samples of a shard, F features (the layer's input without the bias input), C classes. Where a task has T
+positions a sample, features are ``[n, T, F]`` and labels ``[n, T]``; by ``forget_set.target`` labels may be ``[n, C]``,
+float64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ class FeatureShard:
     """
 
     features_nF: npt.NDArray[np.floating] | npt.NDArray[np.uint16]
-    labels_n: npt.NDArray[np.int64]
+    labels_n: npt.NDArray[Any]
     ids: pa.StringArray
     block_sizes: tuple[int, ...]
     places_n: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -127,8 +128,13 @@ def score_table(shard: FeatureShard, *columns: npt.NDArray[np.float64]) -> pa.Ta
 
 
 def labels_column(shard: FeatureShard) -> pa.Array:
-    """Labels of a shard as a column; null where a sample has a label at each position."""
+    """Labels of a shard as a column; null where a sample has no one class, but more numbers."""
     return pa.array(shard.labels_n) if shard.labels_n.ndim == 1 else pa.nulls(len(shard.labels_n), pa.int64())
+
+
+def one_class(labels: npt.NDArray[Any]) -> Positions:
+    """Labels of samples that have one class each; of others none."""
+    return labels if labels.ndim == 1 else np.empty(0, np.int64)
 
 
 def first_of(ids: Sequence[str | None]) -> str:
@@ -167,8 +173,8 @@ class FeatureStore:
         return [(shard, rows) for shard in self.shards for rows in shard.block_rows()]
 
     def classes(self) -> Positions:
-        """Labels that occur."""
-        return np.unique(np.concatenate([shard.labels_n for shard in self.shards]))
+        """Labels that occur; none where a sample has no one class."""
+        return np.unique(np.concatenate([one_class(shard.labels_n) for shard in self.shards]))
 
     @property
     def block_starts(self) -> Positions:
@@ -182,7 +188,7 @@ class FeatureStore:
         return FeatureShard(features.numpy().copy(), labels.numpy(), pa.nulls(len(labels), pa.string()), (len(labels),))
 
     def gather(self, positions: Positions, dtype: npt.DTypeLike = np.float64) -> tuple[Tensor, Tensor]:
-        """Features ``[B, F]`` or ``[B, T, F]`` and labels ``[B]`` or ``[B, T]`` of ascending positions.
+        """Features ``[B, F]`` or ``[B, T, F]`` and labels of ascending positions.
 
         The features lie in a buffer of the store and hold until the next call.
         """
@@ -190,7 +196,7 @@ class FeatureStore:
         if len(positions) > len(self._buffer) or self._buffer.dtype != dtype:
             self._buffer = np.empty((len(positions), *first.features_nF.shape[1:]), dtype)
         features = self._buffer[: len(positions)]
-        labels = np.empty((len(positions), *first.labels_n.shape[1:]), dtype=np.int64)
+        labels = np.empty((len(positions), *first.labels_n.shape[1:]), dtype=first.labels_n.dtype)
         cuts = np.searchsorted(positions, self.starts)
         for index in np.flatnonzero(np.diff(cuts)):
             rows = slice(cuts[index], cuts[index + 1])

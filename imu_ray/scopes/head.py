@@ -20,6 +20,7 @@ from imu_ray.influence.direction import ReduceLayers, fit_directions
 from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, gradient_norms, layer_inputs
 from imu_ray.influence.layer_io import matrix_of
 from imu_ray.influence.scores import influence_scores
+from imu_ray.influence.targets import LogitHessian, position_hessian
 from imu_ray.models.head import head_layers
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
 from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_views, pieces_of, score_table
@@ -117,11 +118,14 @@ class Head:
 
     def layer_io(self, features: Tensor, labels: Tensor) -> LayerIO:
         """What the layer sees of a block, and how the loss pulls on its outputs."""
-        return self._layer_io(features, self.task.output_gradient(self.logits(features), labels))
+        outputs = self.logits(features)
+        hessian = position_hessian(outputs, self.task.target(labels))
+        return self._layer_io(features, self.task.output_gradient(outputs, labels), hessian)
 
-    def _layer_io(self, features: Tensor, output_grads: Tensor) -> LayerIO:
+    def _layer_io(self, features: Tensor, output_grads: Tensor, hessian: LogitHessian | None = None) -> LayerIO:
         inputs = layer_inputs(features, self.has_bias)
-        return LayerIO(*(part.unsqueeze(1) if part.ndim == 2 else part for part in (inputs, output_grads)))
+        at_position = [part.unsqueeze(1) if part.ndim == 2 else part for part in (inputs, output_grads)]
+        return LayerIO(at_position[0], at_position[1], hessian)
 
 
 def shard_statistics(shard: FeatureShard, head: Head, statistics: Callable[[LayerIO], S]) -> S:
@@ -196,7 +200,8 @@ class HeadScope:
             return {self.head.name: gradient}
         for positions in self.workers.take(pieces_of(of_views(batch, self.views), pieces)):
             features, labels = (part.to(self.workers.device) for part in self.moved.gather(positions))
-            pull = objective(self.head.logits(features, matrix), labels, self.head.logits(features, self._start_CD))
+            outputs, original = (self.head.logits(features, each) for each in (matrix, self._start_CD))
+            pull = objective(outputs, self.head.task.target(labels), original)
             pull = weigh(pull, torch.from_numpy(weights[positions // self.views]))
             gradient += self.head.gradient(pull, features)
         return {self.head.name: self.workers.sum(gradient) / (float(weights[batch].sum()) * self.views)}

@@ -29,6 +29,7 @@ from imu_ray.influence.layer_io import (
     weights_of,
 )  # fmt: skip
 from imu_ray.influence.scores import position_losses
+from imu_ray.influence.targets import drawn_gradient, has_positions, position_hessian
 from imu_ray.models.cut import Cut, Values
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
 from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_rows, of_views, pieces_of, score_table
@@ -91,7 +92,7 @@ class Layers:
         self.cut.model.to(self.device)
         values, labels = self.cut.prefix(batch.inputs), batch.labels_B
         outputs = self.cut.suffix(values)
-        if labels.ndim > 1:
+        if has_positions(labels):
             outputs = self.task.sample_metrics(outputs, labels)["loss"].unsqueeze(1).to(outputs.dtype)
         return Outputs(outputs, labels, self.cut.join(values))
 
@@ -103,7 +104,7 @@ class Layers:
     def taken(self, features: Tensor, labels: Tensor) -> tuple[Values, Tensor]:
         """Kept features as what crosses the cut, and labels, on the device, up to the last position with a label."""
         values, labels = self.cut.split(features.to(self.device, self.cut.dtype)), labels.to(self.device)
-        if labels.ndim > 1 and self.cut.trivial:
+        if has_positions(labels) and self.cut.trivial:
             length = int(used_positions(labels).sum(1).max())
             values, labels = tuple(value[:, :length] for value in values), labels[:, :length]
         return values, labels
@@ -139,9 +140,9 @@ class Layers:
     ) -> tuple[Tensor, Tensor]:
         """Outputs and labels of some rows."""
         if rows.stop == rows.start:  # which not every network takes
-            shape = shard.labels_n[rows].shape
-            outputs = torch.empty(*shape, self.task.num_classes, dtype=torch.float64, device=self.device)
-            return outputs, torch.empty(shape, dtype=torch.int64, device=self.device)
+            labels = torch.from_numpy(shard.labels_n[rows].copy()).to(self.device)
+            shape = labels.shape if has_positions(labels) else labels.shape[:1]
+            return torch.empty(*shape, self.task.num_classes, dtype=torch.float64, device=self.device), labels
         values, labels = self.read(shard, rows)
         with torch.no_grad():
             return wide(self.run(self.weights() if weights is None else weights, values)), labels
@@ -172,11 +173,8 @@ class Layers:
             name: as_matrix(layer, total[f"{name}.weight"], total.get(f"{name}.bias")) for name, layer in layers.items()
         }
 
-    def seen(self, values: Values, labels_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Seen]]:
-        """Outputs, and what each layer saw with the loss's pull on its outputs.
-
-        The labels may follow from the outputs.
-        """
+    def seen(self, values: Values, pull_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Seen]]:
+        """Outputs, and what each layer saw with what a pull on them, which follows from them, pulls on its own."""
         caught: dict[str, tuple[Tensor, Tensor]] = {}
 
         def catch(name: str) -> Callable[..., Tensor]:
@@ -195,7 +193,7 @@ class Layers:
             for hook in hooks:
                 hook.remove()
         found = wide(outputs.detach())
-        pull = self.task.output_gradient(found, labels_of(found)).to(outputs.dtype)
+        pull = pull_of(found).to(outputs.dtype)
         grads = torch.autograd.grad(outputs, [caught[name][1] for name in layers], pull)
         seen = zip(layers.items(), grads, strict=True)
         return found, [Seen(name, layer, caught[name][0], grad) for (name, layer), grad in seen]
@@ -213,35 +211,53 @@ class Layers:
                 return ByLayer({})
             values, labels = self.read(shard, rows)
 
-            def drawn_labels(outputs: Tensor) -> Tensor:
+            def drawn_pull(outputs: Tensor) -> Tensor:
                 ids = shard.ids.slice(rows.start, rows.stop - rows.start).to_pylist()
-                draws = uniform_draws(ids, self.seed, *labels.shape[1:])
-                if labels.ndim == 1:
-                    return sampled_labels(outputs, draws)
-                parts = [sampled_labels(outputs[:, part], draws[:, part]) for part in position_slices(outputs)]
-                return torch.cat(parts, 1).where(labels != IGNORE, IGNORE)
+                return self._drawn_pull(outputs, labels, ids)
 
-            _, seen = self.seen(values, drawn_labels if drawn else functools.partial(_given, labels))
+            outputs, seen = self.seen(values, drawn_pull if drawn else functools.partial(self._pull, labels))
             seen = seen if limit is None else clipped(seen, limit)
-            return ByLayer({each.name: self._statistic(each, statistics[each.name], labels) for each in seen})
+            return ByLayer({each.name: self._statistic(each, statistics[each.name], labels, outputs) for each in seen})
 
         return merge_tree(map(of_block, shard.block_rows()))
 
-    def _statistic(self, seen: Seen, statistic: Statistics, labels: Tensor) -> Any:
+    def _pull(self, labels: Tensor, outputs: Tensor) -> Tensor:
+        return self.task.output_gradient(outputs, labels)
+
+    def _drawn_pull(self, outputs: Tensor, labels: Tensor, ids: Sequence[str]) -> Tensor:
+        """The pull of labels that are drawn from the model: its second moment is the loss's curvature."""
+        target = self.task.target(labels)
+        if has_positions(labels):
+            draws = uniform_draws(ids, self.seed, *labels.shape[1:])
+            parts = [sampled_labels(outputs[:, part], draws[:, part]) for part in position_slices(outputs)]
+            drawn = torch.cat(parts, 1).where(labels != IGNORE, IGNORE)
+            return self.task.output_gradient(outputs, drawn)
+        if target.ndim == 3:  # several labels a sample, which are independent of each other
+            draws = uniform_draws(ids, self.seed, outputs.shape[1])
+            return drawn_gradient(outputs, target, draws.to(outputs.device) < torch.sigmoid(outputs))
+        drawn = sampled_labels(outputs, uniform_draws(ids, self.seed))
+        if target.is_floating_point():
+            return drawn_gradient(outputs, target, drawn)
+        return self.task.output_gradient(outputs, drawn)
+
+    def _statistic(self, seen: Seen, statistic: Statistics, labels: Tensor, outputs: Tensor) -> Any:
         inner = seen.name != self.task.head
         if inner and statistic == FactorSums.of:
-            used = used_positions(labels) if labels.ndim > 1 and seen.inputs.shape[:2] == labels.shape else None
+            used = used_positions(labels) if has_positions(labels) and seen.inputs.shape[:2] == labels.shape else None
             return FactorSums.of_layer(seen.layer, seen.inputs, seen.output_grads, used)
         if inner and getattr(statistic, "func", statistic) == Moments.of:  # clipped already, over all layers
             return layer_moments(seen.layer, seen.inputs, seen.output_grads)
-        return statistic(layer_io(seen.layer, seen.inputs.double(), seen.output_grads.double()))
+        found = layer_io(seen.layer, seen.inputs.double(), seen.output_grads.double())
+        return statistic(
+            found if inner else replace(found, hessian=position_hessian(outputs, self.task.target(labels)))
+        )
 
     def scores(self, shard: FeatureShard, directions: Mapping[str, Tensor]) -> pa.Table:
         """Loss, influence and gradient norm of every sample; influence and squared norms add up over the layers."""
         columns: list[list[Tensor]] = [[torch.empty(0)], [torch.empty(0)], [torch.empty(0)]]
         for rows in filled(shard):
             values, labels = self.read(shard, rows)
-            outputs, found = self.seen(values, functools.partial(_given, labels))
+            outputs, found = self.seen(values, functools.partial(self._pull, labels))
             influence, squares = torch.zeros(2, len(labels), dtype=torch.float64, device=labels.device)
             for each in found:
                 influence += directional_scores(each.layer, each.inputs, each.output_grads, directions[each.name])
@@ -304,8 +320,8 @@ def shard_gradient(
         values, labels = part.read(shard, rows)
         before = None if original is None else original.outputs(shard, rows)[0]
         share = shares_of(weights_n[rows], labels)
-        total: dict[str, Tensor] = {}
-        part.add_gradient(total, weights, values, functools.partial(_pull, objective, labels, before, share))
+        total, target = dict[str, Tensor](), part.task.target(labels)
+        part.add_gradient(total, weights, values, functools.partial(_pull, objective, target, before, share))
         return ByLayer({name: TensorSum(matrix.cpu()) for name, matrix in part.matrices(total).items()})
 
     return merge_tree(map(of_block, shard.block_rows()))
@@ -352,7 +368,7 @@ class LayersScope:
                 with torch.no_grad():
                     before = wide(self.part.run(original, values))
             share = shares_of(weights[positions // self.views], labels)
-            pull_of = functools.partial(_pull, objective, labels, before, share)
+            pull_of = functools.partial(_pull, objective, self.part.task.target(labels), before, share)
             self.part.add_gradient(total, moved, values, pull_of)
         scale = float(of_rows(weights[batch]).sum()) * self.views
         return {name: self.workers.sum(matrix).div_(scale) for name, matrix in self.part.matrices(total).items()}
@@ -376,12 +392,12 @@ def _limit(statistic: Statistics) -> float | None:
     return statistic.keywords.get("clip") if isinstance(statistic, functools.partial) else None
 
 
-def _pull(objective: OutputGradient, labels: Tensor, before: Tensor | None, share: Tensor, outputs: Tensor) -> Tensor:
+def _pull(objective: OutputGradient, target: Tensor, before: Tensor | None, share: Tensor, outputs: Tensor) -> Tensor:
     """The weighted pull of an objective on outputs.
 
     ``before`` are those before unlearning, None where they are the same.
     """
-    return weigh(objective(outputs, labels, outputs if before is None else before), share)
+    return weigh(objective(outputs, target, outputs if before is None else before), share)
 
 
 def wide(outputs: Tensor) -> Tensor:
@@ -398,10 +414,6 @@ def shares_of(weights: Weights, labels: Tensor) -> Tensor:
 def used_positions(labels: Tensor) -> Tensor:
     """Which positions ``[B, T]`` a sample's loss depends on: those up to its last label."""
     return (labels != IGNORE).int().flip(1).cummax(1).values.flip(1).bool()
-
-
-def _given(labels: Tensor, outputs: Tensor) -> Tensor:
-    return labels
 
 
 def filled(shard: FeatureShard) -> list[slice]:

@@ -74,7 +74,7 @@ def record_of(sums: Mapping[str, Tensor], rows: Mapping[str, int], task: Task) -
 
 
 def _of_classes(labels: Tensor, classes: Tensor) -> Tensor:
-    """Which samples have a label among these classes; all, where a sample has a label at each position."""
+    """Which samples have a label among these classes; all, where a sample has no one class."""
     return (
         torch.isin(labels, classes)
         if labels.ndim == 1

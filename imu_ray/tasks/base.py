@@ -38,7 +38,10 @@ def leave_out(config: ForgetSetConfig, sample_id: str, reason: str, kind: type[I
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs ``[B, ...]``, labels ``[B]`` or ``[B, T]`` int64, ids, and the rows that were left out."""
+    """Model inputs ``[B, ...]``, labels, ids, and the rows that were left out.
+
+    Labels are ``[B]`` or ``[B, T]`` int64, or ``[B, C]`` float64 where ``forget_set.target`` says so.
+    """
 
     inputs: Tensor
     labels_B: Tensor
@@ -48,7 +51,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Logits ``[B, C]``, labels ``[B]`` and features: the head's input ``[B, D]``, without the bias input."""
+    """Logits ``[B, C]``, labels, and features: the head's input ``[B, D]``, without the bias input."""
 
     logits_BC: Tensor
     labels_B: Tensor
@@ -114,6 +117,11 @@ class Task(Protocol):
         ...
 
     @property
+    def of_classes(self) -> bool:
+        """Whether a sample, or each of its positions, has one class."""
+        ...
+
+    @property
     def metrics(self) -> Mapping[str, Metric]:
         """The figures that ``sample_metrics`` gives; ``loss`` is one of them."""
         ...
@@ -124,6 +132,10 @@ class Task(Protocol):
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """One forward pass in the mode the model is in."""
+        ...
+
+    def target(self, labels: Tensor) -> Tensor:
+        """What the loss, and an objective, is of: labels as they are, or another form of ``influence.targets``."""
         ...
 
     def sample_metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Image (or array) classification with cross-entropy."""
+"""Image (or array) classification, with a class, soft or several labels a sample (``forget_set.target``)."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +14,11 @@ from typing_extensions import Self
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source, View
 from imu_ray.data.columns import image_fields
+from imu_ray.data.labels import check_labels
 from imu_ray.errors import ConfigError, ForgetSetError, NonFiniteError, UnsupportedModelError
+from imu_ray.influence import targets
 from imu_ray.influence.gradients import output_gradient
-from imu_ray.influence.scores import margins, membership_signals, sample_losses
+from imu_ray.influence.scores import margins, membership_signals, relative_losses, sample_losses
 from imu_ray.models.copies import unusable
 from imu_ray.models.head import find_ending, head_layers, head_sizes
 from imu_ray.models.layers import logits_of
@@ -30,10 +32,10 @@ AGAIN = 4  # times that a preprocessing is run again, to find one that draws ran
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Softmax cross-entropy on a classifier's logits.
+    """Softmax cross-entropy on a classifier's logits; of several labels a sample the mean of their binary ones.
 
     Attributes:
-        config: how rows are decoded.
+        config: how rows are decoded, what a label is, and class weights.
         head: name of the head in the model; empty where what it ends in is not linear in kept features.
         num_classes: outputs of the model.
         dtype: floating type of the model's inputs.
@@ -92,6 +94,11 @@ class ClassificationTask:
                     f"forget_set.classes lists {len(classes)} names ({len(set(classes))} different) for a model with "
                     f"{outputs} outputs; expected every class once, in the order of the outputs"
                 )
+        if config.class_weights is not None and len(config.class_weights) != outputs:
+            raise ConfigError(
+                f"forget_set.class_weights has {len(config.class_weights)} numbers for a model with {outputs} outputs; "
+                "expected one for each, in the order of the outputs; mend it"
+            )
         return cls(config, name, outputs, parameter.dtype, tuple(batch.inputs.shape[1:]))
 
     def reading(self, config: ForgetSetConfig) -> Self:
@@ -99,33 +106,64 @@ class ClassificationTask:
         return replace(self, config=config)
 
     @property
+    def of_classes(self) -> bool:
+        """Whether a sample has one class, rather than soft or several labels."""
+        return self.config.target == "class"
+
+    @property
     def metrics(self) -> Mapping[str, Metric]:
-        """Loss, the same bounded by that of a uniform guess, accuracy and margin (``margins``)."""
-        guess = 1 / max(self.num_classes, 1)
-        return {
-            "loss": Metric(rises=True, chance=-math.log(guess)),
+        """Loss, the same bounded by that of a uniform guess, and how often the model is right (``sample_metrics``)."""
+        several = self.config.target == "multi_label"
+        guess = 1 / (2 if several else max(self.num_classes, 1))
+        losses = {
+            "loss": Metric(rises=True, chance=None if self.config.class_weights else -math.log(guess)),
             "bounded_loss": Metric(rises=True, chance=-math.log(guess)),
-            "accuracy": Metric(rises=False, counted=True, chance=guess),
-            "margin": Metric(rises=False),
         }
+        if several:
+            return {**losses, "label_accuracy": Metric(rises=False, chance=guess), "f1": Metric(rises=False)}
+        accuracy = {"accuracy": Metric(rises=False, counted=True, chance=guess)}
+        return {**losses, **accuracy, **({"margin": Metric(rises=False)} if self.config.target == "class" else {})}
+
+    def target(self, labels: Tensor) -> Tensor:
+        """What the loss is of: classes, or labels with the class weights in them (``targets.target_of``)."""
+        return targets.target_of(labels, self.config.target, self.config.class_weights)
 
     def sample_metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        r"""Cross-entropy :math:`\ell` and :math:`\min(\ell, \ln C)` in nats, 1 for a right prediction, the margin."""
-        losses = sample_losses(outputs, labels)
-        return {
-            "loss": losses,
-            "bounded_loss": losses.clamp_max(math.log(self.num_classes)),
-            "accuracy": (outputs.argmax(1) == labels).double(),
-            "margin": margins(outputs, labels),
+        r"""Of each sample, ``[B]``, ``loss`` :math:`\ell` in nats, with the class weights in it, and more.
+
+        ``bounded_loss``: :math:`\min(\ell / s, \ln C)`, with the sample's scale s (``targets.scales``) so that weights
+        do not say when a sample is forgotten; of several labels with :math:`\ln 2`. ``accuracy``: 1 where the likeliest
+        class is the label, or that of a soft label; and of a class the ``margin``.
+
+        Of several labels ``label_accuracy``: the share that is right (1 minus the Hamming loss), a label being
+        predicted where its logit is above 0; and ``f1``: twice the labels that are predicted and true, over those that
+        are predicted and those that are true; 1 where there is none of either.
+        """
+        target, kind = self.target(labels), self.config.target
+        guess = targets.guess_loss(target, self.num_classes)
+        found = {
+            "loss": sample_losses(outputs, target),
+            "bounded_loss": relative_losses(outputs, target).clamp_max(guess),
         }
+        if kind == "multi_label":
+            predicted, true = outputs > 0, labels > 0
+            both, each = 2 * (predicted & true).sum(1), predicted.sum(1) + true.sum(1)
+            found["label_accuracy"] = (predicted == true).double().mean(1)
+            return {**found, "f1": torch.where(each > 0, both / each.clamp_min(1), 1.0).double()}
+        own = labels if kind == "class" else labels.argmax(1)
+        found["accuracy"] = (outputs.argmax(1) == own).double()
+        return {**found, "margin": margins(outputs, labels)} if kind == "class" else found
 
     def signals(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """``confidence``, ``entropy``, ``modified_entropy``, ``margin`` (float64) and ``predicted`` (int64)."""
-        return membership_signals(outputs, labels)
+        """``confidence``, ``entropy``, ``modified_entropy``, ``margin`` (float64) and ``predicted`` (int64).
+
+        None where a sample has no one class.
+        """
+        return membership_signals(outputs, labels) if self.config.target == "class" else {}
 
     def output_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """``p - onehot(y)``, exact for confident samples."""
-        return output_gradient(outputs, labels)
+        """``p - onehot(y)``, or that of another target, exact for confident samples."""
+        return output_gradient(outputs, self.target(labels))
 
     def collate(self, rows: Rows) -> Batch:
         """Decode, scale to [0, 1], augment (a ``View``), standardise and stack; or as ``forget_set.transform`` does.
@@ -137,11 +175,9 @@ class ClassificationTask:
         """
         inputs, kept, bad = [], [], []
         decoded: dict[int, Tensor] = {}
-        for place, (sample_id, label, value) in enumerate(
-            zip(rows.ids, rows.labels.tolist(), rows.inputs, strict=True)
-        ):
-            if self.num_classes and not 0 <= label < self.num_classes:
-                raise ForgetSetError(f"row {sample_id!r} has label {label}; expected 0 to {self.num_classes - 1}")
+        check_labels(rows.labels, self.num_classes, self.config, rows.ids)
+        for place, sample_id in enumerate(rows.ids):
+            value = rows.inputs[place]
             try:
                 if isinstance(value, View):
                     numbers = self._drawn(value, decoded)

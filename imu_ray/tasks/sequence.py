@@ -44,6 +44,7 @@ class SequenceTask:
     augmented: ClassVar[bool] = False
     retrieval_sets: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[str] = ""
+    of_classes: ClassVar[bool] = True
 
     @classmethod
     def fields(cls, config: ForgetSetConfig) -> Fields:
@@ -112,6 +113,10 @@ class SequenceTask:
             "accuracy": Metric(rises=False),
             "probability": Metric(rises=False),
         }
+
+    def target(self, labels: Tensor) -> Tensor:
+        """The labels as they are."""
+        return labels
 
     def sample_metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         r"""Of each sample, ``[B]``, over its T labelled tokens.

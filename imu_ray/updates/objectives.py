@@ -1,10 +1,14 @@
 r"""What each objective does to a sample's outputs: the gradient that a descent step is taken along.
 
-Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, labels and the logits before unlearning to a gradient
+Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, targets and the logits before unlearning to a gradient
 in the shape of the logits, float64 (at many positions in their type). Not every useful one is the gradient of a loss. p
 is the softmax of the current logits, p0 that of the original ones, :math:`\ell` the loss of a sample, the mean over its
 T labelled positions. They hold in every scope: on the head the gradient is multiplied by the features, deeper it is
 back-propagated.
+
+Targets are classes ``[B]`` or ``[B, T]``, or another form of ``influence.targets``. There :math:`\ell` is the loss in
+units of the sample's scale s, and the gradient is s times that of the objective: class weights say how much a sample
+counts, not when it is forgotten. Of several labels a sample :math:`\ell` is the mean over them.
 """
 
 import math
@@ -14,7 +18,8 @@ import torch
 from torch import Tensor
 
 from imu_ray.influence.gradients import IGNORE, classes, output_gradient, per_sample
-from imu_ray.influence.scores import sample_losses
+from imu_ray.influence.scores import relative_losses
+from imu_ray.influence.targets import guess_loss, has_positions
 from imu_ray.scopes.base import OutputGradient
 from imu_ray.scopes.seen import weigh
 
@@ -27,9 +32,10 @@ def ascent(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
 def bounded_ascent(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     r"""Ascent where the loss is below :math:`\ln C`, the loss of a uniform guess; 0 where it is above.
 
-    The gradient of :math:`-\min(\ell, \ln C)`.
+    The gradient of :math:`-\min(\ell, \ln C)`; of several labels a sample with :math:`\ln 2`.
     """
-    return _weighed(outputs, labels, original, sample_losses(outputs, labels) < math.log(outputs.shape[-1]))
+    below = relative_losses(outputs, labels) < guess_loss(labels, outputs.shape[-1])
+    return _weighed(outputs, labels, original, below)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class NPO:
 
     def __call__(self, outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
         """Gradient in the shape of the outputs."""
-        beta = self.beta if labels.ndim == 1 else self.token_beta
-        log_ratio = (sample_losses(original, labels) - sample_losses(outputs, labels)) * _positions(labels)
+        beta = self.token_beta if has_positions(labels) else self.beta
+        log_ratio = (relative_losses(original, labels) - relative_losses(outputs, labels)) * _positions(labels)
         # 2 r / (1 + r) = 2 sigmoid(ln r), finite for any r.
         return _weighed(outputs, labels, original, 2 * torch.sigmoid(beta * log_ratio))
 
@@ -64,7 +70,7 @@ class SimNPO:
 
     def __call__(self, outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
         """Gradient in the shape of the outputs."""
-        weight = 2 * torch.sigmoid(-self.beta * sample_losses(outputs, labels) - self.gamma)
+        weight = 2 * torch.sigmoid(-self.beta * relative_losses(outputs, labels) - self.gamma)
         return _weighed(outputs, labels, original, weight)
 
 
@@ -86,7 +92,9 @@ def row_mask(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
 
 
 def uniform_target(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
-    r"""Cross-entropy to the uniform distribution: :math:`p - 1/C`."""
+    r"""Cross-entropy to the uniform distribution: :math:`p - 1/C`; of several labels :math:`(\sigma - 1/2) / C`."""
+    if labels.ndim == 3:
+        return per_sample((torch.sigmoid(outputs) - 0.5) / outputs.shape[-1], labels)
     return per_sample(torch.softmax(outputs, dim=-1) - 1 / outputs.shape[-1], labels)
 
 
@@ -97,7 +105,7 @@ def _weighed(outputs: Tensor, labels: Tensor, original: Tensor, weight_B: Tensor
 
 def _positions(labels: Tensor) -> Tensor | int:
     """T, the labelled positions of each sample."""
-    return 1 if labels.ndim == 1 else (labels != IGNORE).sum(-1)
+    return (labels != IGNORE).sum(-1) if has_positions(labels) else 1
 
 
 OBJECTIVES: dict[str, OutputGradient] = {
@@ -109,3 +117,5 @@ OBJECTIVES: dict[str, OutputGradient] = {
     "simnpo": SimNPO(),
     "uniform_target": uniform_target,
 }
+# Those of one true class a sample.
+OF_CLASSES = frozenset({"renormalise", "row_mask"})

@@ -111,3 +111,9 @@ def test_predictions_of_one_class_or_hardly_better_than_a_guess_warn():
     assert prediction_warning(labels[:0], labels[:0], 10) == {}
     # Unseen samples of one class are rightly called by one name.
     assert prediction_warning(np.full(90, 3), np.full(90, 3), 10) == {}
+
+
+def test_without_classes_a_small_loss_of_accuracy_is_no_warning():
+    of_test = lambda accuracy: {"test": {"accuracy": accuracy, "per_class": {}}}
+    assert utility_warning(of_test(0.9), {"retrained": of_test(0.95)}) == {}
+    assert "warning" in utility_warning(of_test(0.4), {"retrained": of_test(0.95)})

@@ -113,3 +113,21 @@ def test_a_test_that_broke_off_or_is_new_does_not_stop_the_record():
     recovery = {"relearn": {"steps": [], "ended": "no"}, "skipped": {"pruning": "never heard of"}}
     found = verdict("reached", "", metrics(recovery=recovery))
     assert "recovery by pruning: never heard of" in found.not_checked
+
+
+@pytest.mark.parametrize(("after", "word"), [(0.55, "inconclusive"), (0.75, "forgotten_as_measured")])
+def test_of_several_labels_the_f1_tells_a_broken_model(after, word):
+    found = metrics()
+    for side, f1 in (("before", 0.8), ("after", after)):
+        found[side]["test"] = {"samples": 200, "label_accuracy": 0.97, "f1": f1, "per_class": {}}
+    verdict_of = verdict("reached", "", found)
+    assert verdict_of.word == word
+    assert word != "inconclusive" or verdict_of.reason.startswith("the F1 on test fell by 25.0 points")
+
+
+def test_attacks_that_were_not_made_are_named():
+    attack = {**ATTACK, "unmeasured": {"modified_entropy": "there is no class"}}
+    assert (
+        "membership by modified entropy: there is no class"
+        in verdict("reached", "", metrics(attack=attack)).not_checked
+    )

@@ -70,7 +70,7 @@ def close(found, expected):
 
 def test_what_layers_saw_gives_the_gradients_scores_and_norms_of_single_samples(case):
     expected = gradients_one_by_one(case.model, case.names)
-    outputs, seen = case.part.seen(case.part.cut.split(TOKENS), lambda _: LABELS)
+    outputs, seen = case.part.seen(case.part.cut.split(TOKENS), lambda z: case.part.task.output_gradient(z, LABELS))
     assert torch.equal(outputs, case.model(TOKENS).logits)
     scores, squares, wanted = torch.zeros(5).double(), torch.zeros(5).double(), torch.zeros(5).double()
     for each in seen:
@@ -133,7 +133,7 @@ def test_logits_never_stand_whole_in_float64(monkeypatch):
     task = SequenceTask(ForgetSetConfig(), 7, 1024)
     part = Layers.of_names(model, task, choose_layers(model, TOKENS, ["*.q_proj"], ""), TOKENS, UnlearnConfig())
     with Widest() as widest:
-        part.seen((TOKENS,), lambda _: LABELS)
+        part.seen((TOKENS,), lambda z: part.task.output_gradient(z, LABELS))
         share = torch.ones(5)
         part.add_gradient(
             {}, part.weights(), (TOKENS,), lambda z: weigh(OBJECTIVES["bounded_ascent"](z, LABELS, z), share)

@@ -1,9 +1,10 @@
-r"""Curvature of the softmax cross-entropy in a linear head that steers a step: feature second moment and Gauss-Newton.
+r"""Curvature of the loss in a linear head that steers a step: feature second moment and Gauss-Newton.
 
 The generalised Gauss-Newton matrix of a linear head is its exact Hessian, where a sample's loss is the sum over its
-positions: :math:`\frac1n \sum_{i,t} (\mathrm{diag}(p_{it}) - p_{it} p_{it}^\top) \otimes h_{it} h_{it}^\top`. Each kind
-is scaled by its mean eigenvalue, damped by a share of that, inverted, and scaled by the mean eigenvalue of the inverse,
-so that a learning rate means about the same under each.
+positions: :math:`\frac1n \sum_{i,t} H_{it} \otimes h_{it} h_{it}^\top` with H the Hessian in the logits, of the plain
+cross-entropy :math:`\mathrm{diag}(p) - p p^\top` (of other losses ``targets.hessian``). Each kind is scaled by its mean
+eigenvalue, damped by a share of that, inverted, and scaled by the mean eigenvalue of the inverse, so that a learning
+rate means about the same under each.
 
 Shapes: C classes, D head inputs with the bias input.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imu_ray.influence.curvature.base import Reduce
-from imu_ray.influence.gradients import LayerIO, probabilities
+from imu_ray.influence.gradients import LayerIO, logit_hessian
 
 COPIES = 6  # of the matrix while it is fitted: one block's, the running sum, the merged sum, scaled, factor, inverse
 
@@ -43,22 +44,22 @@ def second_moment_sum(layer_io: LayerIO) -> MatrixSum:
 
 
 def block_ggn_sum(layer_io: LayerIO) -> MatrixSum:
-    r""":math:`\sum_{i,t} p_{itc} (1 - p_{itc}) h_{it} h_{it}^\top` for each class, ``[C, D, D]``."""
+    r""":math:`\sum_{i,t} H_{itcc} h_{it} h_{it}^\top` for each class, ``[C, D, D]``."""
     inputs = layer_io.inputs_BTD.flatten(0, 1)
-    p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
-    blocks = [inputs.T @ (inputs * variance.unsqueeze(1)) for variance in (p * (1 - p)).unbind(1)]
+    variances = logit_hessian(layer_io).variances.flatten(0, 1)
+    blocks = [inputs.T @ (inputs * variance.unsqueeze(1)) for variance in variances.unbind(1)]
     return MatrixSum(len(layer_io.inputs_BTD), torch.stack(blocks))
 
 
 def full_ggn_sum(layer_io: LayerIO) -> MatrixSum:
-    r""":math:`\sum_{i,t} (\mathrm{diag}(p_{it}) - p_{it} p_{it}^\top) \otimes h_{it} h_{it}^\top`, ``[C D, C D]``."""
+    r""":math:`\sum_{i,t} H_{it} \otimes h_{it} h_{it}^\top`, ``[C D, C D]``."""
     inputs = layer_io.inputs_BTD.flatten(0, 1)
-    p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
-    classes, width = p.shape[1], inputs.shape[1]
+    variances, _, factor = (part.flatten(0, 1) for part in logit_hessian(layer_io))
+    classes, width = factor.shape[1], inputs.shape[1]
     total = inputs.new_zeros(classes, width, classes, width)
     for c in range(classes):
         for d in range(classes):
-            weight = p[:, c] * ((1.0 if c == d else 0.0) - p[:, d])
+            weight = variances[:, c] if c == d else -factor[:, c] * factor[:, d]
             total[c, :, d, :] = inputs.T @ (inputs * weight.unsqueeze(1))
     return MatrixSum(len(layer_io.inputs_BTD), total.reshape(classes * width, classes * width))
 

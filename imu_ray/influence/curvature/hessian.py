@@ -1,7 +1,10 @@
-r"""The exact Hessian of the softmax cross-entropy in a linear head, damped: never built where it is large.
+r"""The exact Hessian of the loss in a linear head, damped: never built where it is large.
 
-.. math:: H V = \frac1n \sum_{i,t} \bigl(p_{it} \circ u_{it} - p_{it}\,(p_{it}^\top u_{it})\bigr) h_{it}^\top
-          + \lambda V, \qquad u_{it} = V h_{it}
+.. math:: H V = \frac1n \sum_{i,t} \bigl(d_{it} \circ v_{it} - u_{it}\,(u_{it}^\top v_{it})\bigr) h_{it}^\top
+          + \lambda V, \qquad v_{it} = V h_{it}
+
+with :math:`\mathrm{diag}(d) - u u^\top` the Hessian in the logits (``targets.LogitHessian``), of the plain
+cross-entropy :math:`d = u = p`.
 
 :math:`\lambda` is the weight of an L2 term :math:`\frac\lambda2 \|W\|^2` where the head was trained with one.
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from imu_ray.errors import StageFailedError
 from imu_ray.influence.curvature.base import Damping, Reduce
 from imu_ray.influence.curvature.ggn import MatrixSum, full_ggn_sum
-from imu_ray.influence.gradients import LayerIO, probabilities
+from imu_ray.influence.gradients import LayerIO, logit_hessian
 
 DENSE_SIZE = 2_000  # C D up to which the matrix is built and factored
 TOLERANCE = 1e-10  # norm of the residual, as a share of the gradient's
@@ -30,18 +33,17 @@ Vector = npt.NDArray[np.float64]
 
 
 def diagonal_sum(layer_io: LayerIO) -> MatrixSum:
-    r"""Diagonal of the Hessian: :math:`\sum_{i,t} p_{itc}(1 - p_{itc}) h_{itd}^2`, ``[C, D]``."""
+    r"""Diagonal of the Hessian: :math:`\sum_{i,t} (d - u \circ u)_{itc} h_{itd}^2`, ``[C, D]``."""
     inputs = layer_io.inputs_BTD.flatten(0, 1)
-    p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
-    return MatrixSum(len(layer_io.inputs_BTD), (p * (1 - p)).T @ inputs**2)
+    return MatrixSum(len(layer_io.inputs_BTD), logit_hessian(layer_io).variances.flatten(0, 1).T @ inputs**2)
 
 
 def product_sum(layer_io: LayerIO, vector_CD: Tensor) -> MatrixSum:
     """Sum of the samples' Hessians times a vector, ``[C, D]``."""
     inputs = layer_io.inputs_BTD.flatten(0, 1)
-    p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
+    _, diagonal, factor = (part.flatten(0, 1) for part in logit_hessian(layer_io))
     outputs = inputs @ vector_CD.T
-    pull = p * (outputs - (p * outputs).sum(1, keepdim=True))
+    pull = diagonal * outputs - factor * (factor * outputs).sum(1, keepdim=True)
     return MatrixSum(len(layer_io.inputs_BTD), pull.T @ inputs)
 
 

@@ -6,8 +6,9 @@ arXiv:2311.00636):
 
 .. math:: A = \frac1{nT} \sum_{i,t} h_{it} h_{it}^\top, \qquad G = \frac1n \sum_{i,t} \mathrm{E}[g_{it} g_{it}^\top]
 
-The expectation is over labels that follow the model's own predictions. For the head it has a closed form,
-:math:`\mathrm{diag}(p_{it}) - p_{it} p_{it}^\top`; a layer further inside takes one label per sample, drawn.
+The expectation is over labels that follow the model's own predictions. For the head it has a closed form, the Hessian
+in the logits, of the plain cross-entropy :math:`\mathrm{diag}(p_{it}) - p_{it} p_{it}^\top`; a layer further inside
+takes one label per sample, drawn (of other losses ``targets.drawn_gradient``).
 
 Shapes: C outputs, D inputs with the bias input; of one group, after a leading dimension where a layer has groups.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from imu_ray.errors import NonFiniteError
 from imu_ray.influence.curvature.base import Damping, Reduce
-from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, probabilities
+from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, logit_hessian
 from imu_ray.influence.layer_io import Layer, pieces
 
 # Of the factors while they are solved: their sum, its part that is not 0, its eigenvectors, and twice that to work.
@@ -72,8 +73,9 @@ class FactorSums:
     def of(cls, layer_io: LayerIO) -> "FactorSums":
         """Sums of one block of the head, with the exact factor of the outputs."""
         inputs = layer_io.inputs_BTD.flatten(0, 1)
-        p = probabilities(layer_io.output_grads_BTC).flatten(0, 1)
-        return cls(len(layer_io.inputs_BTD), len(inputs), torch.diag(p.sum(0)) - p.T @ p, inputs.T @ inputs)
+        _, diagonal, factor = (part.flatten(0, 1) for part in logit_hessian(layer_io))
+        outputs = torch.diag(diagonal.sum(0)) - factor.T @ factor
+        return cls(len(layer_io.inputs_BTD), len(inputs), outputs, inputs.T @ inputs)
 
     @classmethod
     def of_layer(cls, layer: Layer, inputs: Tensor, output_grads: Tensor, used: Tensor | None = None) -> "FactorSums":
