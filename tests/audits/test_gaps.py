@@ -115,5 +115,5 @@ def test_predictions_of_one_class_or_hardly_better_than_a_guess_warn():
 
 def test_without_classes_a_small_loss_of_accuracy_is_no_warning():
     of_test = lambda accuracy: {"test": {"accuracy": accuracy, "per_class": {}}}
-    assert utility_warning(of_test(0.9), {"retrained": of_test(0.95)}) == {}
-    assert "warning" in utility_warning(of_test(0.4), {"retrained": of_test(0.95)})
+    assert figures_warning(of_test(0.9), {"retrained": of_test(0.95)}) == {}
+    assert "warning" in figures_warning(of_test(0.4), {"retrained": of_test(0.95)})
