@@ -45,7 +45,7 @@ from imu_ray.scopes.features import FeatureShard, ShardReport
 from imu_ray.scopes.head import Head
 from imu_ray.scopes.layers import Layers
 from imu_ray.tasks import TASKS
-from imu_ray.tasks.base import Batch, Task, rows_at_once
+from imu_ray.tasks.base import Batch, Task, read_batch, rows_at_once
 from imu_ray.tasks.preprocessing import named_for
 
 EXAMPLES = 8  # rows that a model is traced with
@@ -310,7 +310,7 @@ def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConf
 def usable_batch(task: Task, samples: Source, rows: int) -> Batch:
     """Of the first so many rows those that can be used; of the next ones where none can."""
     starts = range(0, samples.num_rows, rows)
-    batches = (task.collate(samples.read(start, min(start + rows, samples.num_rows))) for start in starts)
+    batches = (read_batch(task, samples, start, min(start + rows, samples.num_rows)) for start in starts)
     return next(batch for batch in batches if batch.ids)
 
 

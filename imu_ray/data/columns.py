@@ -1,8 +1,9 @@
 """Columns of a table as ids, labels and inputs; shared by tables in memory and Parquet files."""
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name:
                 f"name the right one in forget_set.{key}_column"
             )
         if key in (ID, LABEL) and (pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)):
-            expected = "expected one text or whole number in each row"
+            expected = f"expected one text or whole number in each row; name another in forget_set.{key}_column"
             raise ForgetSetError(f"column {column!r} of {name} holds {kind}; {expected}")
     return columns
 
@@ -73,22 +74,24 @@ def rows_of(
     columns: Fields,
     config: ForgetSetConfig,
     numbers: Sequence[int] | npt.NDArray[np.int64],
-    name: str,
+    file_of: Callable[[int], str],
     files: ImageFiles | None = None,
 ) -> Rows:
-    """Rows of a table, which have ``numbers``; a row whose label cannot be read is refused by name.
+    """Rows of a table, which have ``numbers``; one whose label cannot be read is refused by its file and its id.
 
     Where there are ``files``, a text in place of an image is the path of one.
     """
     ids = list(map(str, column_of(table, columns[ID]).to_pylist() if ID in columns else numbers))
     labels = column_of(table, columns[LABEL]).to_pylist() if LABEL in columns else [0] * len(table)
-    cells = zip(ids, labels, strict=True)
-    labels = [label_of(value, config, f"row {sample_id} of {name}") for sample_id, value in cells]
+    names = [f"row {sample_id!r} of {file_of(int(number))}" for sample_id, number in zip(ids, numbers, strict=True)]
+    labels = [label_of(value, config, where) for value, where in zip(labels, names, strict=True)]
     parts: dict[str, Iterable[Any]] = {}
     for key, column in columns.items():
         if key not in (ID, LABEL):
             cells_of = _cells(column_of(table, column))
-            parts[key] = map(_input, cells_of if files is None or key != IMAGE else map(files.of_cell, cells_of, ids))
+            if files is not None and key == IMAGE:
+                cells_of = list(map(files.of_cell, cells_of, names))
+            parts[key] = map(_input, cells_of)
     inputs = zip(*parts.values(), strict=True)
     found = [value[0] if len(parts) == 1 else dict(zip(parts, value, strict=True)) for value in inputs]
     return Rows(ids, np.array(labels, dtype=np.int64), found)
@@ -134,47 +137,88 @@ def _input(cell: Any) -> Any:
         return np.asarray(None)
 
 
-def label_of(value: Any, config: ForgetSetConfig, where: str) -> int:
-    """A label as a class index: a whole number, its digits, or a name listed in ``forget_set.classes``."""
+def label_of(value: Any, config: ForgetSetConfig, where: str | Callable[[], str]) -> int:
+    """A label as a class index: a whole number, its digits, or a name listed in ``forget_set.classes``.
+
+    ``ForgetSetError`` where it is none; ``where`` says which row that is.
+    """
     # The text of a label may be anything when the wrong column is named, so it is not shown.
     if isinstance(value, str) and config.classes is not None:
         if value not in config.classes:
             listed = ", ".join(config.classes)
-            raise ForgetSetError(
-                f"{where} has a label that is not among forget_set.classes: {listed}; mend it, or the list"
-            )
+            raise _no_label(where, "a label that is no class", f"one of forget_set.classes, {listed}")
         return config.classes.index(value)
     if isinstance(value, str) and value.isdecimal() and len(value) < 20:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         shown = repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
-        expected = "expected a whole number of 64 bits, or a name listed in forget_set.classes"
-        raise ForgetSetError(f"{where} has label {shown}; {expected}")
+        expected = "a whole number of 64 bits, or a name listed in forget_set.classes"
+        raise _no_label(where, f"label {shown}", expected)
     return value
 
 
-def check_keys(table: pa.Table, columns: Fields, config: ForgetSetConfig, num_classes: int, name: str) -> None:
-    """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named."""
-    if ID in columns:
-        ids = _plain(column_of(table, columns[ID]))
+def outside(where: str, label: int, num_classes: int) -> ForgetSetError:
+    """The error of a label that no output of the model stands for."""
+    return _no_label(where, f"label {label}", f"0 to {num_classes - 1}, the outputs of the model")
+
+
+def _no_label(where: str | Callable[[], str], has: str, expected: str) -> ForgetSetError:
+    return ForgetSetError(
+        f"{where if isinstance(where, str) else where()} has {has}; expected {expected}; mend it, take the row out, or "
+        "name the right column in forget_set.label_column"
+    )
+
+
+def check_keys(
+    table: pa.Table,
+    columns: Fields,
+    config: ForgetSetConfig,
+    num_classes: int,
+    numbers: Sequence[int] | npt.NDArray[np.int64],
+    file_of: Callable[[int], str],
+) -> None:
+    """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named.
+
+    Args:
+        table: with the columns of ids and labels.
+        columns: by field.
+        config: says what a label may be.
+        num_classes: outputs of the model.
+        numbers: of the rows.
+        file_of: where the row of a number lies.
+    """
+    ids = _plain(column_of(table, columns[ID])) if ID in columns else None
+    if ids is not None:
         if ids.null_count:
-            missing = f"{ids.null_count} rows of {name} have no {columns[ID]!r}"
-            raise ForgetSetError(f"{missing}; expected a unique id in every row")
-        if len(pc.unique(ids)) < len(ids):
-            repeated, times = Counter(ids.to_pylist()).most_common(1)[0]
+            row = int(numbers[int(np.flatnonzero(ids.is_null().to_numpy())[0])])
             raise ForgetSetError(
-                f"sample id {str(repeated)!r} stands {times} times in {name}; expected unique ids; remove the "
+                f"row {row} of {file_of(row)} has no {columns[ID]!r}, as {ids.null_count} of {len(ids)} rows; expected "
+                "a unique id in every row; mend it, or name another column in forget_set.id_column"
+            )
+        if len(pc.unique(ids)) < len(ids):
+            cells = ids.to_pylist()
+            repeated, times = Counter(cells).most_common(1)[0]
+            rows = (int(numbers[place]) for place, cell in enumerate(cells) if cell == repeated)
+            files = " and ".join(dict.fromkeys(map(file_of, rows)))
+            raise ForgetSetError(
+                f"sample id {str(repeated)!r} stands {times} times in {files}; expected unique ids; remove the "
                 "duplicates, or name the id column in forget_set.id_column"
             )
     if LABEL not in columns:
         return
     labels = _plain(column_of(table, columns[LABEL]))
-    for value in pc.unique(labels).to_pylist():
-        label = label_of(value, config, f"a row of {name}")
+
+    def first_with(value: pa.Scalar) -> str:
+        found = pc.index_in(labels, value_set=pa.array([value.as_py()], labels.type))
+        place = int(np.flatnonzero(found.is_valid().to_numpy())[0])
+        row = int(numbers[place])
+        return f"row {str(row if ids is None else ids[place].as_py())!r} of {file_of(row)}"
+
+    for value in sorted(pc.unique(labels), key=lambda value: value.is_valid):  # a missing one makes numbers of others
+        where = functools.partial(first_with, value)
+        label = label_of(value.as_py(), config, where)
         if not 0 <= label < num_classes:
-            row = next(row for row, found in enumerate(labels) if found.as_py() == value)
-            sample_id = column_of(table, columns[ID])[row].as_py() if ID in columns else row
-            raise ForgetSetError(f"row {str(sample_id)!r} of {name} has label {label}; expected 0 to {num_classes - 1}")
+            raise outside(where(), label, num_classes)
 
 
 def find_cells(column: pa.ChunkedArray, asked: IdList) -> Iterator[tuple[str, int]]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL, find_names, label_of
+from imu_ray.data.columns import LABEL, find_names, label_of, outside
 from imu_ray.data.ids import IdList
 from imu_ray.data.location import IMAGE_SUFFIXES, Location
 from imu_ray.data.market import holds_sightings
@@ -21,14 +21,18 @@ class FolderSource(Source):
 
     def __init__(self, given: Location, config: ForgetSetConfig, fields: Fields | None = None) -> None:
         if fields is not None and LABEL not in fields:
-            raise ForgetSetError(f"{given.name} holds images; expected rows with {', '.join(fields.values())}")
+            raise ForgetSetError(
+                f"{given.name} holds images; expected rows with {', '.join(fields.values())}; give a table"
+            )
         self.root, self.name = Path(given.path), given.name
         self.paths = given.images()
         self.num_rows = len(self.paths)
         folders = sorted({path.split("/")[0] for path in self.paths if "/" in path})
         loose = [path for path in self.paths if "/" not in path]
         if loose:
-            raise ForgetSetError(f"{loose[0]} lies directly in {self.root}; expected images in one folder per class")
+            raise ForgetSetError(
+                f"{loose[0]} lies directly in {self.root}; expected images in one folder per class; move it into one"
+            )
         if config.classes is None and not all(folder.isdecimal() for folder in folders):
             raise ForgetSetError(
                 f"the folders of {self.root} are named {', '.join(folders[:5])}; a folder's place in the alphabet need "
@@ -65,5 +69,4 @@ class FolderSource(Source):
         """Refuse labels outside the model's classes."""
         for folder, label in self.labels.items():
             if not 0 <= label < num_classes:
-                where = f"folder {folder!r} of {self.root}"
-                raise ForgetSetError(f"{where} means label {label}; expected 0 to {num_classes - 1}")
+                raise outside(f"folder {folder!r} of {self.root}", label, num_classes)

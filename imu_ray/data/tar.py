@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data.columns import LABEL, find_names, label_of
+from imu_ray.data.columns import LABEL, find_names, label_of, outside
 from imu_ray.data.ids import IdList
 from imu_ray.data.location import IMAGE_SUFFIXES, TAR, Location
-from imu_ray.data.source import Fields, Rows, Source, reading
+from imu_ray.data.source import Fields, Files, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
 PARTS = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key and ending: up to the first dot of the name, and after it
@@ -32,7 +32,8 @@ class TarSource(Source):
 
     def __init__(self, given: Location, config: ForgetSetConfig, fields: Fields | None = None) -> None:
         if fields is not None and set(fields) - {"image", LABEL}:
-            raise ForgetSetError(f"{given.name} holds images; expected rows with {', '.join(fields.values())}")
+            expected = f"expected rows with {', '.join(fields.values())}; give a table"
+            raise ForgetSetError(f"{given.name} holds images; {expected}")
         self.name, self.filesystem = given.name, given.filesystem
         self.has_labels = fields is None or LABEL in fields
         self.paths = given.ending_in(*TAR)
@@ -41,8 +42,10 @@ class TarSource(Source):
         self.ids: list[str] = []
         labels: list[int] = []
         places: list[tuple[int, int, int]] = []
+        starts: list[int] = []
         for number, path in enumerate(self.paths):
-            with reading(path), self.filesystem.open_input_file(path) as file:
+            starts.append(len(labels))
+            with reading(path, self.filesystem), self.filesystem.open_input_file(path) as file:
                 for key, members in _samples(file, path):
                     input_at = _input_of(members, config, f"sample {key!r} of {path}")
                     sample_id, label = self._keys(file, key, members, config, path)
@@ -51,6 +54,7 @@ class TarSource(Source):
                     places.append((number, *input_at))
         self.num_rows = len(self.ids)
         self.labels = np.array(labels, dtype=np.int64)
+        self.files = Files(self.paths, starts)
         self.places = np.array(places, dtype=np.int64).reshape(-1, 3)
 
     @classmethod
@@ -85,6 +89,10 @@ class TarSource(Source):
             )
         return str(sample_id), label_of(label, config, where)
 
+    def file_of(self, row: int) -> str:
+        """The archive of a row."""
+        return self.files.of(row)
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
         return self.take(np.arange(start, stop))
@@ -94,7 +102,7 @@ class TarSource(Source):
         inputs: list[Any] = []
         for number in np.unique(self.places[rows, 0]):
             path = self.paths[number]
-            with reading(path), self.filesystem.open_input_file(path) as file:
+            with reading(path, self.filesystem), self.filesystem.open_input_file(path) as file:
                 here = rows[self.places[rows, 0] == number]
                 inputs += [_content(file, start, size) for _, start, size in self.places[here].tolist()]
         return Rows([self.ids[row] for row in rows], self.labels[rows], inputs)
@@ -115,11 +123,10 @@ class TarSource(Source):
 
     def check_rows(self, rows: npt.NDArray[np.int64], num_classes: int) -> None:
         """Refuse labels outside the model's classes."""
-        outside = rows[(self.labels[rows] < 0) | (self.labels[rows] >= num_classes)]
-        if len(outside):
-            row = outside[0]
-            label = f"row {self.ids[row]!r} of {self.name} has label {self.labels[row]}"
-            raise ForgetSetError(f"{label}; expected 0 to {num_classes - 1}")
+        wrong = rows[(self.labels[rows] < 0) | (self.labels[rows] >= num_classes)]
+        if len(wrong):
+            row = int(wrong[0])
+            raise outside(f"row {self.ids[row]!r} of {self.file_of(row)}", self.labels[row], num_classes)
 
 
 def _samples(file: Any, path: str) -> Iterator[tuple[str, Members]]:
@@ -163,7 +170,7 @@ def _parts(member: tarfile.TarInfo, path: str) -> tuple[str, str] | None:
         raise ForgetSetError(f"{member.name!r} in {path} is a link or device; expected files alone; write it anew")
     found = PARTS.fullmatch(name)
     if found is None:
-        raise ForgetSetError(f"{member.name!r} in {path} has no ending; expected names such as key.jpg and key.cls")
+        raise ForgetSetError(f"{member.name!r} in {path} has no ending; expected names such as key.jpg; rename it")
     ending = found[2].lower()
     if ending.rpartition(".")[2] in PICKLES:
         raise ForgetSetError(

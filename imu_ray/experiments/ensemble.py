@@ -32,7 +32,7 @@ from imu_ray.models.layers import evaluation_mode, logits_of
 from imu_ray.models.spec import ModelSpec, import_path
 from imu_ray.run.directory import RunDirectory
 from imu_ray.section import nest
-from imu_ray.tasks.base import Batch, reader_of
+from imu_ray.tasks.base import Batch, read_batch, reader_of
 from imu_ray.tasks.classification import ClassificationTask
 
 RECORD, ROWS = "ensemble.json", 256
@@ -128,7 +128,7 @@ class Ensemble:
         """The samples of a source, decoded."""
         starts = range(0, source.num_rows, ROWS)
         task = reader_of(self.task, source)
-        return [task.collate(source.read(start, min(start + ROWS, source.num_rows))) for start in starts]
+        return [read_batch(task, source, start, min(start + ROWS, source.num_rows)) for start in starts]
 
     @functools.cached_property
     def points(self) -> dict[str, Source]:
