@@ -27,7 +27,7 @@ from imu_ray.data import (
     own_settings,
 )
 from imu_ray.data.columns import LABEL
-from imu_ray.distributed import feature_job, metrics
+from imu_ray.distributed import feature_job, metrics, ray_data  # noqa: F401 (the source of ray.data)
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.session import node_store_bytes, object_store_bytes
 from imu_ray.errors import CheckpointError, ConfigError, ForgetSetError, NonFiniteError

@@ -18,8 +18,8 @@ from imu_ray.data.table import TableSource
 from imu_ray.data.tar import TarSource
 from imu_ray.errors import ForgetSetError
 
-# Every kind of source; the one that takes what was given reads it.
-SOURCES: tuple[type[Source], ...] = (
+# Every kind of source; the one that takes what was given reads it. That of ray.data is added by ``distributed``.
+SOURCES: list[type[Source]] = [
     TableSource,
     FrameSource,
     ListSource,
@@ -30,7 +30,7 @@ SOURCES: tuple[type[Source], ...] = (
     FolderSource,
     MarketSource,
     TarSource,
-)
+]
 
 
 def open_source(given: Any, config: ForgetSetConfig, role: str = "forget set", fields: Fields | None = None) -> Source:
@@ -56,7 +56,7 @@ def _open(given: Any, config: ForgetSetConfig, role: str, fields: Fields | None)
     if place is None:
         raise ForgetSetError(
             f"the {role} is a {type(given).__name__}; expected a path, a pyarrow.Table, a DataFrame, "
-            "a torch Dataset, or a list of pairs; give one of these"
+            "a Dataset of torch, ray.data or Hugging Face, or a list of pairs; give one of these"
         )
     found = (
         f"files of several kinds ({', '.join(kind.__name__ for kind in kinds)})" if kinds else "no file that is read"
