@@ -39,8 +39,9 @@ def unlearn(
 
     Args:
         model: a live module (not modified) or a ``ModelSpec``.
-        forget_set: path or URI of Parquet files, folder of images, ``pyarrow.Table`` or map-style torch Dataset; all of
-            it, or the rows that ``forget_set.ids`` or ``forget_set.where`` name.
+        forget_set: path or URI of Parquet files, JSON lines or tars, folder of images, ``pyarrow.Table``, DataFrame or
+            Dataset (of ``ray.data``, Hugging Face, or map-style of torch); all of it, or the rows that
+            ``forget_set.ids`` or ``forget_set.where`` name.
         task: kind of task.
         evaluation: sets that are measured and never trained on, each given as a forget set is, or as a mapping with
             that under ``path`` and ``forget_set`` settings of its own; ``"test"`` (unseen samples) also serves the

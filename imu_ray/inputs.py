@@ -27,7 +27,7 @@ from imu_ray.data import (
     own_settings,
 )
 from imu_ray.data.columns import LABEL
-from imu_ray.distributed import feature_job, metrics
+from imu_ray.distributed import feature_job, metrics, ray_data  # noqa: F401 (the source of ray.data)
 from imu_ray.distributed.feature_job import FeatureSet
 from imu_ray.distributed.session import node_store_bytes, object_store_bytes
 from imu_ray.errors import CheckpointError, ConfigError, ForgetSetError, NonFiniteError
@@ -45,7 +45,7 @@ from imu_ray.scopes.features import FeatureShard, ShardReport
 from imu_ray.scopes.head import Head
 from imu_ray.scopes.layers import Layers
 from imu_ray.tasks import TASKS
-from imu_ray.tasks.base import Batch, Task, rows_at_once
+from imu_ray.tasks.base import Batch, Task, read_batch, rows_at_once
 from imu_ray.tasks.preprocessing import named_for
 from imu_ray.updates.stopping import metric_of
 
@@ -315,7 +315,7 @@ def open_part(model: nn.Module, task: Task, samples: Source, config: UnlearnConf
 def usable_batch(task: Task, samples: Source, rows: int) -> Batch:
     """Of the first so many rows those that can be used; of the next ones where none can."""
     starts = range(0, samples.num_rows, rows)
-    batches = (task.collate(samples.read(start, min(start + rows, samples.num_rows))) for start in starts)
+    batches = (read_batch(task, samples, start, min(start + rows, samples.num_rows)) for start in starts)
     return next(batch for batch in batches if batch.ids)
 
 

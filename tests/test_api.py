@@ -525,7 +525,7 @@ def test_a_row_of_another_shape_is_named_or_left_out(tmp_path):
             value, label = super().__getitem__(row)
             return (value[:, :5] if row == 3 else value), label
 
-    with pytest.raises(ForgetSetError, match=r"row '3': its shape is \[1, 5, 6\]"):
+    with pytest.raises(ForgetSetError, match=r"row '3' of Ragged: its shape is \[1, 5, 6\]"):
         unlearn(named("fc"), Ragged(*tensors(20)), config=config(), run_dir=tmp_path / "run")
     table = score(named("fc"), Ragged(*tensors(20)), config=config(forget_set__on_bad_row="skip"))
     assert "3" not in table["sample_id"].to_pylist()

@@ -85,7 +85,7 @@ def write_elsewhere(folder, rows):
     pq.write_table(pa.Table.from_pylist(nested), folder / "nested.parquet")
 
 
-@pytest.mark.parametrize("kind", ["tar", "lines", "saved", "dataset", "pandas", "polars", "bytes"])
+@pytest.mark.parametrize("kind", ["tar", "lines", "saved", "dataset", "pandas", "polars", "bytes", "ray"])
 def test_the_same_digits_have_the_same_scores_whatever_they_are_read_from(kind, page):
     assert page[f"of_{kind}"].equals(page["scores"])
 

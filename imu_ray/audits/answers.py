@@ -212,7 +212,7 @@ class Answering:
     def __call__(self, shard: Shard) -> Answers:
         """Of each usable row the losses (nats a token) of its other answers, and ROUGE-L recall of the model's own."""
         rows = self.source.read(shard.start, shard.stop)
-        usable = set(self.task.collate(rows).ids)
+        usable = set(self.task.collate(self.source.placed(rows, shard.start)).ids)
         values = [value for sample_id, value in zip(rows.ids, rows.inputs, strict=True) if sample_id in usable]
         others = {kind: [self._others(value, kind) for value in values] for kind in (PARAPHRASED, PERTURBED)}
         found = {kind: self._losses(answers) for kind, answers in others.items()}

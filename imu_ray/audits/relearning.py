@@ -13,7 +13,7 @@ from imu_ray.data import Source
 from imu_ray.models.copies import plain_copy
 from imu_ray.models.layers import evaluation_mode, logits_of
 from imu_ray.scopes.layers import wide
-from imu_ray.tasks.base import Batch, Task, reader_of, rows_at_once
+from imu_ray.tasks.base import Batch, Task, read_batch, reader_of, rows_at_once
 
 AT_ONCE = 64  # rows of a forward pass, whatever the settings, so that the figures are the same
 FIGURES = ("accuracy", "loss", "probability")  # of those that the task has
@@ -31,7 +31,7 @@ class Sample:
     def __iter__(self) -> Iterator[Batch]:
         step, task = rows_at_once(AT_ONCE, self.task), reader_of(self.task, self.source)
         for start in range(0, self.source.num_rows, step):
-            batch = task.collate(self.source.read(start, min(start + step, self.source.num_rows)))
+            batch = read_batch(task, self.source, start, min(start + step, self.source.num_rows))
             if batch.ids:
                 yield replace(batch, inputs=batch.inputs.to(self.device), labels_B=batch.labels_B.to(self.device))
 

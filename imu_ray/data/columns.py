@@ -1,8 +1,9 @@
 """Columns of a table as ids, labels and inputs; shared by tables in memory and Parquet files."""
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.ids import IdList
 from imu_ray.data.image_files import ImageFiles
-from imu_ray.data.labels import EXPECTED, check_label, label_of, labels_of
+from imu_ray.data.labels import EXPECTED, Labels, check_label, check_labels, label_of, labels_of
 from imu_ray.data.source import Fields, Rows
 from imu_ray.errors import ForgetSetError
 
@@ -41,7 +42,7 @@ def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name:
             )
         nested = pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
         if nested and (key == ID or (key == LABEL and config.target == "class")):
-            expected = "expected one text or whole number in each row"
+            expected = f"expected one text or whole number in each row; name another in forget_set.{key}_column"
             also = "; lists are labels of forget_set.target soft or multi_label" if key == LABEL else ""
             raise ForgetSetError(f"column {column!r} of {name} holds {kind}; {expected}{also}")
         if key == LABEL and config.target != "class" and not _holds_lists(kind):
@@ -87,23 +88,25 @@ def rows_of(
     columns: Fields,
     config: ForgetSetConfig,
     numbers: Sequence[int] | npt.NDArray[np.int64],
-    name: str,
+    file_of: Callable[[int], str],
     files: ImageFiles | None = None,
 ) -> Rows:
-    """Rows of a table, which have ``numbers``; a row whose label cannot be read is refused by name.
+    """Rows of a table, which have ``numbers``; one whose label cannot be read is refused by its file and its id.
 
     Where there are ``files``, a text in place of an image is the path of one.
     """
     ids = list(map(str, column_of(table, columns[ID]).to_pylist() if ID in columns else numbers))
-    has_labels = LABEL in columns
-    labels = (
-        labels_of(column_of(table, columns[LABEL]), config, ids, name) if has_labels else np.zeros(len(ids), np.int64)
-    )
+    names = [f"row {sample_id!r} of {file_of(int(number))}" for sample_id, number in zip(ids, numbers, strict=True)]
+    labels: Labels = np.zeros(len(ids), np.int64)
+    if LABEL in columns:
+        labels = labels_of(column_of(table, columns[LABEL]), config, names.__getitem__)
     parts: dict[str, Iterable[Any]] = {}
     for key, column in columns.items():
         if key not in (ID, LABEL):
             cells_of = _cells(column_of(table, column))
-            parts[key] = map(_input, cells_of if files is None or key != IMAGE else map(files.of_cell, cells_of, ids))
+            if files is not None and key == IMAGE:
+                cells_of = list(map(files.of_cell, cells_of, names))
+            parts[key] = map(_input, cells_of)
     inputs = zip(*parts.values(), strict=True)
     found = [value[0] if len(parts) == 1 else dict(zip(parts, value, strict=True)) for value in inputs]
     return Rows(ids, labels, found)
@@ -149,33 +152,60 @@ def _input(cell: Any) -> Any:
         return np.asarray(None)
 
 
-def check_keys(table: pa.Table, columns: Fields, config: ForgetSetConfig, num_classes: int, name: str) -> None:
-    """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named."""
-    if ID in columns:
-        ids = _plain(column_of(table, columns[ID]))
+def check_keys(
+    table: pa.Table,
+    columns: Fields,
+    config: ForgetSetConfig,
+    num_classes: int,
+    numbers: Sequence[int] | npt.NDArray[np.int64],
+    file_of: Callable[[int], str],
+) -> None:
+    """Refuse missing or duplicate ids and labels outside ``0 .. num_classes - 1``; the first offender is named.
+
+    Args:
+        table: with the columns of ids and labels.
+        columns: by field.
+        config: says what a label may be.
+        num_classes: outputs of the model.
+        numbers: of the rows.
+        file_of: where the row of a number lies.
+    """
+    ids = _plain(column_of(table, columns[ID])) if ID in columns else None
+    if ids is not None:
         if ids.null_count:
-            missing = f"{ids.null_count} rows of {name} have no {columns[ID]!r}"
-            raise ForgetSetError(f"{missing}; expected a unique id in every row")
-        if len(pc.unique(ids)) < len(ids):
-            repeated, times = Counter(ids.to_pylist()).most_common(1)[0]
+            row = int(numbers[int(np.flatnonzero(ids.is_null().to_numpy())[0])])
             raise ForgetSetError(
-                f"sample id {str(repeated)!r} stands {times} times in {name}; expected unique ids; remove the "
+                f"row {row} of {file_of(row)} has no {columns[ID]!r}, as {ids.null_count} of {len(ids)} rows; expected "
+                "a unique id in every row; mend it, or name another column in forget_set.id_column"
+            )
+        if len(pc.unique(ids)) < len(ids):
+            cells = ids.to_pylist()
+            repeated, times = Counter(cells).most_common(1)[0]
+            rows = (int(numbers[place]) for place, cell in enumerate(cells) if cell == repeated)
+            files = " and ".join(dict.fromkeys(map(file_of, rows)))
+            raise ForgetSetError(
+                f"sample id {str(repeated)!r} stands {times} times in {files}; expected unique ids; remove the "
                 "duplicates, or name the id column in forget_set.id_column"
             )
     if LABEL not in columns:
         return
     labels = _plain(column_of(table, columns[LABEL]))
+
+    def name_of(place: int) -> str:
+        row = int(numbers[place])
+        return f"row {str(row if ids is None else ids[place].as_py())!r} of {file_of(row)}"
+
     if config.target != "class":
-        named: Sequence[Any] = column_of(table, columns[ID]).to_pylist() if ID in columns else range(len(table))
-        found = labels_of(labels, config, named, name)
-        check_label(tuple(found[0]), num_classes, f"row {str(named[0])!r} of {name}")  # the others are as long
+        check_labels(labels_of(labels, config, name_of), num_classes, config, name_of)
         return
-    for value in pc.unique(labels).to_pylist():
-        label = label_of(value, config, f"a row of {name}")
-        if not isinstance(label, int) or not 0 <= label < num_classes:
-            row = next(row for row, each in enumerate(labels) if each.as_py() == value)
-            sample_id = column_of(table, columns[ID])[row].as_py() if ID in columns else row
-            check_label(label, num_classes, f"row {str(sample_id)!r} of {name}")
+
+    def first_with(value: pa.Scalar) -> str:
+        found = pc.index_in(labels, value_set=pa.array([value.as_py()], labels.type))
+        return name_of(int(np.flatnonzero(found.is_valid().to_numpy())[0]))
+
+    for value in sorted(pc.unique(labels), key=lambda value: value.is_valid):  # a missing one makes numbers of others
+        where = functools.partial(first_with, value)
+        check_label(label_of(value.as_py(), config, where), num_classes, where)
 
 
 def find_cells(column: pa.ChunkedArray, asked: IdList) -> Iterator[tuple[str, int]]:

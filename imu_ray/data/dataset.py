@@ -30,7 +30,7 @@ class DatasetSource(Source):
         if isinstance(given, IterableDataset) or not hasattr(given, "__len__"):
             raise ForgetSetError(
                 f"{self.name} has no length; expected a map-style Dataset (__len__ and __getitem__), so that a row can "
-                "be read again after a fault"
+                "be read again after a fault; wrap it in one"
             )
         with reading(self.name):
             self.num_rows = len(given)
@@ -53,7 +53,7 @@ class DatasetSource(Source):
         numbers = rows.tolist()
         inputs, labels = zip(*map(self._item, numbers), strict=True)
         ids = list(map(str, numbers))
-        return Rows(ids, array_of(labels, ids, self.name), list(inputs))
+        return Rows(ids, array_of(labels, lambda place: f"row {ids[place]!r} of {self.name}"), list(inputs))
 
     def find(self, asked: IdList) -> Iterator[tuple[str, int]]:
         """Rows with these ids, which are their numbers; none is read."""
@@ -66,7 +66,9 @@ class DatasetSource(Source):
         if LABEL not in self.fields:
             return self._columns(item, where), 0
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise ForgetSetError(f"{where} is a {type(item).__name__}; expected an (input, label) pair")
+            raise ForgetSetError(
+                f"{where} is a {type(item).__name__}; expected an (input, label) pair; mend what it gives"
+            )
         label = _scalar(item[1]) if self.config.target == "class" else item[1]
         return item[0], label_of(label, self.config, where)
 
@@ -77,9 +79,12 @@ class DatasetSource(Source):
             key: column for key, column in self.fields.items() if key not in OPTIONAL or (named and column in item)
         }
         if named and (missing := set(fields.values()) - item.keys()):
-            raise ForgetSetError(f"{where} has no {', '.join(sorted(missing))}; it has {', '.join(map(str, item))}")
+            raise ForgetSetError(
+                f"{where} has no {', '.join(sorted(missing))}; expected it among {', '.join(map(str, item))}; name the "
+                "right ones in forget_set.<field>_column"
+            )
         if not named and len(fields) > 1:
-            expected = f"expected a mapping with {', '.join(fields.values())}"
+            expected = f"expected a mapping with {', '.join(fields.values())}; mend what it gives"
             raise ForgetSetError(f"{where} is a {type(item).__name__}; {expected}")
         found = {key: item[column] if named else item for key, column in fields.items()}
         return found if len(found) > 1 else next(iter(found.values()))

@@ -22,7 +22,9 @@ class FolderSource(Source):
 
     def __init__(self, given: Location, config: ForgetSetConfig, fields: Fields | None = None) -> None:
         if fields is not None and LABEL not in fields:
-            raise ForgetSetError(f"{given.name} holds images; expected rows with {', '.join(fields.values())}")
+            raise ForgetSetError(
+                f"{given.name} holds images; expected rows with {', '.join(fields.values())}; give a table"
+            )
         self.root, self.name = Path(given.path), given.name
         if config.target != "class":
             raise ForgetSetError(
@@ -34,7 +36,9 @@ class FolderSource(Source):
         folders = sorted({path.split("/")[0] for path in self.paths if "/" in path})
         loose = [path for path in self.paths if "/" not in path]
         if loose:
-            raise ForgetSetError(f"{loose[0]} lies directly in {self.root}; expected images in one folder per class")
+            raise ForgetSetError(
+                f"{loose[0]} lies directly in {self.root}; expected images in one folder per class; move it into one"
+            )
         if config.classes is None and not all(folder.isdecimal() for folder in folders):
             raise ForgetSetError(
                 f"the folders of {self.root} are named {', '.join(folders[:5])}; a folder's place in the alphabet need "

@@ -22,7 +22,8 @@ class FrameSource(TableSource):
     """Rows of a DataFrame, of whatever library, that gives itself as an Arrow table."""
 
     def __init__(self, given: Any, config: ForgetSetConfig, fields: Fields | None = None) -> None:
-        with reading(f"the {type(given).__name__}"):
+        self.name = f"the {type(given).__name__}"
+        with reading(self.name):
             table = pa.table(given)
         super().__init__(table, config, fields)
 
@@ -54,13 +55,15 @@ class ListSource(TableSource):
 def _of_pairs(pairs: list[Any], config: ForgetSetConfig) -> pa.Table:
     for row, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ForgetSetError(f"row {row} of the list is a {type(pair).__name__}; expected an (input, label) pair")
+            raise ForgetSetError(
+                f"row {row} of the list is a {type(pair).__name__}; expected an (input, label) pair; mend it"
+            )
     inputs = [_plain(value) for value, _ in pairs]
     plain = "item" if config.target == "class" else "tolist"
     labels = [getattr(label, plain)() if hasattr(label, plain) else label for _, label in pairs]
     found = [label_of(label, config, f"row {row} of the list") for row, label in enumerate(labels)]
     if config.target != "class":
-        labels = array_of(found, None, "the list").tolist()
+        labels = array_of(found, "row {} of the list".format).tolist()
     arrays = [value for value in inputs if isinstance(value, np.ndarray)]
     if arrays and len({(value.shape, value.dtype) for value in arrays}) == 1 and len(arrays) == len(inputs):
         column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(arrays))

@@ -38,7 +38,7 @@ class HuggingFaceSource(ArrowSource):
         schema = found.features.arrow_schema
         self.columns = columns_of(schema, config, fields or image_fields(config), self.name)
         self.dataset = found.with_format("arrow")
-        self.files = ImageFiles(self.name, fs.LocalFileSystem(), "/", anywhere=True)
+        self.files = ImageFiles(fs.LocalFileSystem(), "/", anywhere=True)
         self.begin(config, schema, found.num_rows)
 
     @classmethod

@@ -39,9 +39,11 @@ def read_ids(place: str | Path, column: str | None = None) -> IdList:
             cells = [line for line in map(str.strip, file.read().decode("utf-8-sig").splitlines()) if line]
     for row, cell in enumerate(cells):
         if cell is None or cell == "":
-            raise ForgetSetError(f"row {row} of the list of ids {place} has no id; expected one in every row")
+            raise ForgetSetError(
+                f"row {row} of the list of ids {place} has no id; expected one in every row; mend the list"
+            )
     if not cells:
-        raise ForgetSetError(f"the list of ids {place} is empty; expected at least one id")
+        raise ForgetSetError(f"the list of ids {place} is empty; expected at least one id; mend the list")
     return IdList.of(cells)
 
 

@@ -19,19 +19,19 @@ class ImageFiles:
     """Files that the rows of a table name.
 
     Attributes:
-        name: of the table, for errors.
         filesystem: where they are.
         folder: below which they are; paths are relative to it.
         anywhere: whether paths may lead out of it; so they are where a program, and not a file, lists them.
     """
 
-    name: str
     filesystem: fs.FileSystem
     folder: str
     anywhere: bool = False
 
-    def of_cell(self, cell: Any, sample_id: str) -> Any:
+    def of_cell(self, cell: Any, row: str) -> Any:
         """The bytes that a cell stands for: a path, ``data:...;base64,...``, or ``bytes`` or ``path`` in a mapping.
+
+        ``row`` is what errors call its row.
 
         Raises:
             ForgetSetError: the path leads out of the folder, or cannot be read.
@@ -40,19 +40,19 @@ class ImageFiles:
             held = cell.get("bytes")
             if isinstance(held, str):
                 return _decoded(held)
-            return held if held is not None or not cell.get("path") else self._read(str(cell["path"]), sample_id)
+            return held if held is not None or not cell.get("path") else self._read(str(cell["path"]), row)
         if isinstance(cell, str):
-            return _decoded(cell.partition(",")[2]) if cell.startswith(DATA_URI) else self._read(cell, sample_id)
+            return _decoded(cell.partition(",")[2]) if cell.startswith(DATA_URI) else self._read(cell, row)
         return cell
 
-    def _read(self, path: str, sample_id: str) -> bytes:
+    def _read(self, path: str, row: str) -> bytes:
         full = posixpath.normpath(posixpath.join(self.folder, path))
         if not (self.anywhere or full.startswith(f"{self.folder.rstrip('/')}/")):
             raise ForgetSetError(
-                f"row {sample_id!r} of {self.name} names {path!r}, outside of {self.folder}; expected an image below "
+                f"{row} names {path!r}, outside of {self.folder}; expected an image below "
                 "it; put the list into the folder that holds the images"
             )
-        with reading(f"{full}, the image of row {sample_id!r} of {self.name},"):
+        with reading(f"{full}, the image of {row},", self.filesystem):
             with self.filesystem.open_input_stream(full) as stream:
                 content: bytes = stream.read()
             return content

@@ -10,7 +10,7 @@ from imu_ray.config import ForgetSetConfig
 from imu_ray.data.hugging_face import HuggingFaceSource
 from imu_ray.data.image_files import ImageFiles
 from imu_ray.data.location import JSON_LINES, Location
-from imu_ray.data.source import Fields, reading
+from imu_ray.data.source import Fields, Files, reading
 from imu_ray.data.table import TableSource
 
 
@@ -22,15 +22,18 @@ class JsonLinesSource(TableSource):
 
     def __init__(self, given: Location, config: ForgetSetConfig, fields: Fields | None = None) -> None:
         self.name = given.name
-        tables = []
-        for path in given.ending_in(*JSON_LINES):
-            with reading(path), given.filesystem.open_input_stream(path) as stream:
+        tables: list[pa.Table] = []
+        paths, starts = given.ending_in(*JSON_LINES), []
+        for path in paths:
+            starts.append(sum(map(len, tables)))
+            with reading(path, given.filesystem), given.filesystem.open_input_stream(path) as stream:
                 tables.append(pj.read_json(stream))
         with reading(self.name):
             table = pa.concat_tables(tables, promote_options="permissive")
         super().__init__(table, config, fields)
+        self.parts = Files(paths, starts)
         folder = given.path if given.is_folder else posixpath.dirname(given.path)
-        self.files = ImageFiles(given.name, given.filesystem, folder)
+        self.files = ImageFiles(given.filesystem, folder)
 
     @classmethod
     def takes(cls, given: Any) -> bool:

@@ -39,9 +39,10 @@ class Location:
         with reading(f"the {role} {name}"):
             local = (fs.LocalFileSystem(), str(Path(name).absolute()))
             filesystem, path = fs.FileSystem.from_uri(name) if "://" in name else local
+        with reading(f"the {role} {name}", filesystem):
             kind = filesystem.get_file_info(path).type
             if kind == fs.FileType.NotFound:
-                expected = "expected a Parquet file, or a folder of Parquet files or images"
+                expected = "expected a file or a folder that is there; mend the path"
                 raise ForgetSetError(f"the {role} {name} does not exist; {expected}")
             if kind == fs.FileType.File:
                 return cls(name, filesystem, path, (path,))
@@ -81,7 +82,7 @@ class Location:
 def _below(folder: str) -> Iterator[str]:
     """All files below a local folder; a link to a folder, and what would make its reader wait for ever, is refused."""
     if not os.path.isdir(folder):
-        raise ForgetSetError(f"{folder} is a pipe, socket or device; expected a file or a folder")
+        raise ForgetSetError(f"{folder} is a pipe, socket or device; expected a file or a folder; name another")
     with os.scandir(folder) as entries:
         for entry in entries:
             _check_name(entry.path)

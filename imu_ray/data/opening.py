@@ -18,8 +18,8 @@ from imu_ray.data.table import TableSource
 from imu_ray.data.tar import TarSource
 from imu_ray.errors import ForgetSetError
 
-# Every kind of source; the one that takes what was given reads it.
-SOURCES: tuple[type[Source], ...] = (
+# Every kind of source; the one that takes what was given reads it. That of ray.data is added by ``distributed``.
+SOURCES: list[type[Source]] = [
     TableSource,
     FrameSource,
     ListSource,
@@ -30,7 +30,7 @@ SOURCES: tuple[type[Source], ...] = (
     FolderSource,
     MarketSource,
     TarSource,
-)
+]
 
 
 def open_source(given: Any, config: ForgetSetConfig, role: str = "forget set", fields: Fields | None = None) -> Source:
@@ -44,7 +44,7 @@ def open_source(given: Any, config: ForgetSetConfig, role: str = "forget set", f
     source = copy.copy(given) if isinstance(given, Source) else _open(given, config, role, fields)
     source.row_settings = source.row_settings or config  # of one that was opened before, its own
     if not source.num_rows:
-        raise ForgetSetError(f"the {role} {source.name} is empty; expected at least one sample")
+        raise ForgetSetError(f"the {role} {source.name} is empty; expected at least one sample; give others")
     return source
 
 
@@ -56,7 +56,7 @@ def _open(given: Any, config: ForgetSetConfig, role: str, fields: Fields | None)
     if place is None:
         raise ForgetSetError(
             f"the {role} is a {type(given).__name__}; expected a path, a pyarrow.Table, a DataFrame, "
-            "a torch Dataset, or a list of pairs"
+            "a Dataset of torch, ray.data or Hugging Face, or a list of pairs; give one of these"
         )
     found = (
         f"files of several kinds ({', '.join(kind.__name__ for kind in kinds)})" if kinds else "no file that is read"

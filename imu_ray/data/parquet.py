@@ -27,7 +27,7 @@ from imu_ray.data.columns import (
 from imu_ray.data.ids import IdList
 from imu_ray.data.location import JSON_LINES, TAR, Location
 from imu_ray.data.query import Query
-from imu_ray.data.source import Fields, Rows, Shard, Source, reading
+from imu_ray.data.source import Fields, Files, Rows, Shard, Source, reading
 from imu_ray.errors import ForgetSetError
 
 
@@ -40,7 +40,7 @@ class ParquetSource(Source):
         self.starts, self.num_rows = [], 0
         types: dict[str, pa.DataType] = {}
         for path in self.paths:
-            with reading(path):
+            with reading(path, self.filesystem):
                 file = self._open(path)
             self.columns = columns_of(file.schema_arrow, config, fields or image_fields(config), path)
             found = {column: type_of(file.schema_arrow, column) for column in self.columns.values()}
@@ -48,11 +48,12 @@ class ParquetSource(Source):
             if found != types:
                 raise ForgetSetError(
                     f"{path} has columns {_describe(found)}, {self.paths[0]} has {_describe(types)}; expected the same "
-                    "columns in all files"
+                    "columns in all files; write it anew, or give it as a set of its own"
                 )
             self.starts.append(self.num_rows)
             self.num_rows += file.metadata.num_rows
         self.is_numbered = ID not in self.columns
+        self.files = Files(self.paths, self.starts)
 
     @classmethod
     def takes(cls, given: Any) -> bool:
@@ -68,7 +69,7 @@ class ParquetSource(Source):
         for path, first in zip(self.paths, self.starts, strict=True):
             if first >= stop:
                 return
-            with reading(path):
+            with reading(path, self.filesystem):
                 yield from self._slices_of(path, first, start, stop, columns)
 
     def _slices_of(self, path: str, first: int, start: int, stop: int, columns: list[str]) -> Iterator[pa.Table]:
@@ -88,6 +89,10 @@ class ParquetSource(Source):
                     first += len(batch)
             else:
                 first += size
+
+    def file_of(self, row: int) -> str:
+        """The file of a row."""
+        return self.files.of(row)
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
@@ -109,21 +114,25 @@ class ParquetSource(Source):
                 waiting.append(table)
             table = pa.concat_tables(waiting)
             waiting = [table.slice(stop - start)]
-            with reading(self.name):
-                yield rows_of(table.slice(0, stop - start), self.columns, self.config, range(start, stop), self.name)
+            with reading(self._between(start, stop)):
+                yield rows_of(table.slice(0, stop - start), self.columns, self.config, range(start, stop), self.file_of)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Rows:
         """Some rows, ascending; other row groups than theirs are not read."""
         table = self._taken(rows, list(self.columns.values()))
-        with reading(self.name):
-            return rows_of(table, self.columns, self.config, rows, self.name)
+        with reading(self._between(int(rows[0]), int(rows[-1]) + 1)):
+            return rows_of(table, self.columns, self.config, rows, self.file_of)
+
+    def _between(self, start: int, stop: int) -> str:
+        """The file, or the first and the last, of rows ``start`` to ``stop``."""
+        return " to ".join(dict.fromkeys((self.file_of(start), self.file_of(stop - 1))))
 
     def _taken(self, rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
         parts: list[pa.Table] = []
         for path, first, last in zip(self.paths, self.starts, [*self.starts[1:], self.num_rows], strict=True):
             here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)] - first
             if len(here):
-                with reading(path), self._open(path) as file:
+                with reading(path, self.filesystem), self._open(path) as file:
                     parts += _rows_of_file(file, here, columns)
         if sum(map(len, parts)) < len(rows):
             raise self._fewer()
@@ -136,7 +145,7 @@ class ParquetSource(Source):
             return
         column = self.columns[ID]
         for path, first in zip(self.paths, self.starts, strict=True):
-            with reading(path), self._open(path) as file:
+            with reading(path, self.filesystem), self._open(path) as file:
                 for start, group in _groups(file):
                     if _may_hold(file, group, column, asked):
                         cells = column_of(file.read_row_group(group, columns=[column]), column)
@@ -146,7 +155,7 @@ class ParquetSource(Source):
         """Rows that meet a condition; row groups whose statistics rule that out are not read."""
         found = [np.empty(0, np.int64)]
         for path, first in zip(self.paths, self.starts, strict=True):
-            with reading(path), self._open(path) as file:
+            with reading(path, self.filesystem), self._open(path) as file:
                 query = Query(where, file.schema_arrow)
                 chosen = _may_meet(path, self.filesystem, file, query)
                 for start, group in _groups(file):
@@ -159,13 +168,14 @@ class ParquetSource(Source):
         """Refuse duplicate ids, and labels outside the model's classes; reads the id and label columns only."""
         with reading(self.name):
             keys = pa.concat_tables(self._slices(0, self.num_rows, self._keys))
-            check_keys(keys, self.columns, self.config, num_classes, self.name)
+            check_keys(keys, self.columns, self.config, num_classes, range(self.num_rows), self.file_of)
 
     def check_rows(self, rows: npt.NDArray[np.int64], num_classes: int) -> None:
         """The same of some rows; reads their row groups only."""
         if self._keys:
             with reading(self.name):
-                check_keys(self._taken(rows, self._keys), self.columns, self.config, num_classes, self.name)
+                keys = self._taken(rows, self._keys)
+                check_keys(keys, self.columns, self.config, num_classes, rows, self.file_of)
 
     @property
     def _keys(self) -> list[str]:

@@ -33,6 +33,10 @@ class PartSource(Source):
         """Rows of the source."""
         return self.source.rows_given
 
+    def file_of(self, row: int) -> str:
+        """As the source says."""
+        return self.source.file_of(int(self.rows[row]))
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of the part."""
         return self.source.take(self.rows[start:stop])

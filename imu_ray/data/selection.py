@@ -30,6 +30,10 @@ class SelectedSource(Source):
         self.name, self.num_rows, self.selection = source.name, len(rows), selection
         self.row_settings = source.row_settings
 
+    def file_of(self, row: int) -> str:
+        """As the source says."""
+        return self.source.file_of(int(self.rows[row]))
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of those."""
         return self.source.take(self.rows[start:stop])
@@ -93,17 +97,23 @@ def find_rows(source: Source, asked: IdList) -> dict[str, int]:
     for sample_id, row in source.find(asked):
         if found.setdefault(sample_id, row) != row:
             raise ForgetSetError(
-                f"sample id {sample_id!r} stands in rows {found[sample_id]} and {row} of {source.name}; expected "
-                "unique ids; remove the duplicates, or name the id column in forget_set.id_column"
+                f"sample id {sample_id!r} stands in rows {found[sample_id]} and {row} of "
+                f"{_files(source, found[sample_id], row)}; expected unique ids; remove the duplicates, or name the id "
+                "column in forget_set.id_column"
             )
     return found
+
+
+def _files(source: Source, *rows: int) -> str:
+    return " and ".join(dict.fromkeys(map(source.file_of, rows)))
 
 
 def _missing(missing: list[str], asked: IdList, source: Source, config: ForgetSetConfig, some: bool) -> str:
     shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
     numbered = ", whose rows are numbered from 0 for want of forget_set.id_column" if source.is_numbered else ""
+    listed = f" of {config.ids}" if isinstance(config.ids, str) else ""
     remedy = "mend the list" + (", or set forget_set.missing_ids=ignore to forget the others" if some else "")
     return (
-        f"{len(missing)} of {len(asked.ids)} ids are not in {source.name}{numbered} ({shown}); expected "
+        f"{len(missing)} of {len(asked.ids)} ids{listed} are not in {source.name}{numbered} ({shown}); expected "
         f"{'all of them' if config.missing_ids == 'error' else 'one at least'}; {remedy}"
     )

@@ -4,18 +4,20 @@ A source is a small picklable description (a table or Dataset held in memory tra
 is a range of its rows, read inside the task that needs it; any task can therefore run again anywhere.
 """
 
+import bisect
 import contextlib
 import hashlib
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from pyarrow import fs
 from torch import Tensor
 
 from imu_ray.config import ForgetSetConfig
@@ -32,8 +34,8 @@ class UnreadableError(ForgetSetError, OSError):
 
 
 @contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
-    """An error of ours in place of what storage, a decoder or a caller's Dataset raises.
+def reading(what: str, filesystem: fs.FileSystem | None = None) -> Iterator[None]:
+    """An error of ours in place of what storage, a decoder or a caller's Dataset raises; ``filesystem`` is where it is.
 
     The text of a Dataset's error may hold what a sample holds, so only its kind and place are shown.
     """
@@ -48,9 +50,10 @@ def reading(what: str) -> Iterator[None]:
             " ".join(str(error).split()) if shown else f"{type(error).__name__} in {line.filename}, line {line.lineno}"
         )
         kind = UnreadableError if isinstance(error, OSError) else ForgetSetError
-        raise kind(
-            f"{what} cannot be read: {why}; expected samples that are whole and readable; mend or remove what is not"
-        ) from None
+        remedy = "mend or remove what is not"
+        if not isinstance(filesystem, fs.LocalFileSystem | None):
+            remedy += ", or check the address, the credentials and the network"
+        raise kind(f"{what} cannot be read: {why}; expected samples that are whole and readable; {remedy}") from None
 
 
 # What a task reads of a sample: the column by the name of the setting; ``label`` is a class, the others are the input.
@@ -72,12 +75,18 @@ class Rows:
 
     Labels are classes ``[B]`` int64 (0 where a sample has none), or ``[B, C]`` float64 by ``forget_set.target``.
 
-    An input is an encoded image, text, an array or a tensor; several of these by name; or a ``View``.
+    An input is an encoded image, text, an array or a tensor; several of these by name; or a ``View``. ``file_of`` tells
+    where a row lies by its place among these, for errors; parts do not have it (``Source.placed``).
     """
 
     ids: list[str]
     labels: npt.NDArray[Any]
     inputs: list[Any]
+    file_of: Callable[[int], str] | None = None
+
+    def name_of(self, place: int) -> str:
+        """A row as errors call it."""
+        return f"row {self.ids[place]!r}" + (f" of {self.file_of(place)}" if self.file_of else "")
 
     def part(self, start: int, stop: int) -> "Rows":
         """Some of them."""
@@ -141,6 +150,18 @@ class Shard:
             yield start, min(start + self.block_rows, self.stop)
 
 
+@dataclass(frozen=True)
+class Files:
+    """Files whose rows follow each other: their paths, and the number of the first row of each."""
+
+    paths: Sequence[str]
+    starts: Sequence[int]
+
+    def of(self, number: int) -> str:
+        """The file that a row lies in."""
+        return self.paths[bisect.bisect_right(self.starts, number) - 1]
+
+
 class Source(ABC):
     """Samples to forget, or an evaluation set.
 
@@ -171,6 +192,14 @@ class Source(ABC):
     @abstractmethod
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
+
+    def file_of(self, row: int) -> str:
+        """Where a row lies, for errors: its file where there are several, else the name of the source."""
+        return self.name
+
+    def placed(self, rows: Rows, start: int) -> Rows:
+        """Rows that were read from ``start`` on, which know where they lie."""
+        return replace(rows, file_of=lambda place: self.file_of(start + place))
 
     def read_blocks(self, shard: Shard) -> Iterator[Rows]:
         """The blocks of a shard, one after the other."""

@@ -24,7 +24,7 @@ from imu_ray.data.columns import (
 from imu_ray.data.ids import IdList
 from imu_ray.data.image_files import ImageFiles
 from imu_ray.data.query import Query
-from imu_ray.data.source import Fields, Rows, Source, reading
+from imu_ray.data.source import Fields, Files, Rows, Source, reading
 
 
 class ArrowSource(Source):
@@ -34,10 +34,12 @@ class ArrowSource(Source):
         columns: those of the fields, and that of the ids.
         numbers: of the rows, ``[N]``: ids where there is no column of them.
         files: where images are, if the rows name files.
+        parts: the files that the rows lie in themselves, by number, if there are several.
     """
 
     columns: Fields
     files: ImageFiles | None = None
+    parts: Files | None = None
 
     def begin(self, config: ForgetSetConfig, schema: pa.Schema, num_rows: int) -> None:
         """Take down what the rows are; ``columns`` are known by now."""
@@ -47,6 +49,13 @@ class ArrowSource(Source):
     @abstractmethod
     def part(self, rows: slice | npt.NDArray[np.int64], columns: Iterable[str]) -> pa.Table:
         """Some rows of some columns."""
+
+    def file_of(self, row: int) -> str:
+        """The file of a row, or the name of the table."""
+        return self._file(int(self.numbers[row]))
+
+    def _file(self, number: int) -> str:
+        return self.name if self.parts is None else self.parts.of(number)
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
@@ -59,7 +68,7 @@ class ArrowSource(Source):
     def _rows(self, rows: slice | npt.NDArray[np.int64]) -> Rows:
         with reading(self.name):
             table = self.part(rows, self._outer())
-            return rows_of(table, self.columns, self.config, self.numbers[rows], self.name, self.files)
+            return rows_of(table, self.columns, self.config, self.numbers[rows], self._file, self.files)
 
     def _outer(self, *keys: str) -> list[str]:
         """The columns of some fields; of all, where none is named."""
@@ -100,7 +109,8 @@ class ArrowSource(Source):
         """The same of some rows."""
         if not {ID, LABEL}.isdisjoint(self.columns):
             with reading(self.name):
-                check_keys(self.part(rows, self._outer(ID, LABEL)), self.columns, self.config, num_classes, self.name)
+                keys = self.part(rows, self._outer(ID, LABEL))
+                check_keys(keys, self.columns, self.config, num_classes, self.numbers[rows], self._file)
 
 
 class TableSource(ArrowSource):
@@ -119,7 +129,7 @@ class TableSource(ArrowSource):
         """Rows of another source that are a table by now."""
         made = cls.__new__(cls)
         made.name, made.columns, made.files, made.table = source.name, source.columns, source.files, table
-        made.row_settings = source.row_settings
+        made.row_settings, made.parts = source.row_settings, source.parts
         made.begin(source.config, table.schema, table.num_rows)
         return made
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.columns import LABEL, find_names
 from imu_ray.data.ids import IdList
-from imu_ray.data.labels import Label, array_of, check_label, label_of
+from imu_ray.data.labels import Label, array_of, check_labels, label_of
 from imu_ray.data.location import IMAGE_SUFFIXES, TAR, Location
-from imu_ray.data.source import Fields, Rows, Source, reading
+from imu_ray.data.source import Fields, Files, Rows, Source, reading
 from imu_ray.errors import ForgetSetError
 
 PARTS = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key and ending: up to the first dot of the name, and after it
@@ -33,8 +33,9 @@ class TarSource(Source):
 
     def __init__(self, given: Location, config: ForgetSetConfig, fields: Fields | None = None) -> None:
         if fields is not None and set(fields) - {"image", LABEL}:
-            raise ForgetSetError(f"{given.name} holds images; expected rows with {', '.join(fields.values())}")
-        self.name, self.filesystem = given.name, given.filesystem
+            expected = f"expected rows with {', '.join(fields.values())}; give a table"
+            raise ForgetSetError(f"{given.name} holds images; {expected}")
+        self.name, self.filesystem, self.config = given.name, given.filesystem, config
         self.has_labels = fields is None or LABEL in fields
         self.paths = given.ending_in(*TAR)
         if packed := [path for path in self.paths if not path.lower().endswith(".tar")]:
@@ -42,8 +43,10 @@ class TarSource(Source):
         self.ids: list[str] = []
         labels: list[Label] = []
         places: list[tuple[int, int, int]] = []
+        starts: list[int] = []
         for number, path in enumerate(self.paths):
-            with reading(path), self.filesystem.open_input_file(path) as file:
+            starts.append(len(labels))
+            with reading(path, self.filesystem), self.filesystem.open_input_file(path) as file:
                 for key, members in _samples(file, path):
                     input_at = _input_of(members, config, f"sample {key!r} of {path}")
                     sample_id, label = self._keys(file, key, members, config, path)
@@ -51,7 +54,8 @@ class TarSource(Source):
                     labels.append(label)
                     places.append((number, *input_at))
         self.num_rows = len(self.ids)
-        self.labels = array_of(labels, self.ids, self.name)
+        self.files = Files(self.paths, starts)
+        self.labels = array_of(labels, self._name_of)
         self.places = np.array(places, dtype=np.int64).reshape(-1, 3)
 
     @classmethod
@@ -86,6 +90,10 @@ class TarSource(Source):
             )
         return str(sample_id), label_of(label, config, where)
 
+    def file_of(self, row: int) -> str:
+        """The archive of a row."""
+        return self.files.of(row)
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop``."""
         return self.take(np.arange(start, stop))
@@ -95,7 +103,7 @@ class TarSource(Source):
         inputs: list[Any] = []
         for number in np.unique(self.places[rows, 0]):
             path = self.paths[number]
-            with reading(path), self.filesystem.open_input_file(path) as file:
+            with reading(path, self.filesystem), self.filesystem.open_input_file(path) as file:
                 here = rows[self.places[rows, 0] == number]
                 inputs += [_content(file, start, size) for _, start, size in self.places[here].tolist()]
         return Rows([self.ids[row] for row in rows], self.labels[rows], inputs)
@@ -116,9 +124,10 @@ class TarSource(Source):
 
     def check_rows(self, rows: npt.NDArray[np.int64], num_classes: int) -> None:
         """Refuse labels outside the model's classes."""
-        for row, label in zip(rows, self.labels[rows].tolist(), strict=True):
-            found = tuple(label) if isinstance(label, list) else label
-            check_label(found, num_classes, f"row {self.ids[row]!r} of {self.name}")
+        check_labels(self.labels[rows], num_classes, self.config, lambda place: self._name_of(int(rows[place])))
+
+    def _name_of(self, row: int) -> str:
+        return f"row {self.ids[row]!r} of {self.file_of(row)}"
 
 
 def _samples(file: Any, path: str) -> Iterator[tuple[str, Members]]:
@@ -162,7 +171,7 @@ def _parts(member: tarfile.TarInfo, path: str) -> tuple[str, str] | None:
         raise ForgetSetError(f"{member.name!r} in {path} is a link or device; expected files alone; write it anew")
     found = PARTS.fullmatch(name)
     if found is None:
-        raise ForgetSetError(f"{member.name!r} in {path} has no ending; expected names such as key.jpg and key.cls")
+        raise ForgetSetError(f"{member.name!r} in {path} has no ending; expected names such as key.jpg; rename it")
     ending = found[2].lower()
     if ending.rpartition(".")[2] in PICKLES:
         raise ForgetSetError(

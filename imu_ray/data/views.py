@@ -31,6 +31,10 @@ class ViewSource(Source):
         """Rows of what the caller gave; places are among them."""
         return self.source.rows_given
 
+    def file_of(self, row: int) -> str:
+        """Where the row of a view lies."""
+        return self.source.file_of(row // self.views)
+
     def read(self, start: int, stop: int) -> Rows:
         """Views ``start`` to ``stop``."""
         return next(self.read_blocks(Shard(0, start, stop, stop - start)))

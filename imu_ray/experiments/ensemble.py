@@ -33,7 +33,7 @@ from imu_ray.recipes import require_classes
 from imu_ray.run.directory import RunDirectory
 from imu_ray.run.record import versions
 from imu_ray.section import nest
-from imu_ray.tasks.base import Batch, reader_of
+from imu_ray.tasks.base import Batch, read_batch, reader_of
 from imu_ray.tasks.classification import ClassificationTask
 
 RECORD, ROWS = "ensemble.json", 256
@@ -138,7 +138,7 @@ class Ensemble:
         source = self.sources[name]
         task = reader_of(self.task, source)
         for start in range(0, source.num_rows, ROWS):
-            yield task.collate(source.read(start, min(start + ROWS, source.num_rows)))
+            yield read_batch(task, source, start, min(start + ROWS, source.num_rows))
 
     @functools.cached_property
     def decoded(self) -> Mapping[str, Decoded]:

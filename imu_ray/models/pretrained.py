@@ -11,6 +11,7 @@ from torch import nn
 
 from imu_ray.errors import CheckpointError, ConfigError, ImuError
 from imu_ray.models.copies import without_numbers
+from imu_ray.models.downloads import download_remedy
 
 BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -62,10 +63,15 @@ def load_pretrained(path: str, **settings: Any) -> nn.Module:
     except (ImuError, TypeError, MemoryError):  # TypeError: a setting that nothing takes
         raise
     except Exception as error:  # of many kinds
+        remedy = None if settings["local_files_only"] else download_remedy(error)
+        why = " ".join(str(error).split())
         raise CheckpointError(
-            f"model.factory is 'hf:{path}', which cannot be read ({type(error).__name__}: {error}); expected a folder "
-            "that save_pretrained wrote, or a model in the local cache; model.kwargs.local_files_only=false downloads "
-            "it"
+            f"model.factory is 'hf:{path}', which cannot be read ({type(error).__name__}: {why}); "
+            + (
+                remedy
+                or "expected a folder that save_pretrained wrote, or a model in the local cache; "
+                "model.kwargs.local_files_only=false downloads it"
+            )
         ) from None
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from imu_ray.errors import ConfigError, ImuError
+from imu_ray.errors import CheckpointError, ConfigError, ImuError
 from imu_ray.models.blocks import checkpoint_blocks
 from imu_ray.models.checkpoint import FORM, load_checkpoint
 from imu_ray.models.copies import to_eval
+from imu_ray.models.downloads import download_remedy
 from imu_ray.models.named import TIMM, timm_factory, torchvision_factory
 from imu_ray.models.pretrained import load_pretrained, load_skeleton
 
@@ -66,7 +67,7 @@ class ModelSpec:
 
         Raises:
             ConfigError: the factory cannot be imported or called.
-            CheckpointError: the checkpoint cannot be read or does not fit.
+            CheckpointError: the checkpoint cannot be read or does not fit, or weights cannot be fetched.
             UnsupportedModelError: there is no block for ``gradient_checkpointing``.
         """
         factory = self._factory() if isinstance(self.factory, str) else self.factory
@@ -75,6 +76,12 @@ class ModelSpec:
         except ImuError:
             raise
         except Exception as error:
+            if remedy := download_remedy(error):
+                why = " ".join(str(error).split())
+                raise CheckpointError(
+                    f"the weights of model.factory {self._name!r} cannot be fetched ({type(error).__name__}: {why}); "
+                    f"{remedy}"
+                ) from None
             raise ConfigError(
                 f"model.factory {self._name!r} refused kwargs {dict(self.kwargs)}: {type(error).__name__}: {error}; "
                 "expected those that it takes; see model.kwargs"

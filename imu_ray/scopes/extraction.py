@@ -104,7 +104,7 @@ def _decode_ahead(source: Source, shard: Shard, task: Task, device: torch.device
 
     def decode(read: Future[Rows], start: int, stop: int) -> tuple[Batch, npt.NDArray[np.int64]]:
         rows = read.result()
-        batch = task.collate(rows)
+        batch = task.collate(source.placed(rows, start))
         # Left-out rows are not in the batch; the others keep their order.
         usable = np.isin(rows.ids, batch.ids) if batch.bad_rows else slice(None)
         if device.type == "cuda" and batch.ids:

@@ -26,13 +26,15 @@ class UnusableError(Exception):
     """Why one row cannot be used."""
 
 
-def leave_out(config: ForgetSetConfig, sample_id: str, reason: str, kind: type[ImuError] = ForgetSetError) -> BadRow:
-    """A row that cannot be used: listed, or refused with an error of ``kind``."""
+def leave_out(
+    config: ForgetSetConfig, rows: Rows, place: int, reason: str, kind: type[ImuError] = ForgetSetError
+) -> BadRow:
+    """A row that cannot be used: listed, or refused by its file and id with an error of ``kind``."""
     if config.on_bad_row == "skip":
-        return BadRow(sample_id, reason)
+        return BadRow(rows.ids[place], reason)
     raise kind(
-        f"row {sample_id!r}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to leave "
-        "it out and list it in the manifest"
+        f"{rows.name_of(place)}: {reason}; expected a usable sample; mend it, or set forget_set.on_bad_row=skip to "
+        "leave it out and list it in the manifest"
     ) from None
 
 
@@ -160,6 +162,11 @@ T = TypeVar("T", bound=Task)
 def reader_of(task: T, source: Source) -> T:
     """The task as it reads a source."""
     return task if source.row_settings is None else task.reading(source.row_settings)
+
+
+def read_batch(task: Task, source: Source, start: int, stop: int) -> Batch:
+    """Rows ``start`` to ``stop`` of a source, decoded."""
+    return task.collate(source.placed(source.read(start, stop), start))
 
 
 def rows_at_once(rows: int, task: Task) -> int:

@@ -70,7 +70,7 @@ class ClassificationTask:
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         task = cls(config.with_overrides({"on_bad_row": "skip"}), dtype=parameter.dtype)
         for row in range(samples.num_rows):
-            first = samples.read(row, row + 1)
+            first = samples.placed(samples.read(row, row + 1), row)
             batch = task.collate(first)
             if batch.ids:
                 break
@@ -175,8 +175,8 @@ class ClassificationTask:
         """
         inputs, kept, bad = [], [], []
         decoded: dict[int, Tensor] = {}
-        check_labels(rows.labels, self.num_classes, self.config, rows.ids)
-        for place, sample_id in enumerate(rows.ids):
+        check_labels(rows.labels, self.num_classes, self.config, rows.name_of)
+        for place in range(len(rows.ids)):
             value = rows.inputs[place]
             try:
                 if isinstance(value, View):
@@ -190,13 +190,13 @@ class ClassificationTask:
                 inputs.append(numbers)
                 kept.append(place)
             except UnusableError as error:
-                bad.append(leave_out(self.config, sample_id, str(error)))
+                bad.append(leave_out(self.config, rows, place, str(error)))
         stacked = torch.stack(inputs) if inputs else torch.empty(0)
         # Once for the block: a check of every row would cost more than reading it.
         finite = torch.isfinite(stacked).reshape(len(stacked), -1).all(1) if inputs else torch.empty(0)
         if not finite.all():
             bad += [
-                leave_out(self.config, rows.ids[kept[at]], "the input holds NaN or infinity", NonFiniteError)
+                leave_out(self.config, rows, kept[at], "the input holds NaN or infinity", NonFiniteError)
                 for at in (~finite).nonzero()[:, 0].tolist()
             ]
             stacked, kept = (
@@ -219,7 +219,10 @@ class ClassificationTask:
                 # A copy as torch takes it: not mirrored, read-only or of the other byte order.
                 value = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
         except (TypeError, ValueError, RuntimeError):
-            raise UnusableError(f"the input is a {type(value).__name__}, not an image or an array of numbers") from None
+            raise UnusableError(
+                f"the input is a {type(value).__name__}, not an image or an array of numbers (see "
+                "forget_set.image_column)"
+            ) from None
         reason = unusable(value) or ("complex" if value.is_complex() else None if value.numel() else "empty")
         if reason:
             raise UnusableError(f"the input is {reason}")
@@ -227,6 +230,8 @@ class ClassificationTask:
         return numbers
 
     def _check_shape(self, numbers: Tensor) -> None:
+        if self.shape and not numbers.ndim:
+            raise UnusableError("the input is one number, not an image or an array (see forget_set.image_column)")
         if self.shape is not None and tuple(numbers.shape) != self.shape:
             raise UnusableError(
                 f"its shape is {list(numbers.shape)}, that of the first sample {list(self.shape)} (see "

@@ -51,10 +51,10 @@ class ReidTask(ClassificationTask):
 
     def collate(self, rows: Rows) -> Batch:
         """As a classifier's; ``ForgetSetError`` where an id does not tell person and camera."""
-        for sample_id in rows.ids:
+        for place, sample_id in enumerate(rows.ids):
             if sighting_of(sample_id) is None:
                 raise ForgetSetError(
-                    f"the id {sample_id!r} does not tell person and camera; expected one such as {EXAMPLE}; rename the "
-                    "files, or name the column that holds such ids in forget_set.id_column"
+                    f"the id of {rows.name_of(place)} does not tell person and camera; expected one such as {EXAMPLE}; "
+                    "rename the files, or name the column that holds such ids in forget_set.id_column"
                 )
         return super().collate(rows)

@@ -157,12 +157,12 @@ class SequenceTask:
             ForgetSetError: a row is no sequence of token ids, is too long, or has no label.
         """
         inputs, labels, kept, bad = [], [], [], list[BadRow]()
-        for sample_id, value in zip(rows.ids, rows.inputs, strict=True):
+        for place, (sample_id, value) in enumerate(zip(rows.ids, rows.inputs, strict=True)):
             try:
                 ids, wanted = self.encode(value)
                 self._check(ids, wanted)
             except UnusableError as error:
-                bad.append(leave_out(self.config, sample_id, str(error)))
+                bad.append(leave_out(self.config, rows, place, str(error)))
                 continue
             inputs.append(np.pad(ids, (0, self.positions - len(ids)), constant_values=PADDING))
             labels.append(np.pad(wanted[1:], (0, self.positions - len(ids) + 1), constant_values=IGNORE))

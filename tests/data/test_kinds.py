@@ -12,6 +12,7 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data as ray_data
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pillow
@@ -128,9 +129,13 @@ ENCODED = {
     "a saved one": saved,
     "one in another order": lambda folder: shuffled_back(),
     "one that names files": of_files,
+    "a Dataset of Ray Data": lambda folder: ray_data.from_arrow([TABLE.slice(0, 7), TABLE.slice(7)]).materialize(),
+    "one of pandas' blocks": lambda folder: ray_data.from_pandas(TABLE.to_pandas()).materialize(),
+    "one that is not executed yet": lambda folder: ray_data.read_parquet(str(parquet(folder, TABLE))),
 }
 
 
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("kind", ENCODED)
 def test_the_same_samples_have_one_fingerprint_whatever_they_are_read_from(kind, tmp_path):
     source = open_source(ENCODED[kind](tmp_path), CONFIG)
@@ -146,7 +151,14 @@ def test_the_same_samples_have_one_fingerprint_whatever_they_are_read_from(kind,
     assert found.read(0, 2).digest() == wanted.take(np.array([2, 9])).digest()
 
 
+def tensors_of_ray_data(folder):
+    """Tensors in the type that Ray Data has for them."""
+    rows = [{"id": IDS[row], "image": PIXELS[row], "label": LABELS[row]} for row in range(COUNT)]
+    return ray_data.from_items(rows, override_num_blocks=2).materialize()
+
+
 NUMBERS = {
+    "tensors of Ray Data": tensors_of_ray_data,
     "a tensor column": lambda folder: numbers(pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(PIXELS))),
     "lists": lambda folder: numbers([one.tolist() for one in PIXELS]),
     "fixed-size lists": lambda folder: parquet(folder, numbers(fixed(PIXELS))),

@@ -114,7 +114,7 @@ FAULTS = {
     "length": (
         "soft",
         [0.5, 0.5],
-        "(row|sample) 's003' of {name} has a label of 2 numbers, one before it has 5; .*mend it",
+        "(row|sample) 's003' of {name} has a label of 2 numbers; expected 5, as the rows before it have; .*mend it",
     ),
     "empty": ("multi_label", [], "(row|sample) 's003' of {name} has label an empty list, with forget_set.target"),
     "no flag": (

@@ -324,7 +324,7 @@ BAD_KEYS = {
         "has label a str; expected a whole number of 64",
     ),
     "duplicate ids": (column("id", ["a", "b", "a", "c", "d"]), "sample id 'a' stands 2 times"),
-    "a missing id": (column("id", ["a", None, "b", "c", "d"]), "1 rows .* have no 'id'"),
+    "a missing id": (column("id", ["a", None, "b", "c", "d"]), "row 1 of .* has no 'id', as 1 of 5 rows"),
     "a label that is too large": (column("label", [0, 1, 5, 2, 3]), "row 's002' .* has label 5; expected 0 to 4"),
     "a negative label": (column("label", [0, 1, -1, 2, 3]), "row 's002' .* has label -1"),
     "a label that is not whole": (column("label", [0.5, 1, 1, 2, 3]), "has label 0.5; expected a whole number"),

@@ -151,7 +151,7 @@ def first_hundred(shard):
 def test_an_error_of_our_own_comes_back_as_it_was_raised():
     inputs, labels = tensors(20)
     labels[9] = 17
-    with pytest.raises(ForgetSetError, match="row '9' has label 17; expected 0 to 4"):
+    with pytest.raises(ForgetSetError, match="row '9' of Pairs has label 17; expected 0 to 4"):
         features(Pairs(inputs, labels), config())
 
 

@@ -107,7 +107,7 @@ def test_a_table_with_such_ids_serves_as_well(folders):
         (("query",), {}, ConfigError, "the set 'query' alone; expected query and gallery, or neither"),
         ((), {"forget_set__size": [2, 8]}, ConfigError, r"forget_set.size is \[2, 8\] with task 'reid'; .*quote them"),
         ((), {"forget_set__size": ["0003"]}, ConfigError, "forget_set.size names '0003', which is not among the 8 of"),
-        ((), {"forget": table("7"), "forget_set__id_column": "file"}, ForgetSetError, "the id '7' does not tell person"),
+        ((), {"forget": table("7"), "forget_set__id_column": "file"}, ForgetSetError, "the id of row '7' of the table does not tell person"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_for_persons_is_refused(folders, sets, settings, error, message):
