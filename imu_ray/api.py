@@ -198,7 +198,8 @@ def remember(
     Raises:
         ImuError: see ``imu_ray.errors``.
     """
-    whole = {"forget_set.ids": None, "forget_set.where": None, "forget_set.size": rows, "ascent.views": 0}
+    whole = {"forget_set.ids": None, "forget_set.where": None, "forget_set.size": rows}
+    whole |= {"ascent.views": 0, "audit.views": 0}
     settings = resolve_settings(None, config, task).with_overrides(whole)
     check_place(path)
     require_gpus(settings.resources)

@@ -57,6 +57,8 @@ from imu_ray.updates.base import UpdateOutcome, UpdateProblem
 from imu_ray.updates.rescoring import Rescoring
 from imu_ray.updates.stopping import StopTarget, Unseen
 
+AUDITED = ("unlearn", "audit")  # stages that end in an audit
+
 
 @dataclass(frozen=True)
 class Weighted:
@@ -96,7 +98,7 @@ class Pipeline:
         inputs.require_sets(config)
         check_settings(config, self.task)
         self.key = None if config.record.key is None else read_key(config.record.key)
-        self.reference = self._open_reference() if stage in ("unlearn", "audit") else None
+        self.reference = self._open_reference() if stage in AUDITED else None
         self.bundle: Bundle | None = None
         self.given: Column | None = None  # influence of another engine
         if stage in ("unlearn", "ascend") and config.ascent.curvature != "none":
@@ -127,7 +129,9 @@ class Pipeline:
             if write:  # before anything is read: a directory that cannot be used is the cheapest thing to find out
                 run.check(stage, config.identity(), config.ascent.stop.limits)
             require_gpus(config.resources)
-            job = cls(stage, Inputs.open(model, forget_set, task, evaluation, config), config, run, write=write)
+            # Nothing is audited of the other stages.
+            reading = config if stage in AUDITED else config.with_overrides({"audit.views": 0})
+            job = cls(stage, Inputs.open(model, forget_set, task, evaluation, reading), config, run, write=write)
             event("run begun", stage=stage, run_dir=str(run.location) if write else None, resumed=job.begun is not None)
             with ray_session(config.resources) as resources, job.recorder.ending():
                 job.config = job.inputs.fitting(job.config.with_overrides({"resources": resources.model_dump()}))
@@ -412,7 +416,7 @@ class Pipeline:
         """How far each part is from the reference model on every sample set; nothing where there is none."""
         if self.reference is None:
             return {}
-        beside, features = self.reference, self.inputs.measured
+        beside, features = self.reference, self.inputs.audited
         found = {name: audit_job.compare(features, part, beside.features, beside.part) for name, part in parts.items()}
         return {"model": model_hash(beside.model), **found}
 
