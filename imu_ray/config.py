@@ -365,6 +365,9 @@ class AuditConfig(Section):
     """augmented views of every row to forget and of every row of `test`, drawn anew as `ascent.view_transform` says and
     by no step of the update: measured before and after as the sets `forget_fresh_views` and `test_fresh_views`; 0:
     none"""
+    control: bool = False
+    """unlearn as many rows of `test`, which were never trained on, by as much, and tell what either costs on other
+    rows; a second update of the same model"""
     checks: bool = False
     """measure the figures at every check of the update too, once it has ended; needs `ascent.keep: all`"""
     report: bool = Field(True, json_schema_extra=NO_RESULT)
