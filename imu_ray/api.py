@@ -166,6 +166,8 @@ def audit(
             metrics["gaps"] = gaps_of(metrics)
         if recovery := recovery | job.recover({"after": job.part}):
             metrics["recovery"] = recovery
+        if settings.audit.control:
+            metrics["control"] = {"skipped": "an audit unlearns nothing; ask for it in the run that does"}
         job.write_audit(metrics, None, None)
         job.complete()
     return metrics
@@ -200,7 +202,8 @@ def remember(
     Raises:
         ImuError: see ``imu_ray.errors``.
     """
-    whole = {"forget_set.ids": None, "forget_set.where": None, "forget_set.size": rows, "ascent.views": 0}
+    whole = {"forget_set.ids": None, "forget_set.where": None, "forget_set.size": rows}
+    whole |= {"ascent.views": 0, "audit.views": 0}
     settings = resolve_settings(None, config, task).with_overrides(whole)
     check_place(path)
     require_gpus(settings.resources)

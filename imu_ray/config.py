@@ -370,6 +370,13 @@ class AuditConfig(Section):
     """steps of `relearn` and `lora`, each over all of these rows"""
     recovery_learning_rate: float = Field(0.01, gt=0)
     """of the plain SGD of `relearn`; `lora` takes AdamW at 0.001"""
+    views: int = Field(0, ge=0)
+    """augmented views of every row to forget and of every row of `test`, drawn anew as `ascent.view_transform` says and
+    by no step of the update: measured before and after as the sets `forget_fresh_views` and `test_fresh_views`; 0:
+    none"""
+    control: bool = False
+    """unlearn as many rows of `test`, which were never trained on, by as much, and tell what either costs on other
+    rows; a second update of the same model"""
     checks: bool = False
     """measure the figures at every check of the update too, once it has ended; needs `ascent.keep: all`"""
     report: bool = Field(True, json_schema_extra=NO_RESULT)
@@ -522,7 +529,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "auto": {},
     "samples": {},
     # As `samples`, over augmented views of the rows: the picture is forgotten, not its pixels.
-    "views": {"ascent.views": 6},
+    "views": {"ascent.views": 6, "audit.views": 1},
     # Whole classes: push down the true-class logit and nothing else, until the class is gone.
     "classes": {
         "ascent.update": "iterative",

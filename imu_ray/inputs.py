@@ -40,7 +40,15 @@ from imu_ray.models.pretrained import ADAPTER, CONFIG
 from imu_ray.models.spec import ModelSpec
 from imu_ray.recipes import HEAD, LAST, settle_scope
 from imu_ray.run.record import ModelRecord, SamplesRecord
-from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, VIEWS, Part
+from imu_ray.scopes.base import (
+    FORGET_FRESH_VIEWS,
+    FORGET_VIEWS,
+    FRESH_VIEWS,
+    TEST_FRESH_VIEWS,
+    TEST_VIEWS,
+    VIEWS,
+    Part,
+)
 from imu_ray.scopes.features import FeatureShard, ShardReport
 from imu_ray.scopes.head import Head
 from imu_ray.scopes.layers import Layers
@@ -50,6 +58,7 @@ from imu_ray.tasks.preprocessing import named_for
 from imu_ray.updates.stopping import metric_of
 
 EXAMPLES = 8  # rows that a model is traced with
+OF_FORGET = ("forget", FORGET_VIEWS, FORGET_FRESH_VIEWS)
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Inputs:
         # Classes are told from the labels, which are known after the features.
         sources = {"forget": whole if rows is None else PartSource(whole, rows)}
         for name, source in (evaluation or {}).items():
-            if not isinstance(name, str) or name in ("", "forget", *VIEWS, *AUDITS):
+            if not isinstance(name, str) or name in ("", "forget", *VIEWS, *FRESH_VIEWS, *AUDITS):
                 raise ConfigError(
                     f"an evaluation set is named {name!r}; expected another text; results of the forget set have those "
                     "names"
@@ -124,13 +133,18 @@ class Inputs:
 
     @property
     def names(self) -> set[str]:
-        """Names of the sample sets that metrics are measured on."""
-        return {*self.sources, *self.features}.difference(self.task.retrieval_sets)
+        """Names of the sample sets that an update may look at: metrics are measured on them at every check."""
+        return {*self.sources, *self.features}.difference(self.task.retrieval_sets, FRESH_VIEWS)
 
     @property
     def measured(self) -> dict[str, FeatureSet]:
         """Features of those sets."""
         return {name: made for name, made in self.features.items() if name in self.names}
+
+    @property
+    def audited(self) -> dict[str, FeatureSet]:
+        """Features of all sets that metrics are measured on, fresh views among them."""
+        return {name: made for name, made in self.features.items() if name not in self.task.retrieval_sets}
 
     @property
     def of_rows(self) -> dict[str, FeatureSet]:
@@ -161,9 +175,10 @@ class Inputs:
             metric_of(name, self.task.metrics, ["forget"], "ascent.max_change")
         for key, name in named:
             if name not in self.names:
+                audit_alone = ", which is measured in the audit alone" * (name in FRESH_VIEWS)
                 raise ConfigError(
-                    f"{key} names the sample set {name!r}; expected forget or an evaluation set that was given, one of "
-                    f"{sorted(self.names)}; give it in evaluation, or name another"
+                    f"{key} names the sample set {name!r}{audit_alone}; expected forget or an evaluation set that was "
+                    f"given, one of {sorted(self.names)}; give it in evaluation, or name another"
                 )
         for name in ascent.guard.limits:
             metric_of(name, self.task.metrics, sorted(self.names), "ascent.guard.limits")
@@ -197,7 +212,7 @@ class Inputs:
             if not made.rows:
                 raise ForgetSetError(f"every row of {source.name} was left out; expected at least one usable sample")
             own = own_settings(source, config.forget_set)
-            if name in ("forget", FORGET_VIEWS):
+            if name in OF_FORGET:
                 own = {key: value for key, value in own.items() if key == "transform"}  # the model's own, by its name
             features[name] = made
             described[name] = describe_samples(source, made.reports).model_copy(update={"settings": own})
@@ -205,12 +220,13 @@ class Inputs:
             metrics.gauge("feature_bytes", size, f"features of {name}")
             metrics.flush()
             event("features made", set=name, rows=made.rows, left_out=len(described[name].bad_rows), bytes=size)
-        views, rows = (features[name].rows if name in features else 0 for name in (FORGET_VIEWS, "forget"))
-        if views and views != config.ascent.views * rows:
-            raise NonFiniteError(
-                f"ascent.view_transform {config.ascent.view_transform!r} gives {views} usable views of {rows} samples; "
-                f"expected {config.ascent.views} of each, with finite numbers; name another transform"
-            )
+        for name, (base, views, _) in kinds_of_views(config).items():
+            if name in features and (usable := features[name].rows) != views * features[base].rows:
+                raise NonFiniteError(
+                    f"ascent.view_transform {config.ascent.view_transform!r} gives {usable} usable views of "
+                    f"{features[base].rows} samples of {base}; expected {views} of each, with finite numbers; name "
+                    "another transform"
+                )
         return dataclasses.replace(self, features=features, described=described)
 
     def of_reference(self, location: str, config: UnlearnConfig) -> "Inputs":
@@ -269,9 +285,9 @@ class Inputs:
                 "sample"
             )
         chosen = {"forget": forget}
-        if FORGET_VIEWS in features:
-            views = features[FORGET_VIEWS]
-            chosen[FORGET_VIEWS] = views if choice is None else views.select(choice)
+        for name in OF_FORGET[1:]:
+            if name in features:
+                chosen[name] = features[name] if choice is None else features[name].select(choice)
         used = {name: self.described[name].model_copy(update={"rows_used": made.rows}) for name, made in chosen.items()}
         return dataclasses.replace(self, features={**features, **chosen}, described={**self.described, **used})
 
@@ -319,16 +335,26 @@ def usable_batch(task: Task, samples: Source, rows: int) -> Batch:
     return next(batch for batch in batches if batch.ids)
 
 
-def views_of(sources: Mapping[str, Source], config: UnlearnConfig) -> dict[str, Source]:
-    """By name: views of the forget set, and one of each unseen sample, which shows what such views are like."""
-    count, transform = config.ascent.views, config.ascent.view_transform
-    if not count:
-        return {}
-    counts = {FORGET_VIEWS: ("forget", count), TEST_VIEWS: ("test", 1)}
+def kinds_of_views(config: UnlearnConfig) -> dict[str, tuple[str, int, str]]:
+    """By name of a set of views: which set they are of, how many of each row, and the stream of their draws.
+
+    One view of each unseen sample shows the update what such views are like. The audit draws its own.
+    """
+    ascent, audit = config.ascent.views, config.audit.views
     return {
-        name: ViewSource(sources[base], views, transform, config.seed)
-        for name, (base, views) in counts.items()
-        if base in sources
+        FORGET_VIEWS: ("forget", ascent, ""),
+        TEST_VIEWS: ("test", min(ascent, 1), ""),
+        FORGET_FRESH_VIEWS: ("forget", audit, "audit "),
+        TEST_FRESH_VIEWS: ("test", audit, "audit "),
+    }
+
+
+def views_of(sources: Mapping[str, Source], config: UnlearnConfig) -> dict[str, Source]:
+    """The sets of views that are asked for, of the sets that are there."""
+    return {
+        name: ViewSource(sources[base], views, config.ascent.view_transform, config.seed, stream)
+        for name, (base, views, stream) in kinds_of_views(config).items()
+        if views and base in sources
     }
 
 

@@ -23,6 +23,7 @@ from imu_ray.audits.report import DOMINATED, render_report
 from imu_ray.audits.samples import Shown
 from imu_ray.audits.verdict import verdict
 from imu_ray.config import UnlearnConfig
+from imu_ray.control import STATE, measure_control
 from imu_ray.distributed import (
     audit_job,
     bundle_job,
@@ -59,6 +60,8 @@ from imu_ray.updates.base import UpdateOutcome, UpdateProblem
 from imu_ray.updates.rescoring import Rescoring
 from imu_ray.updates.stopping import StopTarget, Unseen
 
+AUDITED = ("unlearn", "audit")  # stages that end in an audit
+
 
 @dataclass(frozen=True)
 class Weighted:
@@ -85,10 +88,11 @@ class Pipeline:
         *,
         write: bool = True,
         trial: train_job.Trial | None = None,
+        targets: list[StopTarget] | None = None,
     ) -> None:
         identity, config = config.identity(), settle_scope(config, inputs.task)
         self.inputs, self.config, self.run, self.write, self.trial = inputs, config, run, write, trial
-        self.part, self.task = inputs.part, inputs.task
+        self.part, self.task, self.targets = inputs.part, inputs.task, targets
         self.begun = run.check(stage, identity, config.ascent.stop.limits) if write else None
         self.recorder = Recorder(RunRecord.begin(stage, config, inputs.describe_model(), inputs.dtype), run, write)
         self.record = self.recorder.record
@@ -103,9 +107,10 @@ class Pipeline:
                 f"audit.samples is {config.audit.samples} in a sweep, whose trials do not read the rows again; "
                 "expected 0; audit the run that you keep"
             )
-        self.reference = self._open_reference() if stage in ("unlearn", "audit") else None
+        self.reference = self._open_reference() if stage in AUDITED else None
         self.bundle: Bundle | None = None
         self.given: Column | None = None  # influence of another engine
+        self.controlled = False  # whether unseen rows were unlearned too, for comparison
         if stage in ("unlearn", "ascend") and config.ascent.curvature != "none":
             self.bundle = self._open_bundle()
             factor_job.kinds_of(self.part, config.ascent)  # whether it has room
@@ -134,7 +139,9 @@ class Pipeline:
             if write:  # before anything is read: a directory that cannot be used is the cheapest thing to find out
                 run.check(stage, config.identity(), config.ascent.stop.limits)
             require_gpus(config.resources)
-            job = cls(stage, Inputs.open(model, forget_set, task, evaluation, config), config, run, write=write)
+            # Nothing is audited of the other stages.
+            reading = config if stage in AUDITED else config.with_overrides({"audit.views": 0})
+            job = cls(stage, Inputs.open(model, forget_set, task, evaluation, reading), config, run, write=write)
             event("run begun", stage=stage, run_dir=str(run.location) if write else None, resumed=job.begun is not None)
             with ray_session(config.resources) as resources, job.recorder.ending():
                 job.config = job.inputs.fitting(job.config.with_overrides({"resources": resources.model_dump()}))
@@ -295,7 +302,7 @@ class Pipeline:
         warnings = warnings_of(recipe, counts, self.task.num_classes, self.task.metrics, original)
         for warning in warnings:
             event("doubt", level=logging.WARNING, reason=warning)
-        targets = self._targets(counts, original)
+        targets = self.targets = self._targets(counts, original) if self.targets is None else self.targets
         with self.stage("preconditioner"):
             preconditioners = self._fit_preconditioners()
         problem = UpdateProblem(
@@ -423,9 +430,28 @@ class Pipeline:
         """How far each part is from the reference model on every sample set; nothing where there is none."""
         if self.reference is None:
             return {}
-        beside, features = self.reference, self.inputs.measured
+        beside, features = self.reference, self.inputs.audited
         found = {name: audit_job.compare(features, part, beside.features, beside.part) for name, part in parts.items()}
         return {"model": model_hash(beside.model), **found}
+
+    def control(self, outcome: UpdateOutcome, written: Part) -> dict[str, Any]:
+        """What the update cost, beside the same on rows that were never trained on; nothing where it is not asked for.
+
+        Its state lies in the run directory, from where it goes on.
+        """
+        if not self.config.audit.control or self.record.ascent is None:
+            return {}
+
+        def unlearn(inputs: Inputs, config: UnlearnConfig, targets: list[StopTarget]) -> UpdateOutcome:
+            self.controlled = True
+            run = RunDirectory(below(self.run.location, STATE))
+            job = Pipeline("ascend", inputs, config, run, write=False, targets=targets)
+            job.take_inputs()
+            return job.ascend(job.score())
+
+        recipe, targets = self.record.ascent.recipe, self.targets or []
+        with self.stage("control"):
+            return measure_control(self.inputs, self.config, recipe, outcome, targets, written, unlearn)
 
     def measure_checks(self, outcome: UpdateOutcome, before: dict[str, Any]) -> dict[str, Any]:
         """The same of what every check has kept, by its row in the trajectory; row 0 is the original model."""
@@ -450,6 +476,9 @@ class Pipeline:
                 figures["checks"] = self.measure_checks(outcome, figures["before"])
         if recovery := self.recover({"before": self.part, "after": written}):
             figures["recovery"] = recovery
+        if control := self.control(outcome, written):
+            figures["control"] = control
+            self.run.storage.remove(STATE)
         return self.finish(changed, figures, samples, outcome)
 
     def finish(
@@ -495,6 +524,7 @@ class Pipeline:
                 "curvature": name in fitted_on or settings.influence.curvature_set == name,
                 "target": name == "test" and any(_looks_at_unseen(each) for each in targets),
                 "guard": name in {metric.rpartition(".")[0] for metric in settings.ascent.guard.limits},
+                "control": name == "test" and self.controlled,
                 "measured": name != "bundle" and self.record.stage != "score",
             }
             found[name] = [use for use, holds in uses.items() if holds]

@@ -53,7 +53,7 @@ def resolve_settings(recipe: str | None, config: UnlearnConfig | None, task: str
             raise ConfigError(f"{key} is {name!r}; {nearest(name, registry)}")
     if settings.ascent.scope != "auto":
         check_scope(settings.ascent.scope)
-    if settings.ascent.views:
+    if settings.ascent.views or settings.audit.views:
         find_transform(settings.ascent.view_transform)
     _check_task(settings, TASKS[task], task)
     _check_layers(settings)
@@ -96,8 +96,9 @@ def _check_task(settings: UnlearnConfig, kind: type[Task], task: str) -> None:
             f"influence.refresh, unit and reference are {', '.join(asked)} with influence.scores, which is scored "
             "already, by sample; expected once, sample and forget_set"
         )
-    if ascent.views and not kind.augmented:
-        raise ConfigError(f"ascent.views is {ascent.views} with task {task!r}, which has none; expected 0")
+    for key, views in (("ascent.views", ascent.views), ("audit.views", settings.audit.views)):
+        if views and not kind.augmented:
+            raise ConfigError(f"{key} is {views} with task {task!r}, which has none; expected 0")
 
 
 def _check_target(settings: UnlearnConfig, kind: type[Task], task: str) -> None:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 from architectures import named
+from figures import check_metrics
 from samples import SMALL, Labelled, labels_of, pairs, paper, tensors
 from torch import nn
 from torch.nn import functional
@@ -67,6 +68,7 @@ def forgotten(request, tmp_path_factory):
 
 def test_rows_are_brought_to_the_loss_of_unseen_ones(forgotten):
     kind, model, forget, _, _, result = forgotten
+    check_metrics(result.run_dir, *result.metrics["before"])
     before, after = result.metrics["before"], result.metrics["after"]
     assert result.status == "reached", result.reason
     target = result.record.ascent.targets[0]

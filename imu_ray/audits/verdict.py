@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from imu_ray.scopes.base import FORGET_FRESH_VIEWS, TEST_FRESH_VIEWS
+
 UTILITY_DROP = 0.1  # of the accuracy on a set to keep, beyond which a model counts as broken
 MARGIN = 0.1  # of accuracy, by which recovered answers, or fresh views, may be above what they are compared with
 ERRORS = 2.0  # standard errors by which they must be too, where rows are few
@@ -47,7 +49,8 @@ def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
     - ``contained``: the target is met, but something that was measured still tells the rows. An attack on membership is
       above its band of chance. A new head, rounded weights, or a few steps of training are right on them more often
       than a retrained model under the same attack, or, of the first two, than the model itself, by more than ``MARGIN``
-      and two standard errors. Or so are fresh views of the rows.
+      and two standard errors. Or so are fresh views of the rows: more often right than the rows themselves, or than
+      under a retrained model, or, without one, than such views of unseen rows of the same labels.
     - ``inconclusive`` again: membership, or every test of recovery, could not be measured.
     - ``forgotten_as_measured``: the target is met, and nothing that was measured tells the rows.
 
@@ -119,11 +122,7 @@ class Evidence:
         found, after = cls(), metrics.get("after", {})
         found._take_membership(after.get("membership", {"skipped": "no audit was made"}))
         found._take_recovery(metrics)
-        views = after.get("forget_fresh_views")
-        if views is None or "accuracy" not in views:
-            found.missing.append("fresh views of the rows")
-        else:
-            found._compare("fresh views", views, after["forget"]["accuracy"], "the rows themselves")
+        found._take_views(metrics)
         if "retrained" not in metrics:
             found.missing.append("a model that was retrained without the rows (audit.reference)")
         found.missing.append("single rows: per-example attacks need many models (imu-ray ensemble)")
@@ -153,6 +152,33 @@ class Evidence:
             accuracy, high = each["balanced_accuracy"], each["band"][1]
             told = f"is right {_percent(accuracy)}, by chance up to {_percent(high)}"
             self._weigh(accuracy > high, f"membership by {name.replace('_', ' ')} {told}")
+
+    def _take_views(self, metrics: Metrics) -> None:
+        """Beside the rows themselves, and those of the retrained model or, without one, of unseen rows."""
+        after, retrained = metrics.get("after", {}), metrics.get("retrained", {})
+        views, unseen = after.get(FORGET_FRESH_VIEWS), after.get(TEST_FRESH_VIEWS, {})
+        if views is None or "accuracy" not in views:
+            self.missing.append("fresh views of the rows (audit.views)")
+            return
+        rows = after["forget"].get("samples", math.inf)
+        found = {"accuracy": views["accuracy"], "rows": rows}  # the views of a row are no rows of their own
+        self._compare("fresh views", found, after["forget"]["accuracy"], "the rows themselves")
+        if FORGET_FRESH_VIEWS in retrained:
+            limit = retrained[FORGET_FRESH_VIEWS]["accuracy"]
+            self._compare("fresh views", found, limit, "those of the retrained model")
+            return
+        ours, theirs = views.get("per_class", {}), unseen.get("per_class", {})
+        counts = {label: each["samples"] for label, each in ours.items() if label in theirs}
+        if not counts:
+            self.missing.append("fresh views beside those of unseen rows: the set test has none of the labels")
+            return
+        accuracy, limit = (
+            sum(count * side[label]["accuracy"] for label, count in counts.items()) / sum(counts.values())
+            for side in (ours, theirs)
+        )
+        drawn = min(sum(counts.values()), sum(theirs[label]["samples"] for label in counts))
+        few = {"accuracy": accuracy, "rows": drawn * rows / views["samples"]}
+        self._compare("fresh views", few, limit, "those of unseen rows of the same labels")
 
     def _take_recovery(self, metrics: Metrics) -> None:
         sides = metrics.get("recovery", {})

@@ -19,10 +19,11 @@ class ViewSource(Source):
         views: of each row.
         transform: a name in ``imu_ray.tasks.transforms.TRANSFORMS``, or ``"package.module:callable"``.
         seed: with a row's place in what the caller gave and the number of the view, it gives the draw.
+        stream: draws of another stream are others, whatever the seeds.
     """
 
-    def __init__(self, source: Source, views: int, transform: str, seed: int) -> None:
-        self.source, self.views, self.transform, self.seed = source, views, transform, seed
+    def __init__(self, source: Source, views: int, transform: str, seed: int, stream: str = "") -> None:
+        self.source, self.views, self.transform, self.seed, self.stream = source, views, transform, seed, stream
         self.name, self.num_rows = f"views of {source.name}", views * source.num_rows
         self.row_settings = source.row_settings
 
@@ -61,7 +62,7 @@ class ViewSource(Source):
         """All views of consecutive rows of the source."""
         ids = [f"{sample_id}#{view}" for sample_id in rows.ids for view in range(self.views)]
         inputs = [
-            View(value, self.transform, draw(self.seed, position, view))
+            View(value, self.transform, draw(self.seed, position, view, self.stream))
             for value, position in zip(rows.inputs, self.source.positions(*place).tolist(), strict=True)
             for view in range(self.views)
         ]
@@ -77,7 +78,7 @@ class ViewSource(Source):
         self.source.check(num_classes)
 
 
-def draw(seed: int, position: int, view: int) -> int:
+def draw(seed: int, position: int, view: int, stream: str = "") -> int:
     """63 random bits, a function of its arguments alone."""
-    digest = hashlib.blake2b(f"{seed} {position} {view}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{stream}{seed} {position} {view}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

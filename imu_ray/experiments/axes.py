@@ -43,8 +43,8 @@ def make_trials(
         if key not in valid:
             reason = "all trials share it" if key in settings_of(UnlearnConfig) else nearest(key, valid)
             raise ConfigError(f"{key!r} cannot be an axis of a sweep: {reason}")
-        if key == "seed" and base.ascent.views:
-            raise ConfigError("'seed' cannot be an axis of a sweep with ascent.views: all trials share the views")
+        if key == "seed" and (base.ascent.views or base.audit.views):
+            raise ConfigError("'seed' cannot be an axis of a sweep with views: all trials share them")
         if not isinstance(values, Domain) and (not isinstance(values, list | tuple) or not values):
             raise ConfigError(f"axis {key} is {values!r}; expected a list of values, or a distribution of ray.tune")
     if settings.scheduler == "asha" and len(axes.get(SIZE, [None])) > 1:

@@ -31,6 +31,8 @@ Statistics = Callable[[LayerIO], Any]
 A = TypeVar("A", bound=Additive)
 # Sample sets of augmented views; row i's views stand together.
 FORGET_VIEWS, TEST_VIEWS = VIEWS = ("forget_views", "test_views")
+# The same, drawn anew: for the audit alone.
+FORGET_FRESH_VIEWS, TEST_FRESH_VIEWS = FRESH_VIEWS = ("forget_fresh_views", "test_fresh_views")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def augment(numbers: Tensor, name: str, draw: int) -> Tensor:
         if numbers.ndim != 3:
             raise ConfigError(
                 f"{SETTING} is {name!r} for a sample of shape {shape}; expected an image [channels, height, width]; "
-                "name a callable of your own ('package.module:callable'), or set ascent.views=0"
+                "name a callable of your own ('package.module:callable'), or set ascent.views=0 and audit.views=0"
             )
         return transform(numbers, torch.Generator().manual_seed(draw))  # type: ignore[no-any-return]
     expected = (

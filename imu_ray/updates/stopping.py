@@ -7,7 +7,7 @@ from typing import Any
 
 from imu_ray.config import GuardConfig, StopConfig
 from imu_ray.errors import ConfigError, nearest
-from imu_ray.scopes.base import FORGET_VIEWS
+from imu_ray.scopes.base import FORGET_VIEWS, FRESH_VIEWS
 from imu_ray.scopes.measure import MEMBERSHIP
 from imu_ray.tasks.base import Metric
 
@@ -80,6 +80,11 @@ def metric_of(name: str, metrics: Mapping[str, Metric], sets: Sequence[str], set
     set_name, _, metric = name.rpartition(".")
     if set_name in sets and metric in metrics:
         return metrics[metric]
+    if set_name in FRESH_VIEWS:
+        raise ConfigError(
+            f"{setting} names {name!r}, which is measured in the audit alone: to aim at an audit is to fool it; "
+            f"expected a metric of {' or '.join(sets)}"
+        )
     valid = [f"{each}.{metric}" for each in sets for metric in metrics]
     raise ConfigError(f"{setting} names {name!r}; {nearest(name, [*valid, MEMBERSHIP])}")
 

@@ -50,6 +50,48 @@ def test_a_measure_that_tells_the_rows_says_contained(changed, why):
     assert why not in " ".join(found.checked)
 
 
+def views(accuracy, samples, **per_class):
+    return {
+        "accuracy": accuracy,
+        "samples": samples,
+        "per_class": {
+            label: dict(zip(("samples", "accuracy"), each, strict=True)) for label, each in per_class.items()
+        },
+    }
+
+
+@pytest.mark.parametrize(("rows", "word"), [(10, "forgotten_as_measured"), (100, "contained")])
+def test_views_of_a_row_are_no_rows_of_their_own(rows, word):
+    figures = metrics(forget_fresh_views=views(0.95, 8 * rows))
+    figures["after"]["forget"]["samples"] = rows
+    assert verdict("reached", "", figures).word == word
+
+
+def test_fresh_views_are_compared_with_those_of_unseen_rows_of_the_same_labels():
+    # Label a has 30 views of rows to forget and b has 10; c is no label of theirs.
+    mine, unseen = views(0.725, 40, a=(30, 0.7), b=(10, 0.8)), views(0.5, 300, a=(100, 0.5), b=(100, 0.7), c=(100, 0.3))
+    figures = metrics(forget=0.8, forget_fresh_views=mine, test_fresh_views=unseen)
+    figures["before"]["test_fresh_views"] = unseen
+    figures["after"]["forget"]["samples"] = 20
+    found = verdict("reached", "", figures)
+    assert "fresh views: 72.5 % right, those of unseen rows of the same labels 55.0 %" in found.checked  # of 20 rows
+    figures["after"]["forget"]["samples"] = 40
+    assert verdict("reached", "", figures).word == "contained"
+    figures["retrained"] = {"forget_fresh_views": views(0.7, 40)}
+    found = verdict("reached", "", figures)
+    assert "fresh views: 72.5 % right, those of the retrained model 70.0 %" in found.checked
+    assert not any("unseen rows" in each for each in found.checked + found.not_checked)
+
+
+def test_fresh_views_without_unseen_ones_of_their_labels_say_so():
+    for more in ({}, {"test_fresh_views": views(0.5, 10, b=(10, 0.5))}):
+        figures = metrics(forget_fresh_views=views(0.7, 10, a=(10, 0.7)), **more)
+        figures["before"] |= more
+        found = verdict("reached", "", figures)
+        assert "fresh views beside those of unseen rows: the set test has none of the labels" in found.not_checked
+    assert "fresh views of the rows (audit.views)" in verdict("reached", "", metrics()).not_checked
+
+
 def test_recovery_is_compared_with_that_of_the_retrained_model_where_there_is_one():
     figures = metrics(forget=0.01, recovery={"probe": {"accuracy": 0.7}, "relearn": {"accuracy": [0.0, 0.5, 0.9]}})
     assert verdict("reached", "", figures).word == "contained"

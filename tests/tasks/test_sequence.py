@@ -266,7 +266,7 @@ def test_classes_cannot_be_asked_for_where_there_are_none():
         resolve_settings("classes", None, "sequence")
 
 
-@pytest.mark.parametrize(("key", "value"), [("ascent.scope", "head"), ("ascent.views", 2)])
+@pytest.mark.parametrize(("key", "value"), [("ascent.scope", "head"), ("ascent.views", 2), ("audit.views", 2)])
 def test_settings_of_images_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"{key} is {value!r} with task 'sequence'"):
         resolve_settings(None, UnlearnConfig().with_overrides({key: value}), "sequence")
