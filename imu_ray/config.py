@@ -452,6 +452,10 @@ class UnlearnConfig(Section):
     """named set of settings that this configuration started from; chosen with `from_recipe` or a job's `recipe:`"""
     log: Literal["text", "json"] = Field("text", json_schema_extra=NO_RESULT)
     """how a job writes its log: a line of text, or of JSON, per event"""
+    tracking: Literal["mlflow", "wandb"] | None = Field(None, json_schema_extra=NO_RESULT)
+    """where a run, or the trials of a sweep, are shown beside the run directory (extras `mlflow`, `wandb`): settings,
+    trajectory and figures, no sample and no id. Address and project are said by the tracker's own environment variables
+    (`MLFLOW_TRACKING_URI`, `WANDB_MODE`, ...)"""
     forget_set: ForgetSetConfig = Field(default_factory=ForgetSetConfig)
     influence: InfluenceConfig = Field(default_factory=InfluenceConfig)
     intensity: IntensityConfig = Field(default_factory=IntensityConfig)

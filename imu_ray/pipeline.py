@@ -36,6 +36,7 @@ from imu_ray.distributed import (
 )
 from imu_ray.distributed.recovery_job import Side
 from imu_ray.distributed.session import ray_session, require_gpus
+from imu_ray.distributed.tracking import require_tracker, track_run
 from imu_ray.errors import ConfigError, EmptySelectionError, ForgetSetError, NonFiniteError
 from imu_ray.events import event
 from imu_ray.influence.curvature.base import FittedCurvature
@@ -100,6 +101,7 @@ class Pipeline:
         if self.begun is not None:
             self.record.resume(self.begun)
         inputs.require_sets(config)
+        require_tracker(config.tracking)
         check_settings(config, self.task)
         self.key = None if config.record.key is None else read_key(config.record.key)
         if config.audit.samples and not inputs.sources:
@@ -496,6 +498,10 @@ class Pipeline:
         merge = self.record.model.merge_adapter
         self.run.write_folder(MODEL_FOLDER, lambda folder: save_as_it_came(changed, folder, merge))
         self.run.clear_state(but_last=outcome.status in ("not_reached", "epochs_done"))
+        if self.config.tracking is not None and self.record.ascent is not None:
+            name = str(self.run.location).rpartition("/")[2]
+            if warning := track_run(self.config.tracking, name, self.config, outcome.trajectory, figures):
+                self.record.ascent.warnings.append(warning)
         self.complete()
         return UnlearnResult(changed, self.run.location, figures, trajectory, self.record)
 

@@ -23,7 +23,7 @@ DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "choice", "randint")
 FIXED = (
     "forget_set.", "influence.block_rows", "influence.blocks_per_shard", "influence.features",
     "influence.feature_dtype", "influence.autocast", "influence.channels_last", "influence.compile",
-    "ascent.scope", "ascent.views", "ascent.view_transform", "resources.", "audit.", "recipe", "log",
+    "ascent.scope", "ascent.views", "ascent.view_transform", "resources.", "audit.", "recipe", "log", "tracking",
 )  # fmt: skip
 
 

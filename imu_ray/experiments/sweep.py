@@ -14,6 +14,7 @@ from torch import nn
 from imu_ray.audits.sweep_report import render_sweep
 from imu_ray.config import SweepConfig, UnlearnConfig
 from imu_ray.distributed.session import ray_session
+from imu_ray.distributed.tracking import require_tracker
 from imu_ray.errors import CheckpointError, ConfigError
 from imu_ray.events import event
 from imu_ray.experiments.axes import SETS, SIZE, largest_size, make_trials
@@ -83,6 +84,7 @@ def sweep(
     base, settings = resolve_settings(recipe, config, task), settings or SweepConfig()
     require_classes(base, "a sweep")
     trials = make_trials(axes, base, settings, task)
+    require_tracker(base.tracking)
     run = RunDirectory(sweep_dir or default_run_dir())
     stop = base.ascent.stop  # its limits are not part of what makes two runs the same
     settled = [base.identity(), stop.max_epochs, stop.max_steps, trials, settings.scheduler]
@@ -109,10 +111,12 @@ def sweep(
                 record = _same_inputs(run, record, inputs)
                 # Trials run side by side, so that each needs one worker unless told otherwise.
                 each = 1 if base.resources.workers == "auto" else base.resources.workers
-                shared_settings = base.with_overrides({"resources.workers": each})
+                shared_settings = base.with_overrides({"resources.workers": each, "tracking": None})
                 stops_early = settings.scheduler == "asha"
                 shared = Shared(inputs.without_sources(), shared_settings, str(run.location), stops_early)
-                run_trials(pending, shared, settings, run)
+                if warnings := run_trials(pending, shared, settings, run, base.tracking):
+                    record = {**record, "warnings": warnings}
+                    run.write_json(RECORD, record)
         return _collect(run, record, list(evaluation or {}))
 
 

@@ -16,6 +16,7 @@ from imu_ray.distributed.session import slots
 from imu_ray.distributed.sharing import own_code_by_value
 from imu_ray.distributed.train_job import Trial
 from imu_ray.events import event
+from imu_ray.experiments.tracked import Tracked
 from imu_ray.inputs import Inputs
 from imu_ray.pipeline import Pipeline
 from imu_ray.run.directory import MANIFEST, RunDirectory
@@ -46,8 +47,14 @@ class Shared:
     stops_early: bool
 
 
-def run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings: SweepConfig, run: RunDirectory) -> None:
-    """Run trials to their rows, as many at a time as fit; ``KeyboardInterrupt`` after Ctrl-C."""
+def run_trials(
+    pending: Mapping[str, dict[str, Any]],
+    shared: Shared,
+    settings: SweepConfig,
+    run: RunDirectory,
+    tracking: str | None = None,
+) -> list[str]:
+    """Run trials to their rows, as many at a time as fit, and give warnings; ``KeyboardInterrupt`` after Ctrl-C."""
     # Tune's box and its advice to restore a trial would stand between our lines. It reads both when it runs.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray.tune.tune").setLevel(logging.ERROR)
@@ -57,6 +64,8 @@ def run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings: 
     with own_code_by_value():
         trainable = tune.with_resources(tune.with_parameters(_run_trial, shared=shared), {"CPU": 0, "memory": 1})
     rows = Rows(run, [metric_of(name) for name in shared.inputs.names])
+    group = str(run.location).rpartition("/")[2]
+    tracked = [Tracked(tracking, shared.base, rows.columns, group)] if tracking else []
     named = [{"name": name, "overrides": overrides} for name, overrides in pending.items()]
     tuner = tune.Tuner(
         trainable,
@@ -73,7 +82,7 @@ def run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings: 
             storage_path=run.storage.root,
             storage_filesystem=run.storage.filesystem,
             failure_config=tune.FailureConfig(max_failures=settings.max_retries),
-            callbacks=[rows],
+            callbacks=[rows, *tracked],
             verbose=0,
         ),
     )
@@ -84,6 +93,7 @@ def run_trials(pending: Mapping[str, dict[str, Any]], shared: Shared, settings: 
         advice = "the same call with resume continues it"
         event("sweep interrupted", level=logging.WARNING, trials_left=left, advice=advice)
         raise KeyboardInterrupt
+    return [each.warning for each in tracked if each.warning is not None]
 
 
 def _name_of(trial: Any) -> str:
