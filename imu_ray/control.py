@@ -25,7 +25,7 @@ STATE = "state/control"
 # Of a run that leaves no more than what it cost; rows are chosen already.
 SETTINGS: dict[str, Any] = {
     "forget_set.ids": None, "forget_set.where": None, "forget_set.size": None, "audit.retain_log": None,
-    "audit.checks": False, "audit.generate": False, "audit.control": False, "audit.views": 0,
+    "audit.checks": False, "audit.generate": False, "audit.control": False, "audit.views": 0, "audit.samples": 0,
 }  # fmt: skip
 # What moves a part on other inputs to some targets.
 Unlearn = Callable[[Inputs, UnlearnConfig, list[StopTarget]], UpdateOutcome]

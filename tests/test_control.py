@@ -148,6 +148,14 @@ def test_views_are_pushed_of_the_control_too(known, tmp_path):
     assert found["others"]["paid"].keys() == {"test", "retain"}
 
 
+def test_a_run_that_shows_samples_has_a_control_too(known, tmp_path):
+    model, forget, sets = known
+    config = settings(ascent__stop__targets={"forget.loss": 0.5}, audit__samples=2)
+    result = unlearn(model, forget, evaluation=sets, config=config, run_dir=tmp_path / "run")
+    assert "members" in result.metrics["control"]
+    assert result.record.samples_shown == 4
+
+
 def test_where_there_are_no_rows_for_a_control_the_reason_stands_in_metrics_and_report(known, tmp_path):
     model, forget, sets = known
     config = settings(ascent__stop__targets={"forget.loss": 0.3})
