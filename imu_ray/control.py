@@ -9,15 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from imu_ray.audits.control import as_far, draw_control, moved, paid
-from imu_ray.audits.recovery import rows_of
 from imu_ray.config import UnlearnConfig
-from imu_ray.data import ViewSource
+from imu_ray.data import PartSource, ViewSource
 from imu_ray.distributed import audit_job, feature_job
 from imu_ray.errors import EmptySelectionError, NonFiniteError
 from imu_ray.events import event
 from imu_ray.inputs import Inputs
 from imu_ray.scopes.base import FORGET_VIEWS, TEST_VIEWS, Part
-from imu_ray.scopes.features import FeatureShard, Positions
+from imu_ray.scopes.features import FeatureShard, Positions, at_places
 from imu_ray.updates.base import UpdateOutcome
 from imu_ray.updates.stopping import StopTarget
 
@@ -60,8 +59,8 @@ def measure_control(
         return {"skipped": known}
     if (lacking := _lacking(inputs, config)) is not None:
         return {"skipped": lacking}
-    labels, places = _columns(inputs, "test")
-    asked, _ = _columns(inputs, "forget")
+    labels, places = inputs.features["test"].labels_and_places("test")
+    asked, _ = inputs.features["forget"].labels_and_places("forget")
     marks = draw_control(asked, labels, config.seed)
     if isinstance(marks, str):
         return {"skipped": marks}
@@ -114,30 +113,19 @@ def _lacking(inputs: Inputs, config: UnlearnConfig) -> str | None:
     return None
 
 
-def _columns(inputs: Inputs, name: str) -> tuple[Positions, Positions]:
-    """Labels of a set, and places of its rows in what the caller gave."""
-    labels, places = zip(*inputs.features[name].map(f"labels of {name}", _labels_and_places), strict=True)
-    return np.concatenate(labels), np.concatenate(places)
-
-
-def _labels_and_places(shard: FeatureShard) -> tuple[Positions, Positions]:
-    return shard.labels_n, shard.places_n
-
-
-def _among(shard: FeatureShard, places: Positions, among: bool) -> npt.NDArray[np.bool_]:
-    return np.isin(shard.places_n, places, invert=not among)
+def _elsewhere(shard: FeatureShard, places: Positions) -> npt.NDArray[np.bool_]:
+    return ~at_places(shard, places)
 
 
 def _inputs_of(inputs: Inputs, config: UnlearnConfig, marks: npt.NDArray[np.bool_], places: Positions) -> Inputs:
     """The marked rows of ``test`` in place of the forget set; the others stay as they are."""
-    drawn = functools.partial(_among, places=places[marks])
-    kept = inputs.measured
-    features = {**kept, "forget": kept["test"].select(functools.partial(drawn, among=True))}
+    kept, drawn = inputs.measured, places[marks]
+    features = {**kept, "forget": kept["test"].select(functools.partial(at_places, places=drawn))}
     for name in ("test", TEST_VIEWS):
         if name in kept:
-            features[name] = kept[name].select(functools.partial(drawn, among=False))
+            features[name] = kept[name].select(functools.partial(_elsewhere, places=drawn))
     if FORGET_VIEWS in kept:
-        source = rows_of("test", marks, {"test": places}, inputs.sources)
+        source = PartSource.at(inputs.sources["test"], drawn)
         views = ViewSource(source, config.ascent.views, config.ascent.view_transform, config.seed)
         model = feature_job.share(inputs.model)
         features[FORGET_VIEWS] = feature_job.extract(views, inputs.part, model, config, "features of the control")

@@ -5,6 +5,7 @@ raised in Ray workers and read in the driver.
 """
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -42,6 +43,12 @@ class RequestError(ImuError):
 
 class StageFailedError(ImuError):
     """A stage of the job failed for a reason outside the settings and the data; the cause is in the message."""
+
+
+def raised_in(error: BaseException) -> str:
+    """``KeyError in a.py, line 3``: kind and place of an error without its text, which may hold what a sample holds."""
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {line.filename}, line {line.lineno}"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -49,7 +49,7 @@ from imu_ray.scopes.base import (
     VIEWS,
     Part,
 )
-from imu_ray.scopes.features import FeatureShard, ShardReport
+from imu_ray.scopes.features import FeatureShard, ShardReport, at_places
 from imu_ray.scopes.head import Head
 from imu_ray.scopes.layers import Layers
 from imu_ray.tasks import TASKS
@@ -277,7 +277,7 @@ class Inputs:
         elif size is not None:
             rows = draw_rows(self.described["forget"].rows_given, size, config.forget_set.size_seed)
             if len(rows) < self.described["forget"].rows_read:
-                choice = functools.partial(_at_places, places=rows)
+                choice = functools.partial(at_places, places=rows)
                 forget = forget.select(choice)
         if not forget.rows:
             raise ForgetSetError(
@@ -360,10 +360,6 @@ def views_of(sources: Mapping[str, Source], config: UnlearnConfig) -> dict[str, 
 
 def _of_classes(shard: FeatureShard, classes: tuple[int, ...]) -> npt.NDArray[np.bool_]:
     return np.isin(shard.labels_n, classes)
-
-
-def _at_places(shard: FeatureShard, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    return np.isin(shard.places_n, places)
 
 
 def _classes(shard: FeatureShard) -> set[int]:

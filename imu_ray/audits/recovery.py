@@ -106,9 +106,7 @@ def _first(marks: Marks, order: Positions) -> Marks:
 
 def rows_of(name: str, marks: Marks, places: Mapping[str, Positions], sources: Mapping[str, Source]) -> PartSource:
     """The marked samples of a set as a source: their rows, by their places in what the caller gave."""
-    source = sources[name]
-    rows = np.searchsorted(source.positions(0, source.num_rows), np.sort(places[name][marks]))
-    return PartSource(source, rows)
+    return PartSource.at(sources[name], places[name][marks])
 
 
 @dataclass(frozen=True)

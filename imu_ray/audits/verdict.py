@@ -88,11 +88,10 @@ def broken_set(metrics: Metrics) -> str | None:
         if not isinstance(figures, Mapping) or name.startswith("forget"):
             continue
         metric = next((each for each in UTILITY if each in figures), None)
-        if (
-            metric
-            and (drop := _utility(before[name], metric, forgotten) - _utility(figures, metric, forgotten))
-            > UTILITY_DROP
-        ):
+        if metric is None:
+            continue
+        drop = _utility(before[name], metric, forgotten) - _utility(figures, metric, forgotten)
+        if drop > UTILITY_DROP:
             return (
                 f"the {UTILITY[metric]} on {name} fell by {100 * drop:.1f} points: what a broken model forgets says "
                 "nothing"

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.ids import IdList
 from imu_ray.data.image_files import ImageFiles
-from imu_ray.data.labels import EXPECTED, Labels, check_label, check_labels, label_of, labels_of
+from imu_ray.data.labels import EXPECTED, Labels, check_label, check_labels, holds_lists, label_of, labels_of
 from imu_ray.data.source import Fields, Rows
 from imu_ray.errors import ForgetSetError
 
@@ -45,18 +45,17 @@ def columns_of(schema: pa.Schema, config: ForgetSetConfig, fields: Fields, name:
             expected = f"expected one text or whole number in each row; name another in forget_set.{key}_column"
             also = "; lists are labels of forget_set.target soft or multi_label" if key == LABEL else ""
             raise ForgetSetError(f"column {column!r} of {name} holds {kind}; {expected}{also}")
-        if key == LABEL and config.target != "class" and not _holds_lists(kind):
+        if (
+            key == LABEL
+            and config.target != "class"
+            and not (holds_lists(kind) or isinstance(kind, pa.FixedShapeTensorType))
+        ):
             raise ForgetSetError(
                 f"column {column!r} of {name} holds {kind}, with forget_set.target {config.target!r}; expected a list "
                 f"of numbers in each row: {EXPECTED[config.target]}; name the right column in forget_set.label_column, "
                 "or set another target"
             )
     return columns
-
-
-def _holds_lists(kind: pa.DataType) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_one(kind) for is_one in lists) or isinstance(kind, pa.FixedShapeTensorType)
 
 
 def type_of(schema: pa.Schema, column: str) -> pa.DataType | None:
@@ -96,16 +95,19 @@ def rows_of(
     Where there are ``files``, a text in place of an image is the path of one.
     """
     ids = list(map(str, column_of(table, columns[ID]).to_pylist() if ID in columns else numbers))
-    names = [f"row {sample_id!r} of {file_of(int(number))}" for sample_id, number in zip(ids, numbers, strict=True)]
+
+    def name_of(place: int) -> str:
+        return f"row {ids[place]!r} of {file_of(int(numbers[place]))}"
+
     labels: Labels = np.zeros(len(ids), np.int64)
     if LABEL in columns:
-        labels = labels_of(column_of(table, columns[LABEL]), config, names.__getitem__)
+        labels = labels_of(column_of(table, columns[LABEL]), config, name_of)
     parts: dict[str, Iterable[Any]] = {}
     for key, column in columns.items():
         if key not in (ID, LABEL):
             cells_of = _cells(column_of(table, column))
             if files is not None and key == IMAGE:
-                cells_of = list(map(files.of_cell, cells_of, names))
+                cells_of = [files.of_cell(cell, name_of(place)) for place, cell in enumerate(cells_of)]
             parts[key] = map(_input, cells_of)
     inputs = zip(*parts.values(), strict=True)
     found = [value[0] if len(parts) == 1 else dict(zip(parts, value, strict=True)) for value in inputs]

@@ -116,10 +116,16 @@ def check_labels(labels: Labels, num_classes: int, config: ForgetSetConfig, name
         check_label(label_of(labels[row].tolist(), config, name), num_classes, name)
 
 
+def holds_lists(kind: pa.DataType) -> bool:
+    """Whether a column has a list in each row, of one length or of any."""
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_one(kind) for is_one in kinds)
+
+
 def _matrix_of(column: pa.ChunkedArray) -> npt.NDArray[np.float64] | None:
     """Lists of equally many numbers as ``[B, C]``; None of anything else, which is looked at row by row."""
     kind, lists = column.type, column.combine_chunks()
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    if not holds_lists(kind):
         return None
     inner, lengths = kind.value_type, pc.unique(pc.list_value_length(lists)).to_pylist()
     if len(lengths) != 1 or not lengths[0]:  # of a missing list it is null

@@ -28,6 +28,11 @@ class PartSource(Source):
         self.source, self.rows, self.name, self.num_rows = source, rows, source.name, len(rows)
         self.selection, self.row_settings = source.selection, source.row_settings
 
+    @classmethod
+    def at(cls, source: Source, places: npt.NDArray[np.int64]) -> "PartSource":
+        """Of a source the rows at some places of what the caller gave, which ``positions`` tell; ascending."""
+        return cls(source, np.searchsorted(source.positions(0, source.num_rows), np.sort(places)))
+
     @property
     def rows_given(self) -> int:
         """Rows of the source."""

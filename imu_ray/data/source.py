@@ -7,7 +7,6 @@ is a range of its rows, read inside the task that needs it; any task can therefo
 import bisect
 import contextlib
 import hashlib
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data.ids import IdList
-from imu_ray.errors import ForgetSetError, ImuError
+from imu_ray.errors import ForgetSetError, ImuError, raised_in
 from imu_ray.run.record import SelectionRecord
 
 # Rows read at a time where some of them are looked for: the memory that a sparse part costs.
@@ -44,11 +43,8 @@ def reading(what: str, filesystem: fs.FileSystem | None = None) -> Iterator[None
     except (ImuError, MemoryError):
         raise
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
         shown = isinstance(error, OSError | pa.ArrowException)
-        why = (
-            " ".join(str(error).split()) if shown else f"{type(error).__name__} in {line.filename}, line {line.lineno}"
-        )
+        why = " ".join(str(error).split()) if shown else raised_in(error)
         kind = UnreadableError if isinstance(error, OSError) else ForgetSetError
         remedy = "mend or remove what is not"
         if not isinstance(filesystem, fs.LocalFileSystem | None):

@@ -23,7 +23,6 @@ from imu_ray.errors import ForgetSetError
 from imu_ray.influence.intensity import Column
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.scopes.base import Part
-from imu_ray.scopes.features import FeatureShard, Positions
 from imu_ray.scopes.layers import Layers
 from imu_ray.tasks.causal_lm import CausalLMTask
 
@@ -122,13 +121,13 @@ def samples(
         count: how many of each.
     """
     found = predict({"forget": forget}, part)["forget"]
-    losses, places = found.metrics["loss"], np.concatenate(forget.map("places of forget", _places))
+    losses, (_, places) = found.metrics["loss"], forget.labels_and_places("forget")
     chosen = {"least forgotten, by loss": np.argsort(losses, kind="stable")[:count]}
     if influence is not None:
         chosen = {"highest influence, up or down": np.argsort(-np.abs(influence), kind="stable")[:count], **chosen}
     used = np.unique(np.concatenate(list(chosen.values())))
     used = used[np.argsort(places[used])]
-    rows = PartSource(source, np.searchsorted(source.positions(0, source.num_rows), places[used])).read(0, len(used))
+    rows = PartSource.at(source, places[used]).read(0, len(used))
 
     def shown(sample: int, value: Any) -> Shown:
         label = int(found.labels[sample]) if found.labels.ndim == 1 else None
@@ -136,10 +135,6 @@ def samples(
 
     made = {sample: shown(sample, value) for sample, value in zip(used.tolist(), rows.inputs, strict=True)}
     return {title: [made[sample] for sample in samples.tolist()] for title, samples in chosen.items()}
-
-
-def _places(shard: FeatureShard) -> Positions:
-    return shard.places_n
 
 
 def mean_output_change(forget: FeatureSet, before: Part, after: Part) -> float:

@@ -26,7 +26,7 @@ from imu_ray.influence.curvature.base import S, merge_tree
 from imu_ray.models.layers import compile_around
 from imu_ray.scopes.base import Part
 from imu_ray.scopes.extraction import extract_features
-from imu_ray.scopes.features import FeatureShard, ShardReport, take_rows
+from imu_ray.scopes.features import FeatureShard, Positions, ShardReport, labels_and_places, take_rows
 from imu_ray.tasks.base import rows_at_once
 
 R = TypeVar("R")
@@ -164,6 +164,11 @@ class FeatureSet:
                 return False
             start += len(part)
         return True
+
+    def labels_and_places(self, name: str) -> tuple[npt.NDArray[Any], Positions]:
+        """Of every sample of the set its label ``[N]`` or ``[N, ...]``, and its place in what the caller gave."""
+        labels, places = zip(*self.map(f"labels of {name}", labels_and_places), strict=True)
+        return np.concatenate(labels), np.concatenate(places)
 
     def under(self, config: UnlearnConfig) -> "FeatureSet":
         """The same features, worked on with the resources of ``config``."""

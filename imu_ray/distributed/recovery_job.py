@@ -19,7 +19,7 @@ from imu_ray.distributed.tasks import Stage, StageRef
 from imu_ray.errors import UnsupportedModelError
 from imu_ray.events import event
 from imu_ray.scopes.base import Part
-from imu_ray.scopes.features import FeatureShard, Positions
+from imu_ray.scopes.features import Positions
 
 PROBE, STAGE = "probe", "recovery"
 
@@ -64,8 +64,7 @@ def recover(sides: Mapping[str, Side], sources: Mapping[str, Source], config: Un
         return {name: {"skipped": dict.fromkeys(tests, reason)} for name in sides}
     labels, places = {}, {}
     for name, made in first.features.items():
-        columns = zip(*made.map(f"labels of {name}", _labels_and_places), strict=True)
-        labels[name], places[name] = map(np.concatenate, columns)
+        labels[name], places[name] = made.labels_and_places(name)
     drawn = recovery.draw(labels, config.audit.recovery_rows, config.seed)
     reasons = {test: recovery.unable(test, first.part.task, labels, drawn) for test in tests}
     results: dict[str, Any] = {name: {"skipped": {test: why for test, why in reasons.items() if why}} for name in sides}
@@ -122,7 +121,3 @@ def _marked(side: Side, drawn: Draw) -> "list[ray.ObjectRef[Marked]]":
             column = np.concatenate([codes[shard] for shard in used])
             found += made.part(used).stream(f"probed rows of {name}", function, fetch=False, column=column)
     return found
-
-
-def _labels_and_places(shard: FeatureShard) -> tuple[Positions, Positions]:
-    return shard.labels_n, shard.places_n

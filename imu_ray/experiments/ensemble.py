@@ -332,7 +332,8 @@ def _begin(run: RunDirectory, work: Ensemble, train_fn: str | TrainFn, settings:
         began = found["versions"]
     elif run.storage.entries():
         raise CheckpointError(f"run_dir {run.location} holds other files; expected an empty or new directory")
-    used = began if versions() in began else [*began, versions()]
+    current = versions()
+    used = began if current in began else [*began, current]
     run.write_json(RECORD, {"made_from": made_from, "methods": methods, "models": settings.models, "versions": used})
 
 

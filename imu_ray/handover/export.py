@@ -21,8 +21,8 @@ HANDED_ON = ("metrics.json", "report.html", IDS)
 def export_run(location: str | Path, out: str | Path, sign_key: str | Path | None = None) -> Path:
     """Write what may leave of a finished run: its record, ``metrics.json``, ``report.html`` and fingerprints of ids.
 
-    The record names no sample (``without_ids``). It lists the digests of all
-    artifacts, of those that stay too, so that a signature covers them.
+    The record names no sample (``without_ids``). It lists the digests of all artifacts, of those that stay too, so
+    that a signature covers them.
 
     Args:
         location: run directory or its URI.

@@ -22,11 +22,13 @@ def metrics_schema() -> dict[str, Any]:
 
 def write_metrics(run: RunDirectory, figures: Mapping[str, Any]) -> None:
     """Write figures, and the name of their schema; ``NonFiniteError`` where one is NaN or infinite."""
-    wrong = [name for name, value in flatten(figures).items() if isinstance(value, float) and not math.isfinite(value)]
+    found = flatten(figures).items()
+    wrong = [(name, value) for name, value in found if isinstance(value, float) and not math.isfinite(value)]
     if wrong:
+        name, value = wrong[0]
         raise NonFiniteError(
-            f"the figure {wrong[0]} is {flatten(figures)[wrong[0]]}, {len(wrong)} such in all; expected finite "
-            "numbers; check the outputs of the model, or leave the audit that makes it out"
+            f"the figure {name} is {value}, {len(wrong)} such in all; expected finite numbers; check the outputs of "
+            "the model, or leave the audit that makes it out"
         )
     run.write_json(METRICS, {"$schema": SCHEMA, **figures})
 

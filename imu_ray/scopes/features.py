@@ -132,6 +132,16 @@ def labels_column(shard: FeatureShard) -> pa.Array:
     return pa.array(shard.labels_n) if shard.labels_n.ndim == 1 else pa.nulls(len(shard.labels_n), pa.int64())
 
 
+def labels_and_places(shard: FeatureShard) -> tuple[npt.NDArray[Any], Positions]:
+    """Of every sample of a shard its label, and its place in what the caller gave."""
+    return shard.labels_n, shard.places_n
+
+
+def at_places(shard: FeatureShard, places: Positions) -> npt.NDArray[np.bool_]:
+    """Which samples of a shard stand at some places of what the caller gave."""
+    return np.isin(shard.places_n, places)
+
+
 def one_class(labels: npt.NDArray[Any]) -> Positions:
     """Labels of samples that have one class each; of others none."""
     return labels if labels.ndim == 1 else np.empty(0, np.int64)

@@ -215,13 +215,13 @@ class Layers:
                 ids = shard.ids.slice(rows.start, rows.stop - rows.start).to_pylist()
                 return self._drawn_pull(outputs, labels, ids)
 
-            outputs, seen = self.seen(values, drawn_pull if drawn else functools.partial(self._pull, labels))
+            outputs, seen = self.seen(values, drawn_pull if drawn else functools.partial(self._label_pull, labels))
             seen = seen if limit is None else clipped(seen, limit)
             return ByLayer({each.name: self._statistic(each, statistics[each.name], labels, outputs) for each in seen})
 
         return merge_tree(map(of_block, shard.block_rows()))
 
-    def _pull(self, labels: Tensor, outputs: Tensor) -> Tensor:
+    def _label_pull(self, labels: Tensor, outputs: Tensor) -> Tensor:
         return self.task.output_gradient(outputs, labels)
 
     def _drawn_pull(self, outputs: Tensor, labels: Tensor, ids: Sequence[str]) -> Tensor:
@@ -257,7 +257,7 @@ class Layers:
         columns: list[list[Tensor]] = [[torch.empty(0)], [torch.empty(0)], [torch.empty(0)]]
         for rows in filled(shard):
             values, labels = self.read(shard, rows)
-            outputs, found = self.seen(values, functools.partial(self._pull, labels))
+            outputs, found = self.seen(values, functools.partial(self._label_pull, labels))
             influence, squares = torch.zeros(2, len(labels), dtype=torch.float64, device=labels.device)
             for each in found:
                 influence += directional_scores(each.layer, each.inputs, each.output_grads, directions[each.name])

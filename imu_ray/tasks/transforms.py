@@ -3,7 +3,6 @@
 import contextlib
 import random
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imu_ray.errors import ConfigError, ImuError, nearest
+from imu_ray.errors import ConfigError, ImuError, nearest, raised_in
 from imu_ray.models.copies import unusable
 from imu_ray.models.spec import import_path
 
@@ -96,9 +95,7 @@ def own_code(setting: str, name: str, given: str) -> Iterator[None]:
     except (ImuError, MemoryError):
         raise
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{line.filename}, line {line.lineno}"
-        raise ConfigError(f"{setting} {name!r} raised {type(error).__name__} in {where}, for {given}") from None
+        raise ConfigError(f"{setting} {name!r} raised {raised_in(error)}, for {given}") from None
 
 
 @contextlib.contextmanager
