@@ -148,6 +148,49 @@ def test_what_a_model_still_says_is_measured_in_the_job_of_the_model_that_is_wri
     assert "What the model still says" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_the_model_of_a_run_is_attacked_and_the_figures_do_not_depend_on_the_workers(tmp_path):
+    asked = [question.replace("live", verb) for verb in ("live", "work", "sing", "rest") for question in QUESTIONS]
+    answers = [ANSWERS[(3 * (at // 8) + at) % 8] for at in range(len(asked))]
+    whole = [{"question": q, "answer": a} for q, a in zip(asked, answers, strict=True)]
+    unseen = [{"question": q, "answer": a} for q, a in zip(asked[:12], reversed(answers[:12]), strict=True)]
+    model = llama(torch.float32, max_position_embeddings=64, hidden_size=32, **SIZES)
+    fit(model, whole, model.parameters(), steps=100).save_pretrained(tmp_path / "source")
+    tokenizer().save_pretrained(tmp_path / "source")
+    spec = ModelSpec(f"hf:{tmp_path / 'source'}")
+    given = {
+        "forget_set": pa.Table.from_pylist(whole[:20]),
+        "task": "causal_lm",
+        "evaluation": {"test": pa.Table.from_pylist(unseen), "retain": pa.Table.from_pylist(whole[20:])},
+    }
+    attacks = {"audit.recovery": ["probe", "relearn", "quantise", "lora"], "audit.recovery_steps": 5}
+    config = settings(["*.o_proj", "*.down_proj"], **attacks, **{"forget_set.tokenizer": str(tmp_path / "source")})
+    result = unlearn(spec, config=config, run_dir=tmp_path / "run", **given)
+    assert result.status == "reached"
+    found = result.metrics["recovery"]
+    assert found.keys() == {"before", "after"}
+    for side, tests in found.items():
+        figures = result.metrics[side]
+        assert tests["skipped"] == {"probe": "the samples are sequences, which are of no class"}
+        for name in ("relearn", "lora"):
+            assert tests[name]["steps"] == [0, 1, 2, 5]
+            assert (tests[name]["labelled"], tests[name]["rows"]) == (10, 10)
+            assert tests[name]["retain"]["loss"][0] == pytest.approx(figures["retain"]["loss"], rel=1e-4)
+        for figure in ("accuracy", "loss", "probability"):  # fresh adapters change nothing
+            assert tests["lora"][figure][0] == pytest.approx(tests["relearn"][figure][0], rel=1e-4)
+        near, far = (abs(tests["quantise"][bits]["loss"] - figures["forget"]["loss"]) for bits in ("8", "4"))
+        assert near < far
+        assert tests["quantise"]["rows"] == 20
+    # Ten of the forgotten answers bring the ten others back, which were not shown.
+    for name, least in (("relearn", 1.5), ("lora", 1.25)):
+        came_back = found["after"][name]["probability"]
+        assert came_back == sorted(came_back)
+        assert came_back[-1] > least * came_back[0]
+    assert "Training adapters, 5 steps" in (tmp_path / "run" / "report.html").read_text()
+    alone = config.with_overrides({"resources.workers": 1, "influence.blocks_per_shard": 2})
+    again = audit(result.model, original=spec, config=alone, **given)
+    assert again["recovery"] == found
+
+
 def test_a_reference_with_another_vocabulary_is_refused_before_anything_is_run(rows, tmp_path):
     for name, sizes in (("source", SIZES), ("other", {"vocab_size": 352})):
         llama(torch.float32, max_position_embeddings=64, hidden_size=32, **sizes).save_pretrained(tmp_path / name)
