@@ -9,8 +9,8 @@ TEST_ENV := RAY_AUTH_MODE=disabled RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 RAY_USAGE_STA
 demo: .venv/installed  ## forget a digit, on a local Ray
 	$(BIN)/python jobs/demo.py
 
-test: .venv/installed-test  ## quick tests, two files at a time, a Ray session for each of the two
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+test: .venv/installed-test  ## quick tests, one Ray session
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: .venv/installed-test  ## end to end, several processes, faults; two files at a time, which mostly wait for processes
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile
