@@ -12,8 +12,8 @@ demo: .venv/installed  ## forget a digit, on a local Ray
 test: .venv/installed-test  ## quick tests, one Ray session
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: .venv/installed-test  ## end to end, several processes, faults; two files at a time, which mostly wait for processes
-	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile
+test-slow: .venv/installed-test  ## end to end, several processes, faults
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu: .venv/installed-test  ## on a machine with a CUDA device
 	$(TEST_ENV) $(BIN)/python -m pytest -m gpu
