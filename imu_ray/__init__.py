@@ -17,7 +17,7 @@ from imu_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from imu_ray.api import ascend, audit, remember, score, unlearn
+    from imu_ray.api import ascend, audit, import_factors, remember, score, unlearn
     from imu_ray.experiments.ensemble import EnsembleResult, ensemble
     from imu_ray.experiments.sweep import SweepResult, sweep
     from imu_ray.handover.comparison import Comparison, compare
@@ -54,6 +54,7 @@ __all__ = [
     "compare",
     "ensemble",
     "export_run",
+    "import_factors",
     "plan",
     "remember",
     "score",
@@ -65,7 +66,7 @@ __all__ = [
 # Imported when first asked for: a worker process needs a part of the package, and Ray Train, Tune and the plots take
 # seconds to import.
 _HOMES = {
-    **dict.fromkeys(("ascend", "audit", "remember", "score", "unlearn"), "imu_ray.api"),
+    **dict.fromkeys(("ascend", "audit", "import_factors", "remember", "score", "unlearn"), "imu_ray.api"),
     **dict.fromkeys(("SweepResult", "sweep"), "imu_ray.experiments.sweep"),
     **dict.fromkeys(("EnsembleResult", "ensemble"), "imu_ray.experiments.ensemble"),
     "JobConfig": "imu_ray.job",

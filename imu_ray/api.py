@@ -13,6 +13,7 @@ from imu_ray.distributed import bundle_job
 from imu_ray.distributed.session import ray_session, require_gpus
 from imu_ray.errors import ConfigError
 from imu_ray.events import event
+from imu_ray.influence.factors import read_factors
 from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import model_hash
 from imu_ray.models.spec import ModelSpec
@@ -228,6 +229,54 @@ def remember(
     )
     write_bundle(path, record, sums)
     event("remembered", path=str(path), rows=record.rows, layers=len(sums))
+    return path
+
+
+def import_factors(
+    model: nn.Module | ModelSpec,
+    factors: str | Path,
+    *,
+    path: str | Path,
+    task: str = "classification",
+    config: UnlearnConfig | None = None,
+) -> str | Path:
+    """Make a curvature bundle of the Kronecker factors that kronfluence has fitted; no sample is read.
+
+    The bundle has ``kfac`` of every layer in the folder, and no figures of the training set.
+
+    Args:
+        model: the model that they were fitted on, as in ``unlearn``. The folder does not name it: that it is this one
+            is the caller's word, held against the names and shapes of the layers.
+        factors: ``factors_NAME`` in an output folder of kronfluence's (``kfac`` or ``ekfac``).
+        path: as in ``remember``.
+        task: as in ``unlearn``.
+        config: of it counts the loss (``forget_set.target``, ``forget_set.class_weights``).
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ImuError: see ``imu_ray.errors``; ``CheckpointError`` where the factors are not those of the model's layers.
+    """
+    settings = resolve_settings(None, config, task)
+    check_place(path)
+    built = model.build() if isinstance(model, ModelSpec) else model
+    found = read_factors(factors, built)
+    record = BundleRecord(
+        created=now(),
+        model=model_hash(built),
+        task=task,
+        rows=next(iter(found.values())).count,
+        seed=None,
+        source="kronfluence",
+        shapes={name: [len(sums.outputs_CC), len(sums.inputs_DD)] for name, sums in found.items()},
+        sums={name: ["kfac"] for name in found},
+        figures={},
+        target=settings.forget_set.target,
+        class_weights=settings.forget_set.class_weights,
+    )
+    write_bundle(path, record, {name: {"kfac": bundle_job.to_tensors(sums)} for name, sums in found.items()})
+    event("imported", path=str(path), rows=record.rows, layers=len(found))
     return path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import imu_ray
-from imu_ray.errors import CheckpointError, EmptySelectionError, ImuError, StageFailedError
+from imu_ray.errors import CheckpointError, ConfigError, EmptySelectionError, ImuError, StageFailedError
 from imu_ray.events import event, log_events
 from imu_ray.requests.arguments import add_actions
 
@@ -90,9 +90,17 @@ def _plan(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
 
 def _remember(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
     arguments = job.arguments()
-    arguments["train_set"] = options.train_set or arguments["forget_set"]
-    del arguments["evaluation"], arguments["forget_set"]
-    path = imu_ray.remember(**arguments, path=options.out, rows=options.rows)
+    given = arguments.pop("forget_set")
+    del arguments["evaluation"]
+    if options.factors is None:
+        train_set = options.train_set or given
+        path = imu_ray.remember(**arguments, train_set=train_set, path=options.out, rows=options.rows)
+    elif options.train_set is None and options.rows is None:
+        path = imu_ray.import_factors(**arguments, factors=options.factors, path=options.out)
+    else:
+        raise ConfigError(
+            "--factors was given with --train-set or --rows; expected either: factors are sums over rows already"
+        )
     return {"run_dir": None, "bundle": str(path)}
 
 
@@ -114,7 +122,6 @@ def _sweep(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
 
 def _ensemble(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
     """The ensemble, with its table on standard error."""
-    from imu_ray.errors import ConfigError
     from imu_ray.run.directory import RunDirectory
 
     if job.ensemble.train_fn is None:
@@ -283,6 +290,11 @@ def _parser() -> argparse.ArgumentParser:
                 "--train-set", metavar="PATH", help="the training set; default the job's forget_set.path"
             )
             stage.add_argument("--rows", type=int, metavar="N", help="so many rows, drawn at random; default all")
+            stage.add_argument(
+                "--factors",
+                metavar="FOLDER",
+                help="in place of a training set: the factors that kronfluence fitted on it",
+            )
         if name == "plan":
             stage.add_argument(
                 "--memory",

@@ -382,7 +382,13 @@ class Pipeline:
         if settings.curvature == "none":
             return {}
         if self.bundle is not None:
-            rows, digest = {"bundle": self.bundle.record.rows}, self.bundle.digest
+            taken = self.bundle.record
+            told = CurvatureRecord(
+                kind=settings.curvature,
+                rows={"bundle": taken.rows},
+                bundle=self.bundle.digest,
+                source=taken.source,
+            )
         else:
             names = [
                 FORGET_VIEWS if name == "forget" and FORGET_VIEWS in self.features else name
@@ -396,8 +402,8 @@ class Pipeline:
                 )
             if self.part.deep:
                 sets = {name: made.spaced(settings.preconditioner_rows) for name, made in sets.items()}
-            rows, digest = {name: made.rows for name, made in sets.items()}, None
-        self.record.curvature = CurvatureRecord(kind=settings.curvature, rows=rows, bundle=digest)
+            told = CurvatureRecord(kind=settings.curvature, rows={name: made.rows for name, made in sets.items()})
+        self.record.curvature = told
         if settings.update == "one_step" and self.part.deep and self.run.load_state() is not None:
             return {}
         if self.bundle is not None:

@@ -128,8 +128,18 @@ def test_an_update_with_the_bundle_is_that_with_the_training_set(scope, tmp_path
     assert (after - wanted).norm() <= 1e-9 * (wanted - before).norm() > 0
     kind = "block_ggn" if scope == "head" else "kfac"
     digest = Bundle.open(path).digest
-    assert found.manifest["curvature"] == {"kind": kind, "rows": {"bundle": ROWS}, "bundle": digest}
-    assert expected.manifest["curvature"] == {"kind": kind, "rows": {"train": ROWS}, "bundle": None}
+    assert found.manifest["curvature"] == {
+        "kind": kind,
+        "rows": {"bundle": ROWS},
+        "bundle": digest,
+        "source": "imu_ray",
+    }
+    assert expected.manifest["curvature"] == {
+        "kind": kind,
+        "rows": {"train": ROWS},
+        "bundle": None,
+        "source": "imu_ray",
+    }
     if scope == "head":
         moved = path.rename(tmp_path / "moved.safetensors")
         steered = steered.with_overrides({"ascent.bundle": str(moved)})

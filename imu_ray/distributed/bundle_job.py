@@ -44,7 +44,7 @@ def remember(features: FeatureSet, part: Part, settings: AscentConfig) -> tuple[
     except RayError as error:
         raise explain_failure("curvature", error) from None
     figures = found.pop(FIGURES).figures()
-    sums = {name: {kind: _to_tensors(found[name].parts[kind]) for kind in wanted} for name, wanted in kinds.items()}
+    sums = {name: {kind: to_tensors(found[name].parts[kind]) for kind in wanted} for name, wanted in kinds.items()}
     return sums, figures
 
 
@@ -107,7 +107,7 @@ def _of_kinds(layer_io: LayerIO, kinds: Sequence[str]) -> ByLayer[Any]:
     return ByLayer({kind: LAYER_CURVATURES[kind].statistics(layer_io) for kind in kinds})
 
 
-def _to_tensors(sums: Any) -> dict[str, Tensor]:
+def to_tensors(sums: Any) -> dict[str, Tensor]:
     """The fields of sums by name; a count is a tensor without dimensions."""
     return {name: torch.as_tensor(each) for name, each in vars(sums).items()}
 

@@ -28,7 +28,8 @@ class BundleRecord(Part):
     Attributes:
         model: hash of the model that it was taken of.
         rows: of the training set that it was summed over.
-        seed: of the labels drawn from the model.
+        seed: of the labels drawn from the model; None where another engine drew them.
+        source: what made the sums: this library, or kronfluence.
         shapes: ``[C, D]`` by layer.
         sums: kinds of curvature that each layer has sums of.
         figures: mean of every metric over the rows, overall and ``per_class``.
@@ -41,7 +42,8 @@ class BundleRecord(Part):
     model: str
     task: str
     rows: int
-    seed: int
+    seed: int | None
+    source: str = "imu_ray"
     shapes: dict[str, list[int]]
     sums: dict[str, list[str]]
     figures: dict[str, Any]

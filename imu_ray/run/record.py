@@ -75,11 +75,15 @@ class SamplesRecord(Part):
 
 
 class CurvatureRecord(Part):
-    """The curvature that steered an update, and the rows it was summed over, by set, or of a bundle with its digest."""
+    """The curvature that steered an update, and the rows it was summed over, by set, or of a bundle with its digest.
+
+    ``source`` is what summed them: this library, or kronfluence.
+    """
 
     kind: str
     rows: dict[str, int]
     bundle: str | None = None
+    source: str = "imu_ray"
 
 
 class TargetRecord(Part):

@@ -1,16 +1,14 @@
-"""Our scores beside kronfluence's, where it is installed (the ``bench`` extra)."""
+"""Our scores beside kronfluence's."""
 
 import pytest
 import torch
 from architectures import named
-from pure import pure_scores
-from samples import Pairs, tensors
-from torch import nn
-
-pytest.importorskip("kronfluence")
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
+from pure import pure_scores
+from samples import Pairs, tensors
+from torch import nn
 
 
 class Classification(Task):
