@@ -3,8 +3,6 @@
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score, roc_curve
-from sklearn.svm import SVC
 
 from imu_ray.influence.intensity import Column
 
@@ -66,6 +64,8 @@ def roc_points(members: Column, others: Column) -> dict[str, Any]:
         members: losses of the forgotten samples.
         others: losses of unseen ones.
     """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
     truth, scores = np.repeat([1, 0], [len(members), len(others)]), -np.concatenate([members, others])
     false_rates, true_rates, _ = roc_curve(truth, scores)
     found = np.interp(RATES, false_rates, true_rates)
@@ -88,6 +88,8 @@ def svc_efficacy(forget: Column, retain: Column, test: Column, seed: int) -> dic
 
     Source: Jia et al., Model Sparsity Can Simplify Machine Unlearning, arXiv:2304.04934 (MIA-Efficacy).
     """
+    from sklearn.svm import SVC
+
     random = np.random.default_rng(seed)
     rows = min(len(retain), len(test), SVC_ROWS)
     drawn = [each[np.sort(random.permutation(len(each))[:rows])] for each in (retain, test)]

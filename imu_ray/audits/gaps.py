@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+import scipy
 
 from imu_ray.audits.guard import figures_warning
 from imu_ray.audits.margins import Margins, Matrix
@@ -160,7 +160,9 @@ def loss_changes(margins: Margins) -> dict[str, Any]:
             seed = forgotten.seeds[kind][row]
             change = losses[kind][row] - losses["original"][original]
             if np.ptp(change) > 0:
-                values.append(float(spearmanr(change, without("retrained", seed) - without("original", seed))[0]))
+                values.append(
+                    float(scipy.stats.spearmanr(change, without("retrained", seed) - without("original", seed))[0])
+                )
         enough = len(values) >= MIN_PAIRS
         found[kind] = interval(values) if enough else {"skipped": f"{len(values)} seeds in which losses moved"}
     return found | population_warning(margins)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 import torch
-from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
 from imu_ray.errors import CheckpointError, ConfigError
@@ -124,7 +124,7 @@ def forget_quality(ratios: Values, reference: Values | None) -> float:
             "forget quality has no reference; expected truth ratios of a model trained without the forget set; measure "
             "such a model, or read open-unlearning's log of one"
         )
-    return float(ks_2samp(np.asarray(ratios, np.float64), np.asarray(reference, np.float64)).pvalue)
+    return float(scipy.stats.ks_2samp(np.asarray(ratios, np.float64), np.asarray(reference, np.float64)).pvalue)
 
 
 def read_retain_log(path: str | Path) -> Column:

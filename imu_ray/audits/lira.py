@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+import scipy
 
 from imu_ray.audits.margins import Margins, Matrix
 from imu_ray.audits.population import (
@@ -124,7 +124,7 @@ def _exchanged_areas(in_MN: Matrix, out_MN: Matrix) -> Column:
 
 def _area(some: Matrix, others: Matrix) -> float:
     """Area under the curve, by the sum of ranks."""
-    ranks = rankdata(np.concatenate([some.ravel(), others.ravel()]))
+    ranks = scipy.stats.rankdata(np.concatenate([some.ravel(), others.ravel()]))
     return float((ranks[: some.size].sum() - some.size * (some.size + 1) / 2) / (some.size * others.size))
 
 

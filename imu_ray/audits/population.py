@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t
-from sklearn.metrics import roc_auc_score, roc_curve
+import scipy
 
 from imu_ray.audits.margins import Margins, Matrix
 
@@ -68,6 +67,8 @@ def attack_figures(members: Column, others: Column) -> dict[str, float]:
     The other figure is the largest share of members above a threshold that at most 1 % of the others are above, in
     [0, 1], 0.01 by chance; of fewer than 100 others it is not measured (``few_others`` says so).
     """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
     truth, scores = np.repeat([1, 0], [len(members), len(others)]), np.concatenate([members, others])
     found = {"auc": float(roc_auc_score(truth, scores))}
     if len(others) >= MIN_OTHERS:
@@ -91,6 +92,6 @@ def interval(values: Sequence[float] | Column) -> dict[str, float]:
     column = np.asarray(values, np.float64)
     found = {"mean": float(column.mean()), "models": len(column)}
     if len(column) > 1:
-        half = float(t.ppf(0.975, len(column) - 1) * column.std(ddof=1) / np.sqrt(len(column)))
+        half = float(scipy.stats.t.ppf(0.975, len(column) - 1) * column.std(ddof=1) / np.sqrt(len(column)))
         found |= {"low": found["mean"] - half, "high": found["mean"] + half}
     return found

@@ -11,10 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from imu_ray.audits.base import NO_CLASS
@@ -164,6 +160,11 @@ def linear_probe(shown: Labelled, held: Mapping[str, Labelled]) -> dict[str, Any
 
     Source: Alain, Bengio, arXiv:1610.01644; scikit-learn's LogisticRegression.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     features, labels = shown
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():  # a head that is not quite at its optimum is a head
