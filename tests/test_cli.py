@@ -309,30 +309,32 @@ def job_command(name, job_file, assignments):
     return [sys.executable, ROOT / "jobs" / f"{name}.py", "--config", job_file, *sets]
 
 
-def run(name, job_file, environment, *assignments):
-    """The last line of a job."""
-    place = {"env": environment, "cwd": job_file.parent, "timeout": 200}
-    done = subprocess.run(job_command(name, job_file, assignments), capture_output=True, text=True, **place)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
-def test_the_jobs_run_one_after_the_other_and_end_in_a_json_line(job_file, python_environment):
-    last = run("unlearn", job_file, python_environment)
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_jobs_run_one_after_the_other_and_end_in_a_json_line(job_file, monkeypatch, capsys):
+    monkeypatch.chdir(job_file.parent)
+
+    def run(name, *assignments):
+        _, script, *arguments = map(str, job_command(name, job_file, assignments))
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit, match="^0$"):
+            runpy.run_path(script, run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    last = run("unlearn")
     unlearned = Path(last["run_dir"])
     assert unlearned == job_file.parent / "run"
     assert last["metrics"]["after"]["forget"]["samples"] == 40
     assert (last["status"], last["report"]) == ("epochs_done", f"{unlearned}/report.html")
 
-    scored = run("score", job_file, python_environment, "run_dir=scores")
+    scored = run("score", "run_dir=scores")
     assert scored["metrics"]["samples"] == 40
     assert (job_file.parent / "scores" / "intensities.parquet").exists()
 
     model = yaml.safe_load(job_file.read_text())["model"]
     original = [f"original.{key}={model[key]}" for key in ("factory", "checkpoint")] + ["original.kwargs.name=fc"]
     settings = ["run_dir=audit", f"model.checkpoint={unlearned}/model.safetensors", *original]
-    assert run("audit", job_file, python_environment, *settings)["metrics"] == last["metrics"]
+    assert run("audit", *settings)["metrics"] == last["metrics"]
 
 
 def stopped(name, job_file, environment, number, when, *assignments):

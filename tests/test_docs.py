@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import sqlite3
 import subprocess
 import sys
@@ -139,9 +140,12 @@ def test_the_queue_that_is_shown_answers_its_request_after_the_demo(demo, python
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda script: script.stem)
-def test_an_example_runs_and_reaches_its_target(script, tmp_path, python_environment):
-    printed = run([sys.executable, script], tmp_path, python_environment)
+def test_an_example_runs_and_reaches_its_target(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
     assert "reached" in printed
     assert "not_reached" not in printed
     assert (tmp_path / printed.splitlines()[-1]).exists(), "the last line is the page to look at"

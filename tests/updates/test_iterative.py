@@ -33,50 +33,48 @@ def test_the_ascent_equals_plain_autograd_over_the_same_batches(bias):
     assert outcome.status == "epochs_done"
 
 
-def ascend_in_process(rank, world, folder, options, results):
+def ascend_in_process(rank, world, folder, cases, results):
     torch.set_num_threads(1)
-    where = {"init_method": f"file://{folder}/rendezvous{world}", "rank": rank, "world_size": world}
+    where = {"init_method": f"file://{folder}/rendezvous", "rank": rank, "world_size": world}
     torch.distributed.init_process_group("gloo", **where)
-    outcome = run(problem(**options), Workers(rank, world))
-    results.put((rank, changed(outcome).numpy(), outcome.status, outcome.trajectory[-1]["step"]))
+    outcomes = [run(problem(**options), Workers(rank, world)) for options in cases]
+    results.put([(changed(each).numpy(), each.status, each.trajectory[-1]["step"]) for each in outcomes])
     torch.distributed.destroy_process_group()
 
 
-def distributed(world, folder, options):
-    """Heads of a group of plain gloo processes."""
+def distributed(world, folder, cases):
+    """Of each case, the heads of a group of plain gloo processes."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    start = lambda rank: context.Process(target=ascend_in_process, args=(rank, world, folder, options, results))
+    start = lambda rank: context.Process(target=ascend_in_process, args=(rank, world, folder, cases, results))
     group = [start(rank) for rank in range(world)]
     for process in group:
         process.start()
-    found = sorted((results.get(timeout=120) for _ in group), key=lambda item: item[0])
+    found = [results.get(timeout=120) for _ in group]
     for process in group:
         process.join(timeout=60)
-    return found
+    return zip(*found, strict=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world", "options", "tolerance"),
+    ("world", "cases"),
     [
-        (2, {}, 1e-9),
-        (4, {}, 1e-9),
-        (2, {"dtype": np.float32}, 1e-4),
-        (2, {"refresh": "epoch"}, 1e-9),
-        (2, {"refresh": "step"}, 1e-9),
-        (4, {"batch_size": 2, "microbatch_rows": 1, "stop": {"max_epochs": 1}}, 1e-9),  # more workers than rows
+        (2, [({}, 1e-9), ({"dtype": np.float32}, 1e-4), ({"refresh": "epoch"}, 1e-9), ({"refresh": "step"}, 1e-9)]),
+        # More workers than rows, last.
+        (4, [({}, 1e-9), ({"batch_size": 2, "microbatch_rows": 1, "stop": {"max_epochs": 1}}, 1e-9)]),
     ],
 )
-def test_any_number_of_workers_takes_the_same_steps(world, options, tolerance, tmp_path):
+def test_any_number_of_workers_takes_the_same_steps(world, cases, tmp_path):
     # 72 kept rows: batches of 20, 20, 20 and 12 in microbatches of 6, the last of 2; of four workers one may idle.
-    alone, start = run(problem(**options)), problem(**options).start
-    found = distributed(world, tmp_path, options)
-    for _, matrix, status, step in found:
-        assert np.array_equal(matrix, found[0][1]), "to the bit on every worker"
-        difference = np.linalg.norm(matrix - changed(alone).numpy())
-        assert difference <= tolerance * float((changed(alone) - start).norm())
-        assert (status, step) == (alone.status, alone.trajectory[-1]["step"])
+    found = distributed(world, tmp_path, [options for options, _ in cases])
+    for (options, tolerance), outcomes in zip(cases, found, strict=True):
+        alone, start = run(problem(**options)), problem(**options).start
+        for matrix, status, step in outcomes:
+            assert np.array_equal(matrix, outcomes[0][0]), "to the bit on every worker"
+            difference = np.linalg.norm(matrix - changed(alone).numpy())
+            assert difference <= tolerance * float((changed(alone) - start).norm())
+            assert (status, step) == (alone.status, alone.trajectory[-1]["step"])
 
 
 def accuracy_target(threshold, tolerance=0.02):
