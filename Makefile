@@ -13,7 +13,7 @@ test: .venv/installed-test  ## quick tests, one Ray session
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: .venv/installed-test  ## end to end, several processes, faults
-	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 test-gpu: .venv/installed-test  ## on a machine with a CUDA device
 	$(TEST_ENV) $(BIN)/python -m pytest -m gpu

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from updates.problems import head, store
 import imu_ray
 from imu_ray.audits import AUDITS
 from imu_ray.audits.base import Predictions
+from imu_ray.cli import main
 from imu_ray.config import AscentConfig, ForgetSetConfig
 from imu_ray.demo import digits_cnn
 from imu_ray.scopes.workers import Workers
@@ -104,34 +106,42 @@ def test_the_demo_forgets_a_class_and_shows_where_it_is_weak(demo):
     assert len(list(folder.glob("demo/*/data/*.parquet"))) == 6
 
 
+@pytest.fixture
+def commanded(demo, ray_cluster, restored_log, monkeypatch, capsys):
+    """Runs a command line where the demo ran, on the tests' Ray; gives its last line."""
+    monkeypatch.chdir(demo[0])
+
+    def run_command(line):
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        assert main() == 0, line
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run_command
+
+
 @pytest.mark.slow
-def test_script_and_job_of_the_readme_run_as_pasted_after_the_demo(demo, python_environment):
-    tmp_path, _ = demo
+def test_script_and_job_of_the_readme_run_as_pasted_after_the_demo(commanded, capsys):
     (script,), (job,) = blocks(README, "python"), blocks(README, "yaml")
-    (tmp_path / "driver.py").write_text(script)
-    (tmp_path / "job.yaml").write_text(job)
-    printed = run([sys.executable, "driver.py"], tmp_path, python_environment)
+    Path("driver.py").write_text(script)
+    Path("job.yaml").write_text(job)
+    runpy.run_path("driver.py", run_name="__main__")
+    printed = capsys.readouterr().out
     assert re.search(r"^(reached|already_met) - ", printed, re.MULTILINE)
     (report,) = re.findall(r"^report: (.+)", printed, re.MULTILINE)
-    assert (tmp_path / report).exists()
-    (command,) = re.findall(r"^    imu-ray (unlearn .+)", README, re.MULTILINE)
-    ending = json.loads(run([*COMMAND, *command.split()], tmp_path, python_environment).splitlines()[-1])
+    assert Path(report).exists()
+    (command,) = re.findall(r"^    (imu-ray unlearn .+)", README, re.MULTILINE)
+    ending = commanded(command)
     assert ending["status"] == "reached"
-    assert Path(tmp_path, ending["report"]).exists()
+    assert Path(ending["report"]).exists()
 
 
 @pytest.mark.slow
-def test_the_queue_that_is_shown_answers_its_request_after_the_demo(demo, python_environment):
-    tmp_path, _ = demo
+def test_the_queue_that_is_shown_answers_its_request_after_the_demo(commanded):
     page = (ROOT / "docs" / "requests.md").read_text()
     for name, language in (("request.json", "json"), ("queue.yaml", "yaml")):
-        (tmp_path / name).write_text(*blocks(page, language))
+        Path(name).write_text(*blocks(page, language))
     (commands,) = blocks(page, "sh")
-    endings = []
-    for command in commands.splitlines():
-        printed = run([*COMMAND, *command.removeprefix("imu-ray ").split()], tmp_path, python_environment)
-        endings.append(json.loads(printed.splitlines()[-1]))
-    added, shown, done, status, verified = endings
+    added, shown, done, status, verified = (commanded(command) for command in commands.splitlines())
     assert (added["ids"], added["not_used"]) == (2, {"email": 1})
     assert (shown["totals"]["to_forget"], shown["batches"]) == (2, [])
     assert done["reason"] == "1 completed"
