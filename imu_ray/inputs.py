@@ -55,7 +55,7 @@ from imu_ray.scopes.layers import Layers
 from imu_ray.tasks import TASKS
 from imu_ray.tasks.base import Batch, Task, read_batch, rows_at_once
 from imu_ray.tasks.preprocessing import named_for
-from imu_ray.updates.stopping import metric_of
+from imu_ray.updates.stopping import metric_of, target_metric
 
 EXAMPLES = 8  # rows that a model is traced with
 OF_FORGET = ("forget", FORGET_VIEWS, FORGET_FRESH_VIEWS)
@@ -180,8 +180,13 @@ class Inputs:
                     f"{key} names the sample set {name!r}{audit_alone}; expected forget or an evaluation set that was "
                     f"given, one of {sorted(self.names)}; give it in evaluation, or name another"
                 )
-        for name in ascent.guard.limits:
-            metric_of(name, self.task.metrics, sorted(self.names), "ascent.guard.limits")
+        for name, limit in ascent.guard.limits.items():
+            metric = metric_of(name, self.task.metrics, sorted(self.names), "ascent.guard.limits")
+            metric.check_number(limit, f"ascent.guard.limits.{name}")
+        for name, value in ascent.stop.targets.items():
+            metric = target_metric(name, self.task.metrics)
+            if isinstance(value, int | float):
+                metric.check_number(value, f"ascent.stop.targets.{name}")
 
     def ascent_resources(self, resources: ResourcesConfig) -> ResourcesConfig:
         """With a number of workers for the update: all where layers move, one for a head if the features fit a node."""
@@ -219,6 +224,11 @@ class Inputs:
             size = described[name].feature_bytes
             metrics.gauge("feature_bytes", size, f"features of {name}")
             metrics.flush()
+            if name == "test" and described[name].fingerprint == described["forget"].fingerprint:
+                raise ConfigError(
+                    "evaluation['test'] is the forget set itself: its rows, labels and ids are the same; expected "
+                    "samples that the model has never seen; give those, or leave it out"
+                )
             event("features made", set=name, rows=made.rows, left_out=len(described[name].bad_rows), bytes=size)
         for name, (base, views, _) in kinds_of_views(config).items():
             if name in features and (usable := features[name].rows) != views * features[base].rows:

@@ -79,6 +79,40 @@ def test_auto_takes_mixed_rows_for_samples_and_asks_about_rows_of_one_class(know
     threes = pick(train[labels[train] == 3][:7])
     with pytest.raises(ConfigError, match="expected to be told what must go"):
         unlearn(model, threes, evaluation={"test": pick(unseen)}, run_dir=tmp_path / "asked")
+    assert not [path for path in (tmp_path / "asked").rglob("*") if path.is_file()], "not even a table of ids"
+    told = unlearn(model, threes, evaluation={"test": pick(unseen)}, recipe="samples", run_dir=tmp_path / "asked")
+    assert told.record.ascent.recipe == "samples", "the corrected call goes to the same place"
+
+
+def test_unseen_samples_that_are_the_forget_set_are_refused(known, tmp_path):
+    model, pick, train, *_ = known
+    with pytest.raises(ConfigError, match="is the forget set itself.*expected samples that the model has never seen"):
+        unlearn(model, pick(train[:50]), evaluation={"test": pick(train[:50])}, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("stop.targets.forget.accuracy", 82, "82, which the metric cannot be; expected a number from 0 to 1, a share"),
+        ("stop.targets.forget.bounded_loss", -5, "-5, which the metric cannot be; expected a number from 0 to 2.3"),
+        ("stop.targets.forget.bounded_loss", 2.5, "2.5, which the metric cannot be"),
+        ("stop.targets.membership.auc", 50, "50, which the metric cannot be; expected a number from 0 to 1"),
+        ("stop.targets.forget.acuracy", 0.5, "names 'forget.acuracy'; did you mean"),
+        ("guard.limits.test.accuracy", 90, "90, which the metric cannot be"),
+    ],
+)
+def test_a_target_or_limit_that_no_model_can_have_is_refused_before_anything_runs(
+    setting, value, message, known, tmp_path
+):
+    model, pick, train, unseen, _ = known
+    section, name = setting.split(".")[1], setting.split(".", 2)[2]
+    config = UnlearnConfig.from_recipe("samples").with_overrides(
+        {f"ascent.{setting.split('.')[0]}.{section}": {name: value}}
+    )
+    with pytest.raises(ConfigError, match=message):
+        unlearn(model, pick(train[:50]), evaluation={"test": pick(unseen)}, config=config, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_given_other_inputs_than_it_learnt_is_told_so_in_the_report(known, tmp_path):

@@ -15,6 +15,8 @@ from imu_ray.run.fingerprint import IDS, fingerprint, holds, read_key
 
 PARTS = {"metrics.json": "metrics", "report.html": "report", WITH_SAMPLES: "report", IDS: "ids"}
 
+UNFINISHED = ("running", "interrupted", "failed")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -64,11 +66,17 @@ def _verify(
     key: str | Path | None,
     ids: Sequence[str],
 ) -> list[Finding]:
-    manifest = run.read_manifest()
-    if manifest.get("status") != "complete":
+    record = _record(run)
+    try:
+        manifest = run.read_manifest()
+    except CheckpointError:
+        if record.status == "changed" and SEAL in run.storage.entries():
+            return [Finding("record", "changed", f"{MANIFEST} is no record any more, so that nothing else can be told")]
+        raise
+    if manifest.get("status") in UNFINISHED:
         raise CheckpointError(f"{run.location} holds a run that is {manifest.get('status')}; expected one that ended")
     exported = "exported_from" in manifest
-    findings = [_record(run), *_signature(run, manifest.get("public_key"), public_key)]
+    findings = [record, *_signature(run, manifest.get("public_key"), public_key)]
     for name, digest in manifest.get("artifacts", {}).items():
         part, found = _part(name), run.digest(name)
         if not found:

@@ -114,8 +114,15 @@ class RunDirectory:
                     f"{digest[:12]}); expected the same, or a new directory"
                 )
 
+    def withdraw(self) -> None:
+        """Remove every file; of a run that was refused, which has made all that is here."""
+        for name in self.storage.files():
+            self.storage.filesystem.delete_file(f"{self.storage.root}/{name}")
+
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; ``CheckpointError`` when there is none or it is not one."""
+        if not self.storage.entries():
+            raise CheckpointError(f"there is no run at {self.location}; expected the directory of a run, or its URI")
         try:
             manifest = self.read_json(MANIFEST)
         except ValueError:

@@ -1,5 +1,6 @@
 """What a task supplies: how rows become a batch, and what the model's head and loss are."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
@@ -9,7 +10,7 @@ from typing_extensions import Self
 
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source
-from imu_ray.errors import ForgetSetError, ImuError
+from imu_ray.errors import ConfigError, ForgetSetError, ImuError
 
 OUTPUTS = 2**24  # numbers that the model may give at once, where a sample has many positions
 
@@ -68,11 +69,24 @@ class Metric:
         rises: whether it rises as samples are forgotten; otherwise it falls.
         counted: whether it is 0 or 1 of each sample, so that its mean moves in steps.
         chance: its mean under a uniform guess, where that is known.
+        least: the lowest that its mean can be.
+        most: the highest.
     """
 
     rises: bool
     counted: bool = False
     chance: float | None = None
+    least: float = -math.inf
+    most: float = math.inf
+
+    def check_number(self, value: float, setting: str) -> None:
+        """``ConfigError`` where the mean can never be what a setting asks for."""
+        if not self.least <= value <= self.most:
+            share = ", a share and not per cent" if (self.least, self.most) == (0, 1) else ""
+            raise ConfigError(
+                f"{setting} is {value:g}, which the metric cannot be; expected a number from {self.least:g} to "
+                f"{self.most:g}{share}"
+            )
 
 
 class Task(Protocol):

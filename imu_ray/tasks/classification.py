@@ -116,12 +116,13 @@ class ClassificationTask:
         several = self.config.target == "multi_label"
         guess = 1 / (2 if several else max(self.num_classes, 1))
         losses = {
-            "loss": Metric(rises=True, chance=None if self.config.class_weights else -math.log(guess)),
-            "bounded_loss": Metric(rises=True, chance=-math.log(guess)),
+            "loss": Metric(rises=True, chance=None if self.config.class_weights else -math.log(guess), least=0),
+            "bounded_loss": Metric(rises=True, chance=-math.log(guess), least=0, most=-math.log(guess)),
         }
         if several:
-            return {**losses, "label_accuracy": Metric(rises=False, chance=guess), "f1": Metric(rises=False)}
-        accuracy = {"accuracy": Metric(rises=False, counted=True, chance=guess)}
+            right = Metric(rises=False, chance=guess, least=0, most=1)
+            return {**losses, "label_accuracy": right, "f1": Metric(rises=False, least=0, most=1)}
+        accuracy = {"accuracy": Metric(rises=False, counted=True, chance=guess, least=0, most=1)}
         return {**losses, **accuracy, **({"margin": Metric(rises=False)} if self.config.target == "class" else {})}
 
     def target(self, labels: Tensor) -> Tensor:

@@ -108,10 +108,10 @@ class SequenceTask:
         """Loss, the same bounded by that of a uniform guess, share of tokens predicted right, and their probability."""
         guess = math.log(max(self.num_classes, 1))
         return {
-            "loss": Metric(rises=True, chance=guess),
-            "bounded_loss": Metric(rises=True, chance=guess),
-            "accuracy": Metric(rises=False),
-            "probability": Metric(rises=False),
+            "loss": Metric(rises=True, chance=guess, least=0),
+            "bounded_loss": Metric(rises=True, chance=guess, least=0, most=guess),
+            "accuracy": Metric(rises=False, least=0, most=1),
+            "probability": Metric(rises=False, least=0, most=1),
         }
 
     def target(self, labels: Tensor) -> Tensor:

@@ -89,6 +89,13 @@ def metric_of(name: str, metrics: Mapping[str, Metric], sets: Sequence[str], set
     raise ConfigError(f"{setting} names {name!r}; {nearest(name, [*valid, MEMBERSHIP])}")
 
 
+def target_metric(name: str, metrics: Mapping[str, Metric]) -> Metric:
+    """The metric behind a key of ``ascent.stop.targets``; ``ConfigError`` when there is none."""
+    if name == MEMBERSHIP:
+        return Metric(rises=False, least=0, most=1)
+    return metric_of(name, metrics, ["forget", FORGET_VIEWS], "ascent.stop.targets")
+
+
 @dataclass(frozen=True)
 class Unseen:
     """What ``evaluation["test"]`` shows, as figures of the original model by metric, in all and ``per_class``.
@@ -137,7 +144,7 @@ def stop_targets(
         if name == MEMBERSHIP:
             targets.append(_membership_target(value, unseen, config.tolerance))
             continue
-        metric = metric_of(name, metrics, ["forget", FORGET_VIEWS], "ascent.stop.targets")
+        metric = target_metric(name, metrics)
         threshold, reason = value, f"ascent.stop.targets.{name}"
         if value == "auto":
             if unseen is None:

@@ -223,5 +223,5 @@ def test_runs_of_the_same_name_are_told_apart_and_a_uri_is_read(tmp_path, s3_uri
 def test_too_few_runs_and_what_is_no_run_are_refused(runs, tmp_path):
     with pytest.raises(ConfigError, match="runs to compare are 0; expected two"):
         compare()
-    with pytest.raises(CheckpointError, match="no manifest.json of a run"):
+    with pytest.raises(CheckpointError, match="there is no run at"):
         compare(runs[0], tmp_path / "nowhere")

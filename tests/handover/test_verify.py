@@ -240,8 +240,28 @@ def test_what_is_no_finished_run_is_refused(run, tmp_path):
     for function in (lambda: export_run(run, tmp_path / "out"), lambda: verify_run(run)):
         with pytest.raises(CheckpointError, match="holds a run that is failed"):
             function()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").write_text("")
     with pytest.raises(CheckpointError, match="no manifest"):
-        verify_run(tmp_path)
+        verify_run(tmp_path / "else")
+    with pytest.raises(CheckpointError, match="there is no run at .*nowhere; expected the directory of a run"):
+        verify_run(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_a_record_that_cannot_be_read_any_more_is_named_as_changed(run, text):
+    if text is None:
+        (run / "manifest.json").unlink()
+    else:
+        (run / "manifest.json").write_text(text)
+    (found,) = verify_run(run)
+    assert (found.part, found.status) == ("record", "changed")
+
+
+def test_an_edited_status_is_a_changed_record(run):
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"status": "done"}))
+    assert changed(verify_run(run)) == {"record"}
 
 
 def command(monkeypatch, capsys, *line):
