@@ -4,6 +4,9 @@ BIN := .venv/bin
 TEST_ENV := RAY_AUTH_MODE=disabled RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 RAY_USAGE_STATS_ENABLED=0 \
 	RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2 OMP_NUM_THREADS=1
 
+# Which of the slow tests; CI leaves out the longest.
+SLOW := slow and not gpu
+
 .PHONY: demo test test-slow test-gpu lint format docs clean
 
 demo: .venv/installed  ## forget a digit, on a local Ray
@@ -13,7 +16,7 @@ test: .venv/installed-test  ## quick tests, one Ray session
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: .venv/installed-test  ## end to end, several processes, faults
-	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "$(SLOW)"
 
 test-gpu: .venv/installed-test  ## on a machine with a CUDA device
 	$(TEST_ENV) $(BIN)/python -m pytest -m gpu

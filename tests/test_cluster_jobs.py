@@ -185,6 +185,7 @@ LONG = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, job_file):
     folder = job_file.parent / "stopped"
     settings = (*LONG, "ascent.stop.max_epochs=150", f"run_dir={folder}")
@@ -221,6 +222,7 @@ def figures(head):
     return {line.rpartition(" ")[0] for line in lines if line.startswith("ray_imu_ray_")}
 
 
+@pytest.mark.long
 def test_figures_of_a_running_job_are_exported(head, job_file):
     settings = (*LONG, "ascent.stop.max_epochs=1500", f"run_dir={job_file.parent / 'measured'}")
     names = ("forget_accuracy", "forget_loss", "stage_seconds", "feature_bytes")

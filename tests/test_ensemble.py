@@ -196,6 +196,7 @@ def test_wrong_inputs_are_refused_before_a_model_is_trained(sets, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_after_the_driver_was_killed_no_finished_model_is_made_again(finished, sets, tmp_path, drive):
     place = Path(sets["forget"]).parent
     assert drive("ensemble_driver.py", tmp_path, place).returncode == -signal.SIGKILL

@@ -146,6 +146,7 @@ SIZES = {"forget_set.size": [0.05, 0.2, 1.0], "ascent.learning_rate": [0.01, 0.0
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_path, swept):
     died = swept(SIZES, (), (), int(signal.SIGKILL), 2)
     assert died.returncode == -signal.SIGKILL, died.stderr
@@ -189,6 +190,7 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_trials_that_are_stopped_early_leave_room_for_the_others(swept):
     # Steps that forget in two, where halving first looks.
     overrides = {

@@ -1,10 +1,11 @@
 """An ensemble on a part of CIFAR-10: writes its rows as Parquet and its job file, and holds its net and its training.
 
     python tests/benchmarks/ensemble_cifar.py --data DIR --out DIR
-    imu-ray ensemble --config DIR/ensemble.yaml          # from the repository's root
+    PYTHONPATH=. imu-ray ensemble --config DIR/ensemble.yaml          # from the repository's root
 
 2,000 training rows, 100 of them to forget, 1,000 unseen ones, drawn once. The net learns its rows by heart (no
-augmentation), so that there is something to forget.
+augmentation), so that there is something to forget; recipe ``views`` is left out, because such a net has not learnt
+the pictures' views.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 FORGET, RETAIN, TEST = 100, 1900, 1000
 METHODS = {
     "samples": {"recipe": "samples"},
-    "last:3 over 6 views": {"recipe": "views", "ascent.scope": "last:3"},
+    "samples, last:3": {"recipe": "samples", "ascent.scope": "last:3"},
     "paper (IMU weights)": {"recipe": "paper"},
     "uniform weights": {"recipe": "paper", "intensity.scheme": "uniform"},
     "NPO": {"call": "tests.benchmarks.ensemble_methods:baseline", "name": "NPO", "setting": 0},
@@ -33,7 +34,7 @@ METHODS = {
     },
     "fine-tune on retain": {
         "call": "tests.benchmarks.ensemble_methods:fine_tune",
-        "lr": 0.01,
+        "lr": 0.001,
         "epochs": 3,
         "needs": "retain",
     },
@@ -41,18 +42,18 @@ METHODS = {
 
 
 def small_cnn() -> nn.Module:
-    """Three convolutions with BatchNorm and a linear head ``128 -> 10``, for 32x32 colours."""
+    """Three convolutions with BatchNorm and a linear head ``64 -> 10``, for 32x32 colours."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
 
-    body = [*block(3, 32), *block(32, 64), *block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*body, nn.Linear(128, 10))
+    body = [*block(3, 16), *block(16, 32), *block(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(64, 10))
 
 
 def fit(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
-    """20 epochs of AdamW in batches of 64, with a one-cycle schedule."""
-    epochs, batch = 20, 64
+    """25 epochs of AdamW in batches of 64, with a one-cycle schedule."""
+    epochs, batch = 25, 64
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
     steps = epochs * (len(images) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=steps)
