@@ -100,10 +100,15 @@ def _to_mlflow(run_name: str, settings: dict[str, Any], steps: Steps, ended: dic
 
 
 def wandb_settings() -> Any:
-    """What keeps to itself the command line, in which ids may stand, what is printed, and code."""
+    """What keeps to itself the command line, in which ids may stand, what is printed, and code.
+
+    Trials are told of by processes that have the environment of their node, and not the driver's.
+    """
     import wandb
 
-    return wandb.Settings(x_disable_meta=True, console="off", disable_code=True, disable_git=True)
+    named = {"WANDB_MODE": "mode", "WANDB_DIR": "root_dir", "WANDB_BASE_URL": "base_url"}
+    here = {setting: os.environ[name] for name, setting in named.items() if name in os.environ}
+    return wandb.Settings(x_disable_meta=True, console="off", disable_code=True, disable_git=True, **here)
 
 
 def _to_wandb(run_name: str, settings: dict[str, Any], steps: Steps, ended: dict[str, float]) -> None:
