@@ -16,7 +16,7 @@ from imu_ray.events import event
 from imu_ray.influence.factors import read_factors
 from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import model_hash
-from imu_ray.models.spec import ModelSpec
+from imu_ray.models.spec import ModelSpec, require_model
 from imu_ray.pipeline import Pipeline, gaps_of
 from imu_ray.recipes import resolve_settings, settle_scope
 from imu_ray.run.bundle import BundleRecord, check_place, write_bundle
@@ -215,21 +215,9 @@ def remember(
         settings = settings.with_overrides({"resources": resources.model_dump()})
         features = inputs.extract(settings).features["training set"]
         sums, figures = bundle_job.remember(features, inputs.part, settings.ascent)
-    record = BundleRecord(
-        created=now(),
-        model=model_hash(inputs.model),
-        task=task,
-        rows=features.rows,
-        seed=settings.seed,
-        shapes={name: list(matrix.shape) for name, matrix in inputs.part.parameters.items()},
-        sums={name: list(kinds) for name, kinds in sums.items()},
-        figures=figures,
-        target=settings.forget_set.target,
-        class_weights=settings.forget_set.class_weights,
-    )
-    write_bundle(path, record, sums)
-    event("remembered", path=str(path), rows=record.rows, layers=len(sums))
-    return path
+    shapes = {name: list(matrix.shape) for name, matrix in inputs.part.parameters.items()}
+    own = {"rows": features.rows, "seed": settings.seed, "shapes": shapes, "figures": figures}
+    return _keep(path, inputs.model, task, settings, sums, **own)
 
 
 def import_factors(
@@ -260,23 +248,36 @@ def import_factors(
     """
     settings = resolve_settings(None, config, task)
     check_place(path)
+    require_model(model)
     built = model.build() if isinstance(model, ModelSpec) else model
     found = read_factors(factors, built)
+    sums = {name: {"kfac": bundle_job.to_tensors(each)} for name, each in found.items()}
+    shapes = {name: [len(each.outputs_CC), len(each.inputs_DD)] for name, each in found.items()}
+    rows = next(iter(found.values())).count
+    own = {"rows": rows, "seed": None, "shapes": shapes, "figures": {}, "source": "kronfluence"}
+    return _keep(path, built, task, settings, sums, **own)
+
+
+def _keep(
+    path: str | Path,
+    model: nn.Module,
+    task: str,
+    settings: UnlearnConfig,
+    sums: Mapping[str, Mapping[str, Any]],
+    **own: Any,
+) -> str | Path:
+    """Write a bundle of some sums, by layer and kind; ``own`` are the other fields of its record."""
     record = BundleRecord(
         created=now(),
-        model=model_hash(built),
+        model=model_hash(model),
         task=task,
-        rows=next(iter(found.values())).count,
-        seed=None,
-        source="kronfluence",
-        shapes={name: [len(sums.outputs_CC), len(sums.inputs_DD)] for name, sums in found.items()},
-        sums={name: ["kfac"] for name in found},
-        figures={},
+        sums={name: list(kinds) for name, kinds in sums.items()},
         target=settings.forget_set.target,
         class_weights=settings.forget_set.class_weights,
+        **own,
     )
-    write_bundle(path, record, {name: {"kfac": bundle_job.to_tensors(sums)} for name, sums in found.items()})
-    event("imported", path=str(path), rows=record.rows, layers=len(found))
+    write_bundle(path, record, sums)
+    event("remembered", path=str(path), rows=record.rows, layers=len(sums), source=record.source)
     return path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import imu_ray
-from imu_ray.errors import CheckpointError, ConfigError, EmptySelectionError, ImuError, StageFailedError
+from imu_ray.errors import CheckpointError, ConfigError, ImuError, is_refusal
 from imu_ray.events import event, log_events
 from imu_ray.requests.arguments import add_actions
 
@@ -95,12 +95,12 @@ def _remember(job: "JobConfig", options: argparse.Namespace) -> dict[str, Any]:
     if options.factors is None:
         train_set = options.train_set or given
         path = imu_ray.remember(**arguments, train_set=train_set, path=options.out, rows=options.rows)
-    elif options.train_set is None and options.rows is None:
-        path = imu_ray.import_factors(**arguments, factors=options.factors, path=options.out)
     else:
-        raise ConfigError(
-            "--factors was given with --train-set or --rows; expected either: factors are sums over rows already"
-        )
+        if options.train_set is not None or options.rows is not None:
+            raise ConfigError(
+                "--factors was given with --train-set or --rows; expected either: factors are sums over rows already"
+            )
+        path = imu_ray.import_factors(**arguments, factors=options.factors, path=options.out)
     return {"run_dir": None, "bundle": str(path)}
 
 
@@ -226,8 +226,8 @@ def main(*command: str) -> int:
         of_its_own = OTHERS.get(options.command)
         ending |= of_its_own(options) if of_its_own else _run_stage(options, ending)
     except ImuError as error:
-        failed = isinstance(error, StageFailedError | EmptySelectionError)
-        ending |= {"status": "failed" if failed else "refused", "reason": f"{type(error).__name__}: {error}"}
+        status = "refused" if is_refusal(error) else "failed"
+        ending |= {"status": status, "reason": f"{type(error).__name__}: {error}"}
     except KeyboardInterrupt:
         ending |= {"status": "interrupted", "reason": "by SIGINT"}
     except SystemExit:  # Ray may put its own in the place of ours

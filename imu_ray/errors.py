@@ -45,6 +45,11 @@ class StageFailedError(ImuError):
     """A stage of the job failed for a reason outside the settings and the data; the cause is in the message."""
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether settings or inputs were refused (status ``refused``), rather than that the work failed."""
+    return isinstance(error, ImuError) and not isinstance(error, StageFailedError | EmptySelectionError)
+
+
 def raised_in(error: BaseException) -> str:
     """``KeyError in a.py, line 3``: kind and place of an error without its text, which may hold what a sample holds."""
     line = traceback.extract_tb(error.__traceback__)[-1]

@@ -37,7 +37,7 @@ from imu_ray.models.choice import choose_layers
 from imu_ray.models.copies import plain_copy, to_eval
 from imu_ray.models.layers import logits_of
 from imu_ray.models.pretrained import ADAPTER, CONFIG
-from imu_ray.models.spec import ModelSpec
+from imu_ray.models.spec import ModelSpec, require_model
 from imu_ray.recipes import HEAD, LAST, settle_scope
 from imu_ray.run.record import ModelRecord, SamplesRecord
 from imu_ray.scopes.base import (
@@ -93,8 +93,7 @@ class Inputs:
         Raises:
             ImuError: something cannot be used; the message says what.
         """
-        if not isinstance(model, nn.Module | ModelSpec):
-            raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module or an imu_ray.ModelSpec")
+        require_model(model)
         if not isinstance(evaluation, Mapping | None):
             raise ConfigError(
                 f"evaluation is a {type(evaluation).__name__}; expected a mapping of names to sample sets"
@@ -184,8 +183,10 @@ class Inputs:
             metric = metric_of(name, self.task.metrics, sorted(self.names), "ascent.guard.limits")
             metric.check_number(limit, f"ascent.guard.limits.{name}")
         for name, value in ascent.stop.targets.items():
+            if value is None:
+                continue
             metric = target_metric(name, self.task.metrics)
-            if isinstance(value, int | float):
+            if value != "auto":
                 metric.check_number(value, f"ascent.stop.targets.{name}")
 
     def ascent_resources(self, resources: ResourcesConfig) -> ResourcesConfig:

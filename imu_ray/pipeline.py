@@ -383,12 +383,7 @@ class Pipeline:
             return {}
         if self.bundle is not None:
             taken = self.bundle.record
-            told = CurvatureRecord(
-                kind=settings.curvature,
-                rows={"bundle": taken.rows},
-                bundle=self.bundle.digest,
-                source=taken.source,
-            )
+            found = {"rows": {"bundle": taken.rows}, "bundle": self.bundle.digest, "source": taken.source}
         else:
             names = [
                 FORGET_VIEWS if name == "forget" and FORGET_VIEWS in self.features else name
@@ -402,8 +397,8 @@ class Pipeline:
                 )
             if self.part.deep:
                 sets = {name: made.spaced(settings.preconditioner_rows) for name, made in sets.items()}
-            told = CurvatureRecord(kind=settings.curvature, rows={name: made.rows for name, made in sets.items()})
-        self.record.curvature = told
+            found = {"rows": {name: made.rows for name, made in sets.items()}}
+        self.record.curvature = CurvatureRecord(kind=settings.curvature, **found)
         if settings.update == "one_step" and self.part.deep and self.run.load_state() is not None:
             return {}
         if self.bundle is not None:

@@ -36,7 +36,6 @@ NOTICE_QUICKLY = {
     "health_check_failure_threshold": 2,
     "health_check_initial_delay_ms": 0,
 }
-FEW_AND_MANY = 500, 2_000  # shards
 ROWS, MIDDLE = 160, 80  # rows of the disturbed runs, and the first row of the shard at which it happens
 
 
@@ -178,6 +177,7 @@ STEPS = {"ascent.update": "iterative", "ascent.stop.max_steps": 12, "ascent.micr
 LAYERS = {"ascent.scope": "last:2", "ascent.views": 2, "audit.report": False}
 NEVER = ("forget.accuracy", -1.0, "test")
 UPDATES = {  # recipe, settings, target
+    "head": ("paper", STEPS, StopTarget(*NEVER)),
     "layers": ("samples", LAYERS | STEPS, StopTarget(*NEVER)),
     "one step": ("samples", LAYERS, StopTarget("forget_views.loss", 4.5, "test", 0.05, True)),
 }
@@ -210,7 +210,10 @@ def lose_nodes_in_update(case, folder):
     """An undisturbed update on one node; then, on several, one lost between steps, or one in each phase of one step."""
     inputs, labels = tensors(ROWS, dtype=torch.float64)
     recipe, more, usual = UPDATES[case]
-    model, inputs = lively(Residual).double(), inputs.repeat(1, 1, 4, 4)  # features as large as those of ``Wide``
+    if case == "head":
+        model = Wide(2048).double()
+    else:  # on images with features as large
+        model, inputs = lively(Residual).double(), inputs.repeat(1, 1, 4, 4)
     cluster = start_cluster()
     cluster.add_node(num_cpus=2)
 
@@ -278,10 +281,10 @@ def memory():
 
 
 def count_shards(folder):
-    """Resident memory of the driver with few shards and with many."""
+    """Resident memory of the driver with 100 shards and with 10,000."""
     cluster = start_cluster(num_cpus=2)
     found = {}
-    for shards in FEW_AND_MANY:
+    for shards in (100, 10_000):
         config = settings(2, **{"influence.block_rows": 1})
         imu_ray.score(named(), OneRowShards(shards), config=config, run_dir=folder / str(shards))
         found[shards] = memory()

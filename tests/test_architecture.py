@@ -19,6 +19,12 @@ def test_a_worker_of_the_scoring_imports_neither_train_nor_tune_nor_plots():
     assert done.stdout.strip() == ""
 
 
+def test_a_process_that_runs_a_model_for_the_audits_imports_no_scikit_learn_and_no_statistics():
+    code = "import sys, imu_ray.distributed.audit_job; print(*({'sklearn', 'scipy.stats'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_only_the_head_scope_and_the_mathematics_know_a_heads_matrix():
     homes = (PACKAGE / "scopes" / "head.py", PACKAGE / "influence")
     others = (path for path in PACKAGE.rglob("*.py") if not any(path == home or home in path.parents for home in homes))

@@ -92,27 +92,38 @@ def test_unseen_samples_that_are_the_forget_set_are_refused(known, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "message"),
+    ("section", "name", "value", "message"),
     [
-        ("stop.targets.forget.accuracy", 82, "82, which the metric cannot be; expected a number from 0 to 1, a share"),
-        ("stop.targets.forget.bounded_loss", -5, "-5, which the metric cannot be; expected a number from 0 to 2.3"),
-        ("stop.targets.forget.bounded_loss", 2.5, "2.5, which the metric cannot be"),
-        ("stop.targets.membership.auc", 50, "50, which the metric cannot be; expected a number from 0 to 1"),
-        ("stop.targets.forget.acuracy", 0.5, "names 'forget.acuracy'; did you mean"),
-        ("guard.limits.test.accuracy", 90, "90, which the metric cannot be"),
+        (
+            "stop.targets",
+            "forget.accuracy",
+            82,
+            "82, which the metric cannot be; expected a number from 0 to 1, a share",
+        ),
+        ("stop.targets", "forget.bounded_loss", -5, "-5, which the metric cannot be; expected a number from 0 to 2.3"),
+        ("stop.targets", "forget.bounded_loss", 2.5, "2.5, which the metric cannot be"),
+        ("stop.targets", "membership.auc", 50, "50, which the metric cannot be; expected a number from 0 to 1"),
+        ("stop.targets", "forget.acuracy", 0.5, "names 'forget.acuracy'; did you mean"),
+        ("guard.limits", "test.accuracy", 90, "90, which the metric cannot be"),
     ],
 )
 def test_a_target_or_limit_that_no_model_can_have_is_refused_before_anything_runs(
-    setting, value, message, known, tmp_path
+    section, name, value, message, known, tmp_path
 ):
     model, pick, train, unseen, _ = known
-    section, name = setting.split(".")[1], setting.split(".", 2)[2]
-    config = UnlearnConfig.from_recipe("samples").with_overrides(
-        {f"ascent.{setting.split('.')[0]}.{section}": {name: value}}
-    )
+    config = UnlearnConfig.from_recipe("samples").with_overrides({f"ascent.{section}": {name: value}})
     with pytest.raises(ConfigError, match=message):
         unlearn(model, pick(train[:50]), evaluation={"test": pick(unseen)}, config=config, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_is_null_is_none_whatever_its_name(known, tmp_path):
+    model, pick, train, unseen, _ = known
+    targets = {"ascent.stop.targets": {"forget.f1": None, "forget.bounded_loss": "auto"}}
+    config = UnlearnConfig.from_recipe("samples").with_overrides(targets)
+    sets = {"test": pick(unseen)}
+    found = unlearn(model, pick(train[:50]), evaluation=sets, config=config, run_dir=tmp_path / "run")
+    assert [each.metric for each in found.record.ascent.targets] == ["forget.bounded_loss"]
 
 
 def test_a_model_given_other_inputs_than_it_learnt_is_told_so_in_the_report(known, tmp_path):

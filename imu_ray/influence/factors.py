@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,7 +57,8 @@ def read_factors(location: str | Path, model: nn.Module) -> dict[str, FactorSums
             f"with {INPUTS}.safetensors, {OUTPUTS}.safetensors, {POSITIONS}.safetensors, {DATASET} and {ARGUMENTS}, as "
             "its strategies kfac and ekfac write them; aggregate partitions first"
         ) from None
-    faults = [f"{name}: {fault}" for name, sums in found.items() for fault in _faults(model, name, sums)]
+    layers = dict(model.named_modules())
+    faults = [f"{name}: {fault}" for name, sums in found.items() for fault in _faults(layers.get(name), sums)]
     if faults or not found:
         raise CheckpointError(
             f"{location} does not fit {type(model).__name__}: {'; '.join(faults[:3]) or 'no layer is in it'}; expected "
@@ -65,8 +67,8 @@ def read_factors(location: str | Path, model: nn.Module) -> dict[str, FactorSums
     return found
 
 
-def _faults(model: nn.Module, name: str, sums: FactorSums) -> Iterator[str]:
-    layer = dict(model.named_modules()).get(name)
+def _faults(layer: Any, sums: FactorSums) -> Iterator[str]:
+    """What keeps the sums from being those of a layer."""
     if layer is None or kind_of(layer) is None:
         yield "no such layer"
         return

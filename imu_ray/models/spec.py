@@ -157,3 +157,9 @@ def import_path(setting: str, path: str) -> Any:
             f"{setting} {path!r} cannot be imported ({type(error).__name__}: {error}); expected "
             "'package.module:callable' on the import path or in the working directory"
         ) from error
+
+
+def require_model(model: Any) -> None:
+    """``ConfigError`` where a model is neither a module nor a spec."""
+    if not isinstance(model, nn.Module | ModelSpec):
+        raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module or an imu_ray.ModelSpec")

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from imu_ray.errors import EmptySelectionError, ImuError, StageFailedError
+from imu_ray.errors import StageFailedError, is_refusal
 from imu_ray.events import event
 from imu_ray.run.directory import MANIFEST, MODEL, MODEL_FOLDER, RunDirectory
 from imu_ray.run.record import RunRecord
@@ -33,19 +33,18 @@ class Recorder:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             self.record.status = "interrupted" if interrupted else "failed"
             self.record.error = type(error).__name__
-            if self._refused(error):
-                self.run.withdraw()  # the corrected call finds the directory as this one did
-            else:
-                with contextlib.suppress(StageFailedError):  # on a full disk the error that is on its way says so
+            with contextlib.suppress(StageFailedError, OSError):  # the error that is on its way says what is wrong
+                if is_refusal(error) and self._may_withdraw():
+                    self.run.withdraw()  # the corrected call finds the directory as this one did
+                else:
                     self._save()
             event(f"run {self.record.status}", level=logging.WARNING, error=self.record.error)
             raise
 
-    def _refused(self, error: BaseException) -> bool:
-        """Whether settings or samples were refused after the record was begun, and before the update was."""
-        ours = isinstance(error, ImuError) and not isinstance(error, StageFailedError | EmptySelectionError)
-        fresh = self.write and self._begun and not self.record.resumed
-        return ours and fresh and not {"state", MODEL, MODEL_FOLDER} & set(self.run.storage.entries())
+    def _may_withdraw(self) -> bool:
+        """Whether all that is in the run directory is of this call, and nothing of an update is among it."""
+        ours = self.write and self._begun and not self.record.resumed
+        return ours and not {"state", MODEL, MODEL_FOLDER} & set(self.run.storage.entries())
 
     def begin(self) -> None:
         """Write the record from now on: a run that fails before leaves nothing behind."""

@@ -73,15 +73,15 @@ def share(outcome, expected, inputs):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "preconditioner", "worlds", "tolerance"),
-    [(torch.float64, "kfac", (2, 4), 1e-9), (torch.float32, "none", (4,), 1e-2)],
+    ("dtype", "preconditioner", "tolerance"),
+    [(torch.float64, "kfac", 1e-9), (torch.float32, "none", 1e-2)],
 )
-def test_any_number_of_workers_takes_the_same_steps(opened, tmp_path, dtype, preconditioner, worlds, tolerance):
+def test_any_number_of_workers_takes_the_same_steps(opened, tmp_path, dtype, preconditioner, tolerance):
     inputs = opened[dtype]
     alone = iterate(inputs, 1, tmp_path / "1", preconditioner=preconditioner)
     assert alone.trajectory[-1]["step"] == 20
     assert alone.trajectory[-1]["parameter_drift"] > 0.01
-    for workers in worlds:
+    for workers in (2, 4):
         several = iterate(inputs, workers, tmp_path / f"{workers}", preconditioner=preconditioner)
         assert share(several, alone, inputs) <= tolerance
 

@@ -1,4 +1,4 @@
-"""The ascent of a head on Ray Train: the same steps as in process, also after its group was lost (layers: ``test_layers_job``)."""
+"""The ascent on Ray Train: the same steps as in process, and through the death of a worker."""
 
 import numpy as np
 import pytest
@@ -41,6 +41,16 @@ def test_of_several_failures_the_one_that_is_not_about_another_worker_is_told():
     assert "MemoryError: no room" in str(train_job._explain(train_job._cause(failed)))
 
 
+def test_a_killed_worker_changes_nothing(tmp_path):
+    alone, start, _ = update(tmp_path, 1)
+    killing = KillingTarget("forget.accuracy", -1.0, "test", folder=str(tmp_path), step=6)
+    survived, *_ = update(tmp_path, 2, killing)
+    assert (tmp_path / "step6").exists(), "a worker was killed"
+    assert (survived.parameters["fc"] - alone.parameters["fc"]).norm() <= 1e-9 * (alone.parameters["fc"] - start).norm()
+    assert survived.trajectory[-1]["step"] == 12
+    assert [record["step"] for record in survived.trajectory] == [record["step"] for record in alone.trajectory]
+
+
 def test_a_group_that_fails_too_often_ends_with_its_last_good_state_intact(tmp_path):
     killing = KillingTarget("forget.accuracy", -1.0, "test", folder=str(tmp_path), step=6)
     with pytest.raises(StageFailedError, match="the last good state is kept"):
@@ -49,5 +59,4 @@ def test_a_group_that_fails_too_often_ends_with_its_last_good_state_intact(tmp_p
     assert RunDirectory(tmp_path / "run2").load_state().step in (4, 6)
     finished, *_ = update(tmp_path, 2)
     alone, start, _ = update(tmp_path, 1)
-    assert finished.trajectory[-1]["step"] == alone.trajectory[-1]["step"] == 12
     assert (finished.parameters["fc"] - alone.parameters["fc"]).norm() <= 1e-9 * (alone.parameters["fc"] - start).norm()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from samples import pairs, tensors
 from torch import nn
 
-from imu_ray import CheckpointError, UnlearnConfig, import_factors, remember, unlearn
+from imu_ray import CheckpointError, ConfigError, UnlearnConfig, import_factors, remember, unlearn
 from imu_ray.cli import main
 from imu_ray.influence.factors import ARGUMENTS, DATASET, INPUTS, OUTPUTS, POSITIONS, read_factors
 from imu_ray.models.checkpoint import model_hash
@@ -111,6 +111,11 @@ def test_factors_of_another_model_are_refused(make, sums, message, tmp_path):
     with pytest.raises(CheckpointError, match=rf"does not fit \w+: {message}.*give the model that they were fitted on"):
         import_factors(make(), write_factors(tmp_path / "f", random_sums(**sums)), path=tmp_path / "b.safetensors")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_what_is_no_model_is_refused_as_elsewhere(tmp_path):
+    with pytest.raises(ConfigError, match=r"model is a str; expected a torch.nn.Module or an imu_ray.ModelSpec"):
+        import_factors("model.pt", write_factors(tmp_path / "f", random_sums(fc=(5, 13))), path=tmp_path / "b")
 
 
 def test_sums_that_are_not_finite_or_of_too_few_positions_are_refused(tmp_path):
