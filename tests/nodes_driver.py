@@ -36,6 +36,7 @@ NOTICE_QUICKLY = {
     "health_check_failure_threshold": 2,
     "health_check_initial_delay_ms": 0,
 }
+FEW_AND_MANY = 500, 2_000  # shards
 ROWS, MIDDLE = 160, 80  # rows of the disturbed runs, and the first row of the shard at which it happens
 
 
@@ -281,10 +282,10 @@ def memory():
 
 
 def count_shards(folder):
-    """Resident memory of the driver with 100 shards and with 10,000."""
+    """Resident memory of the driver with few shards and with many."""
     cluster = start_cluster(num_cpus=2)
     found = {}
-    for shards in (100, 10_000):
+    for shards in FEW_AND_MANY:
         config = settings(2, **{"influence.block_rows": 1})
         imu_ray.score(named(), OneRowShards(shards), config=config, run_dir=folder / str(shards))
         found[shards] = memory()

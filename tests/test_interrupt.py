@@ -31,7 +31,14 @@ def wait_until_gone(pid):
     subprocess.run(["tail", f"--pid={pid}", "-f", "/dev/null"], timeout=60, check=True)
 
 
-@pytest.mark.parametrize(("fault", "workers"), [("hang in the features", "1"), ("hang in the ascent", "2")])
+@pytest.mark.parametrize(
+    ("fault", "workers"),
+    [
+        ("hang in the features", "1"),
+        pytest.param("hang in the ascent", "1", marks=pytest.mark.long),
+        ("hang in the ascent", "2"),
+    ],
+)
 def test_an_interrupt_leaves_neither_half_a_file_nor_ray(fault, workers, tmp_path, python_environment):
     for name in ("announce", "never"):
         os.mkfifo(tmp_path / name)

@@ -46,7 +46,7 @@ def test_features_that_were_lost_with_their_node_are_made_again(losses):
 # One step is sums in a fixed order; the steps of two workers differ from one worker's in the order of theirs.
 @pytest.mark.parametrize(
     ("update", "lost", "tolerance"),
-    [("layers", ["node"], 1e-9), ("one step", ["curvature", "gradient", "trial"], 0)],
+    [("head", ["node"], 1e-9), ("layers", ["node"], 1e-9), ("one step", ["curvature", "gradient", "trial"], 0)],
 )
 def test_a_node_lost_while_parameters_move_leaves_the_same_model(tmp_path, play, update, lost, tolerance):
     play(update, tmp_path)

@@ -191,19 +191,23 @@ def test_sizes_and_rates_share_one_forward_pass_and_a_killed_sweep_goes_on(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_trials_that_are_stopped_early_leave_room_for_the_others(swept):
+@pytest.mark.parametrize(("workers", "rates"), [(1, [3.0, 0.0001, 0.0002]), (2, [3.0, 0.0001])])
+def test_trials_that_are_stopped_early_leave_room_for_the_others(workers, rates, swept):
     # Steps that forget in two, where halving first looks.
     overrides = {
-        "forget_set.size": 64, "resources.workers": 2, "resources.ascent_workers": 2,
+        "forget_set.size": 64, "resources.workers": workers, "resources.ascent_workers": workers,
         "ascent.stop.targets": {"forget.accuracy": None}, "ascent.stop.max_epochs": 2,
         "ascent.guard.max_forget_loss": 1e6,
     }  # fmt: skip
-    done = swept({"ascent.learning_rate": [3.0, 0.0001]}, {"scheduler": "asha"}, overrides)
+    done = swept({"ascent.learning_rate": rates}, {"scheduler": "asha"}, overrides)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert rows[0]["status"] == "epochs_done"
-    assert rows[1]["status"] == "stopped_early"
-    assert rows[1]["forget.accuracy"] > rows[0]["forget.accuracy"]
+    # Halving is asynchronous: a trial beside the first may come to each rung before it, and is not stopped then.
+    beside = 2 // workers - 1
+    assert {row["status"] for row in rows[1 : 1 + beside]} <= {"stopped_early", "epochs_done"}
+    assert {row["status"] for row in rows[1 + beside :]} == {"stopped_early"}
+    assert all(row["forget.accuracy"] > rows[0]["forget.accuracy"] for row in rows[1:])
     assert {row["rows"] for row in rows} == {64}
 
 

@@ -87,7 +87,11 @@ def test_scores_are_bit_identical_for_any_workers_and_shards(workers, run, expec
 
 @pytest.mark.parametrize(
     "curvature",
-    ["diagonal_fisher", *(pytest.param(each, marks=pytest.mark.slow) for each in ("kfac", "implicit"))],
+    [
+        "diagonal_fisher",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("kfac", "implicit")),
+        *(pytest.param(each, marks=[pytest.mark.slow, pytest.mark.long]) for each in ("identity", "hessian")),
+    ],
 )
 def test_every_curvature_gives_the_same_bits_for_any_workers_and_shards_and_when_they_are_killed(
     curvature, tmp_path, monkeypatch

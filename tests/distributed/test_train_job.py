@@ -41,6 +41,7 @@ def test_of_several_failures_the_one_that_is_not_about_another_worker_is_told():
     assert "MemoryError: no room" in str(train_job._explain(train_job._cause(failed)))
 
 
+@pytest.mark.long
 def test_a_killed_worker_changes_nothing(tmp_path):
     alone, start, _ = update(tmp_path, 1)
     killing = KillingTarget("forget.accuracy", -1.0, "test", folder=str(tmp_path), step=6)
