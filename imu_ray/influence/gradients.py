@@ -15,6 +15,7 @@ from imu_ray.influence.targets import LogitHessian, has_positions
 
 HEAD_DTYPE = torch.float64
 IGNORE = -100  # the label of a position without one
+PAIRED = 5  # positions of a sample up to which products of pairs of them are the fastest way to the squares
 SLICE = 2**20  # numbers of outputs at many positions that are worked on at once in float64
 
 
@@ -128,12 +129,20 @@ def gradient_sum(layer_io: LayerIO) -> Tensor:
 def squared_gradient_sum(layer_io: LayerIO) -> Tensor:
     r""":math:`\sum_i g_i \circ g_i`, ``[C, D]``.
 
-    For one position this is :math:`(R \circ R)^\top (H \circ H)`. For several, the square of a sum over positions is
-    not separable, so it is accumulated one sample at a time into one buffer (memory ``2 C D``).
+    For one position this is :math:`(R \circ R)^\top (H \circ H)`, and for a few the same over pairs of them:
+    :math:`\sum_i \sum_{s,t} (r_{is} \circ r_{it}) (h_{is} \circ h_{it})^\top`. For more that takes longer than the
+    gradients do, which are squared one after another in one buffer (memory ``2 C D``).
     """
     inputs, grads = layer_io.inputs_BTD, layer_io.output_grads_BTC
-    if inputs.ndim == 3 and inputs.shape[1] == 1:
-        return grads[:, 0].square().T @ inputs[:, 0].square()
+    positions = inputs.shape[-2]
+    if positions <= PAIRED:
+        first, second = torch.triu_indices(positions, positions, device=inputs.device)
+        twice = (1.0 + (first < second)).to(inputs).unsqueeze(1)
+        of_inputs = (inputs[..., first, :] * inputs[..., second, :]).flatten(-3, -2)
+        of_grads = (grads[..., first, :] * grads[..., second, :] * twice).flatten(-3, -2)
+        # Where the terms of a square cancel, rounding may leave less than nothing.
+        found: Tensor = (of_grads.mT @ of_inputs).flatten(0, -2)
+        return found.clamp_min_(0)
     total = inputs.new_zeros(*grads.shape[:-3], grads.shape[-1], inputs.shape[-1])
     for sample_inputs, sample_grads in zip(inputs.unbind(-3), grads.unbind(-3), strict=True):
         total += (sample_grads.mT @ sample_inputs).square_()

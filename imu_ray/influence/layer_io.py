@@ -20,6 +20,10 @@ from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, with_bias_input
 Convolution = nn.Conv1d | nn.Conv2d
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d  # or Hugging Face's ``Conv1D``
 PIECE = 2**24  # numbers in the unfolded inputs that are held at once
+GRADIENTS = (
+    2**18
+)  # numbers in the gradients of samples that are held at once, or one sample's: a core's cache holds them
+GRAMS = 5  # how much more a number of a gradient costs to add up than one of a Gram matrix to make, as measured
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
@@ -108,15 +112,35 @@ def pieces(layer: Layer, inputs: Tensor, output_grads: Tensor, numbers: int = 0)
 
 
 def sample_gradients(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Iterator[Tensor]:
-    """Each sample's gradient ``[C, D]`` in turn, in the inputs' type, float32 at least.
+    """Gradients ``[b, C, D]`` of a few samples after another, in the inputs' type, float32 at least.
 
-    It holds until the next one is taken.
+    They hold until the next ones are taken.
     """
-    buffer: Tensor | None = None
+    rows, buffer = max(1, GRADIENTS // math.prod(sizes_of(layer))), torch.empty(0)
     for part in pieces(layer, inputs, output_grads):
-        for grads, seen in zip(part.output_grads_BTC.unbind(-3), part.inputs_BTD.unbind(-3), strict=True):
-            buffer = torch.matmul(grads.mT, seen, out=buffer)
-            yield buffer.flatten(0, -2)
+        sides = (torch.split(side, rows, -3) for side in (part.output_grads_BTC, part.inputs_BTD))
+        for grads, seen in zip(*sides, strict=True):
+            same = buffer.shape[:-2] == grads.shape[:-2]
+            buffer = torch.matmul(grads.mT, seen, out=buffer if same else None)
+            yield buffer if buffer.ndim == 3 else buffer.transpose(0, 1).flatten(1, 2)
+
+
+def layer_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's parts of each sample's influence and squared gradient norm, ``[B]`` float64 each.
+
+    From the gradients themselves, where they have to be made for the norms.
+    """
+    if _few_positions(layer, output_grads):
+        return (
+            directional_scores(layer, inputs, output_grads, direction_CD),
+            squared_gradient_norms(layer, inputs, output_grads),
+        )
+    influence, squares = [], []
+    direction_CD = direction_CD.to(torch.promote_types(inputs.dtype, torch.float32))
+    for gradients in sample_gradients(layer, inputs, output_grads):
+        influence.append(-(gradients * direction_CD).sum(2).sum(1, dtype=HEAD_DTYPE))
+        squares.append(_squared_norms(gradients))
+    return torch.cat(influence), torch.cat(squares)
 
 
 def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Tensor:
@@ -126,17 +150,26 @@ def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -
 
     is used where that takes less work than the gradient itself.
     """
-    outputs, width = sizes_of(layer)
-    positions = output_grads[0].numel() // outputs
-    if 2 * positions * (outputs + width) > outputs * width:
-        gradients = sample_gradients(layer, inputs, output_grads)
-        return torch.stack([torch.linalg.vector_norm(each, dtype=HEAD_DTYPE) ** 2 for each in gradients])
+    if not _few_positions(layer, output_grads):
+        return torch.cat([_squared_norms(each) for each in sample_gradients(layer, inputs, output_grads)])
     found = []
     for part in pieces(layer, inputs, output_grads):
         grams = [side.to(HEAD_DTYPE) @ side.to(HEAD_DTYPE).mT for side in (part.inputs_BTD, part.output_grads_BTC)]
         squares = (grams[0] * grams[1]).sum((-2, -1))
         found.append(squares.sum(0) if squares.ndim > 1 else squares)
     return torch.cat(found)
+
+
+def _squared_norms(gradients: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(gradients, dim=2)
+    return norms.square().sum(1, dtype=HEAD_DTYPE)
+
+
+def _few_positions(layer: Layer, output_grads: Tensor) -> bool:
+    """Whether Gram matrices of the positions take less work than the gradients of samples."""
+    outputs, width = sizes_of(layer)
+    positions = output_grads[0].numel() // outputs
+    return positions**2 * (outputs + width) < GRAMS * outputs * width
 
 
 def _transposed(layer: nn.Module) -> bool:

@@ -20,15 +20,8 @@ from imu_ray.config import UnlearnConfig
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
 from imu_ray.influence.gradients import HEAD_DTYPE, IGNORE, position_slices
-from imu_ray.influence.layer_io import (
-    as_matrix,
-    directional_scores,
-    layer_io,
-    matrix_of,
-    squared_gradient_norms,
-    weights_of,
-)  # fmt: skip
-from imu_ray.influence.scores import position_losses
+from imu_ray.influence.layer_io import as_matrix, layer_io, layer_scores, matrix_of, weights_of
+from imu_ray.influence.scores import position_losses, sample_losses
 from imu_ray.influence.targets import drawn_gradient, has_positions, position_hessian
 from imu_ray.models.cut import Cut, Values
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
@@ -173,7 +166,9 @@ class Layers:
             name: as_matrix(layer, total[f"{name}.weight"], total.get(f"{name}.bias")) for name, layer in layers.items()
         }
 
-    def seen(self, values: Values, pull_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Seen]]:
+    def seen(
+        self, values: Values, pull_of: Callable[[Tensor], Tensor], weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, list[Seen]]:
         """Outputs, and what each layer saw with what a pull on them, which follows from them, pulls on its own."""
         caught: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -188,7 +183,7 @@ class Layers:
         hooks = [layer.register_forward_hook(catch(name)) for name, layer in layers.items()]
         try:
             with torch.enable_grad():
-                outputs = self.run(self.weights(), values)
+                outputs = self.run(self.weights() if weights is None else weights, values)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -255,14 +250,15 @@ class Layers:
     def scores(self, shard: FeatureShard, directions: Mapping[str, Tensor]) -> pa.Table:
         """Loss, influence and gradient norm of every sample; influence and squared norms add up over the layers."""
         columns: list[list[Tensor]] = [[torch.empty(0)], [torch.empty(0)], [torch.empty(0)]]
+        weights = self.weights()
         for rows in filled(shard):
             values, labels = self.read(shard, rows)
-            outputs, found = self.seen(values, functools.partial(self._label_pull, labels))
+            outputs, found = self.seen(values, functools.partial(self._label_pull, labels), weights)
             influence, squares = torch.zeros(2, len(labels), dtype=torch.float64, device=labels.device)
             for each in found:
-                influence += directional_scores(each.layer, each.inputs, each.output_grads, directions[each.name])
-                squares += squared_gradient_norms(each.layer, each.inputs, each.output_grads)
-            loss = self.task.sample_metrics(outputs, labels)["loss"]
+                parts = layer_scores(each.layer, each.inputs, each.output_grads, directions[each.name])
+                influence, squares = influence + parts[0], squares + parts[1]
+            loss = sample_losses(outputs, self.task.target(labels))
             for column, values_B in zip(columns, (loss, influence, squares.sqrt()), strict=True):
                 column.append(values_B.cpu())
         return score_table(shard, *(torch.cat(parts).double().numpy() for parts in columns))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_ray.influence.curvature.base import Moments, merge_tree
-from imu_ray.influence.gradients import gradient_sum
+from imu_ray.influence.gradients import PAIRED, gradient_sum
 from imu_ray.influence.layer_io import Layer, pieces, sample_gradients, sizes_of, squared_gradient_norms, weights_of
 from imu_ray.models.copies import plain_copy
 
@@ -26,14 +26,16 @@ class Seen:
 
 def layer_moments(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Moments:
     """``Moments.of`` a block of any layer: products and sums over the block in the inputs' type, float32 at least."""
-    parts = pieces(layer, inputs, output_grads)
-    if output_grads[0].numel() == sizes_of(layer)[0]:  # one position, of which the squares have a closed form
-        found = merge_tree(map(Moments.of, parts))
+    positions = output_grads[0].numel() // sizes_of(layer)[0]
+    if positions <= PAIRED:
+        numbers = positions**2 * sum(sizes_of(layer))
+        found = merge_tree(map(Moments.of, pieces(layer, inputs, output_grads, numbers)))
         return Moments(found.count, found.gradient_sum_CD.double(), found.squared_sum_CD.double())
-    total = functools.reduce(torch.add, map(gradient_sum, parts))
+    total = functools.reduce(torch.add, map(gradient_sum, pieces(layer, inputs, output_grads)))
     squares = torch.zeros_like(total)
-    for gradient in sample_gradients(layer, inputs, output_grads):
-        squares.addcmul_(gradient, gradient)
+    for gradients in sample_gradients(layer, inputs, output_grads):
+        for gradient in gradients:
+            squares.addcmul_(gradient, gradient)
     return Moments(len(inputs), total.double(), squares.double())
 
 

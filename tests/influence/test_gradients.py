@@ -16,7 +16,7 @@ from imu_ray.influence.gradients import (
 from imu_ray.influence.scores import influence_scores
 
 
-@pytest.mark.parametrize("positions", [1, 5])
+@pytest.mark.parametrize("positions", [1, 2, 5, 6])
 def test_sums_norms_and_scores_are_those_of_explicit_per_sample_gradients(positions):
     inputs, _, output_grads, _ = oracle.random_layer(7, positions, 3, 4)
     io, each = (
@@ -25,6 +25,7 @@ def test_sums_norms_and_scores_are_those_of_explicit_per_sample_gradients(positi
     )
     np.testing.assert_allclose(gradient_sum(io), each.sum(0), rtol=1e-13, atol=1e-13)
     np.testing.assert_allclose(squared_gradient_sum(io), (each**2).sum(0), rtol=1e-13, atol=1e-13)
+    assert not squared_gradient_sum(LayerIO(io.inputs_BTD[:, [0] * positions], 0 * io.output_grads_BTC)).any()
     np.testing.assert_allclose(gradient_norms(io), np.linalg.norm(each, axis=(1, 2)), rtol=1e-13)
     np.testing.assert_allclose(
         influence_scores(io, torch.from_numpy(each[0])), -(each * each[0]).sum((1, 2)), rtol=1e-12, atol=1e-13

@@ -76,3 +76,17 @@ def test_a_transposed_weight_is_a_layer_only_of_the_very_kind():
         torch.nn.Linear,
         None,
     ]
+
+
+@pytest.mark.parametrize("grams", [0, 1e9])
+@pytest.mark.parametrize("numbers", [1, 150, 2**18])
+def test_scores_and_norms_are_those_of_the_gradients_of_autograd_either_way(seen, grams, numbers, monkeypatch):
+    monkeypatch.setattr(module, "GRAMS", grams)
+    monkeypatch.setattr(module, "GRADIENTS", numbers)
+    direction, expected = torch.randn_like(matrix_of(seen[0])), oracle.layer_sample_gradients(*seen)
+    influence, squares = module.layer_scores(*seen, direction)
+    torch.testing.assert_close(influence, -(expected * direction).sum((1, 2)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(squares, expected.square().sum((1, 2)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(module.squared_gradient_norms(*seen), squares, rtol=1e-12, atol=1e-12)
+    found = torch.cat([each.clone() for each in module.sample_gradients(*seen)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -39,7 +39,9 @@ CASES = {
 def case(request):
     make, scope, count = CASES[request.param]
     model = make()
-    task = SimpleNamespace(head="", output_gradient=lambda outputs, labels: pull(outputs, labels))
+    task = SimpleNamespace(
+        head="", positions=7, num_classes=13, output_gradient=lambda outputs, labels: pull(outputs, labels)
+    )
     head = "" if "gpt2" in request.param or request.param != "llama, all" else "lm_head"
     names = choose_layers(model, TOKENS, scope, head)
     part = Layers.of_names(model, task, names, TOKENS, UnlearnConfig())
@@ -57,7 +59,8 @@ def gradients_one_by_one(model, names):
     """By layer ``[B, C, D]``."""
     layers, found = {name: model.get_submodule(name) for name in names}, {name: [] for name in names}
     for tokens, labels in zip(TOKENS, LABELS, strict=True):
-        loss = functional.cross_entropy(model(tokens[None]).logits[0], labels, reduction="sum")
+        output = model(tokens[None])
+        loss = functional.cross_entropy(getattr(output, "logits", output)[0], labels, reduction="sum")
         grads = iter(torch.autograd.grad(loss, [own for layer in layers.values() for own in layer.parameters()]))
         for name, layer in layers.items():
             found[name].append(oracle.gradient_matrix(layer, [next(grads) for _ in layer.parameters()]))
@@ -77,7 +80,7 @@ def test_what_layers_saw_gives_the_gradients_scores_and_norms_of_single_samples(
         own = expected[each.name]
         direction = torch.randn(own.shape[1:], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         grads = sample_gradients(each.layer, each.inputs, each.output_grads)
-        close(torch.stack([grad.clone() for grad in grads]), own)
+        close(torch.cat([grad.clone() for grad in grads]), own)
         scores += directional_scores(each.layer, each.inputs, each.output_grads, direction)
         squares += squared_gradient_norms(each.layer, each.inputs, each.output_grads)
         wanted -= (own * direction).sum((1, 2))
@@ -88,7 +91,7 @@ def test_what_layers_saw_gives_the_gradients_scores_and_norms_of_single_samples(
 def test_tokens_are_scored_in_one_pass_with_their_outputs(case):
     """Also where attention, adapters and shared weights stand between."""
     directions = {name: torch.randn_like(matrix) for name, matrix in case.part.parameters.items()}
-    task = SimpleNamespace(positions=7, head="", output_gradient=output_gradient)
+    task = SimpleNamespace(positions=7, num_classes=13, head="", output_gradient=output_gradient)
     part = dataclasses.replace(case.part, task=task)
     shard = FeatureShard(TOKENS.numpy().astype(np.float32), LABELS.numpy(), pa.array(list("abcde")), (3, 2))
     influence, _ = part.token_scores(shard, directions)
@@ -140,3 +143,26 @@ def test_logits_never_stand_whole_in_float64(monkeypatch):
         )
         task.sample_metrics(part.run(part.weights(), (TOKENS,)).detach(), LABELS)
     assert 0 < widest.numbers <= 5 * 1024
+
+
+class InPlace(torch.nn.Module):
+    """Changes what its first layer gives in place, as fused activations do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.first, self.last = torch.nn.Embedding(13, 6), torch.nn.Linear(6, 8), torch.nn.Linear(8, 13)
+
+    def forward(self, tokens):
+        hidden = self.first(self.embedding(tokens))
+        return self.last(hidden.mul_(0.5).relu_())
+
+
+def test_outputs_that_are_changed_in_place_have_the_gradients_before_the_change():
+    model = InPlace().double()
+    task = SequenceTask(ForgetSetConfig(), 7, 13)
+    part = Layers.of_names(model, task, ["first", "last"], TOKENS, UnlearnConfig())
+    _, seen = part.seen(part.cut.prefix(TOKENS), lambda z: pull(z, LABELS))
+    expected = gradients_one_by_one(model, ["first", "last"])
+    for each in seen:
+        close(torch.cat([one.clone() for one in sample_gradients(each.layer, each.inputs, each.output_grads)]),
+              expected[each.name])  # fmt: skip
