@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from imu_ray.errors import CheckpointError, ConfigError
 from imu_ray.influence.gradients import IGNORE
 from imu_ray.influence.intensity import Column
+from imu_ray.influence.scores import predicted_classes
 from imu_ray.models.layers import evaluation_mode, logits_of
 
 SMALL = 1e-10  # added to denominators, as open-unlearning does
@@ -159,7 +160,7 @@ def extraction_strength(outputs: Tensor, labels: Tensor, end_token: bool = True)
     used = labelled = labels != IGNORE
     if end_token:
         used = labelled & ~(labelled & (labelled.flip(1).cumsum(1).flip(1) == 1))
-    wrong = used & (outputs.argmax(-1) != labels)
+    wrong = used & (predicted_classes(outputs) != labels)
     place = used.cumsum(1)
     length = used.sum(1)
     prefix = torch.minimum((place * wrong).amax(1), length - 1)

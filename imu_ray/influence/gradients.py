@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from imu_ray.influence import targets
+from imu_ray.influence.projection import pull_of_positions
 from imu_ray.influence.targets import LogitHessian, has_positions
 
 HEAD_DTYPE = torch.float64
@@ -57,14 +58,19 @@ def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         In the shape of the logits, float64; of several positions in the logits' type, float32 at least, because in
-        float64 they would take several times the memory of the logits. 0 where a position has no label.
+        float64 they would take several times the memory of the logits. 0 where a position has no label. Of projected
+        logits in the shape of what the output layer sees.
     """
     if labels.is_floating_point():
         return targets.gradient(logits, labels)
     if logits.ndim == 2:
         return _output_gradient(logits, labels)
+    return pull_of_positions(_position_gradient, logits, labels, shares(labels).unsqueeze(-1))
+
+
+def _position_gradient(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+    """Of positions that count so much each."""
     found = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-    share = shares(labels).unsqueeze(-1)
     for part in position_slices(logits):
         found[:, part] = _output_gradient(logits[:, part], labels[:, part]).mul_(share[:, part])
     return found

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from imu_ray.influence import targets
 from imu_ray.influence.gradients import IGNORE, LayerIO, position_slices, shares
+from imu_ray.influence.projection import of_positions
 
 
 def influence_scores(layer_io: LayerIO, direction_CD: Tensor) -> Tensor:
@@ -45,6 +46,15 @@ def relative_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 def position_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy at each position, ``[B, T]`` float64; 0 without a label."""
+    return of_positions(_position_losses, logits, labels)
+
+
+def predicted_classes(outputs: Tensor) -> Tensor:
+    """The likeliest class of each sample, ``[B]``, or at each position, ``[B, T]``."""
+    return of_positions(lambda logits: logits.argmax(-1), outputs)
+
+
+def _position_losses(logits: Tensor, labels: Tensor) -> Tensor:
     each = [
         torch.nn.functional.cross_entropy(
             logits[:, part].double().flatten(0, 1), labels[:, part].flatten(), reduction="none", ignore_index=IGNORE

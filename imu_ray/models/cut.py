@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from imu_ray.models.blocks import checkpointed, run_again
-from imu_ray.models.layers import detached, evaluation_mode, logits_of
+from imu_ray.models.layers import detached, evaluation_mode, left_out, logits_of
 
 Values = tuple[Tensor, ...]
 SHAPE_METHODS = ("size", "dim", "ndimension", "numel")
@@ -61,13 +61,14 @@ class Cut:
         self._parts = None if plan.reason else _split(model, plan)
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Tensor, layers: Sequence[str]) -> "Cut":
+    def of(cls, model: nn.Module, example_inputs: Tensor, layers: Sequence[str], last: str = "") -> "Cut":
         """Cut a model at the earliest point that the layers influence, or at its input where it cannot be traced.
 
         Args:
             model: any module that maps ``[B, ...]`` to logits ``[B, C]``, in eval mode.
             example_inputs: a few different samples ``[B, ...]``, on which both ways are compared.
             layers: names of the layers that may change.
+            last: the output layer, where the suffix will be asked for what it sees (``suffix``).
         """
         rows = torch.arange(3, device=example_inputs.device) % len(example_inputs)
         inputs = example_inputs[rows].clone()
@@ -75,7 +76,7 @@ class Cut:
             try:
                 if checkpointed(model):
                     raise _Uncut("blocks that are run again stay whole")
-                cut = cls(model, _plan(model, inputs, tuple(layers)))._guarded(inputs)
+                cut = cls(model, _plan(model, inputs, tuple(layers)))._guarded(inputs, last)
                 cut._check(inputs)
                 return cut
             except (MemoryError, torch.OutOfMemoryError):
@@ -85,7 +86,7 @@ class Cut:
             except Exception as error:  # the tracer's, or of the model's code under it
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return cls(model, Plan(tuple(layers), (tuple(inputs.shape[1:]),), inputs.dtype, reason=reason))._guarded(
-                inputs
+                inputs, last
             )
 
     def __reduce__(self) -> tuple[type["Cut"], tuple[nn.Module, Plan]]:
@@ -124,17 +125,18 @@ class Cut:
             values: Values = self._parts[0](inputs)
         return values
 
-    def suffix(self, values: Values, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def suffix(self, values: Values, parameters: Mapping[str, Tensor] | None = None, last: str = "") -> Tensor:
         """Logits ``[B, C]``, with ``parameters`` in place of the model's own of these names; differentiable in both.
 
         The model's other parameters get no gradient then, so that nothing is kept for one below the lowest of these.
+        With the name of the output layer in ``last`` what that layer sees, and no logits are made.
         """
         if self.plan.copied:
             values = tuple(value.clone() for value in values)
         rest = self.model if self._parts is None else self._parts[1]
-        if not parameters:
-            return logits_of(rest(*values))
-        with run_again(self.model):
+        with left_out(rest, last), run_again(self.model):
+            if not parameters:
+                return logits_of(rest(*values))
             return logits_of(torch.func.functional_call(rest, {**detached(rest), **parameters}, values))
 
     def join(self, values: Values) -> Tensor:
@@ -163,11 +165,11 @@ class Cut:
             if not (value[1:].flip(0) - other).abs().max() <= 0.01 * value.abs().max():
                 raise _Uncut("a value that crosses depends on the other samples of a batch")
 
-    def _guarded(self, inputs: Tensor) -> "Cut":
+    def _guarded(self, inputs: Tensor, last: str) -> "Cut":
         """The same cut, on copies if the suffix changes its values in place."""
         values = self.prefix(inputs.clone())
         before = [value.clone() for value in values]
-        self.suffix(values)
+        self.suffix(values, last=last)
         unchanged = all(map(torch.equal, values, before))
         return self if unchanged else Cut(self.model, replace(self.plan, copied=True))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_ray.errors import ImuError, UnsupportedModelError
+from imu_ray.models.copies import has_numbers
 
 
 def logits_of(output: Any) -> Tensor:
@@ -21,6 +22,43 @@ def logits_of(output: Any) -> Tensor:
 def detached(model: nn.Module) -> dict[str, Tensor]:
     """A model's own parameters by name, which no gradient flows into."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def left_out(model: nn.Module, name: str) -> Iterator[None]:
+    """The model with a layer passed by: what the layer would see stands for what it gives. No name: as it is."""
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    layer = getattr(holder, child) if name else None
+    if layer is not None:
+        setattr(holder, child, nn.Identity())
+    try:
+        yield
+    finally:
+        if layer is not None:
+            setattr(holder, child, layer)
+
+
+def output_layer(model: nn.Module, inputs: Tensor, outputs: int) -> str:
+    """The linear layer whose outputs, so many at each position, are the model's as they are; none where none is.
+
+    Args:
+        model: in any mode.
+        inputs: a few samples ``[B, T]``.
+        outputs: C.
+    """
+    linear = {name: each for name, each in model.named_modules() if type(each) is nn.Linear}
+    name = next((name for name in reversed(linear) if linear[name].out_features == outputs), "")
+    try:
+        with evaluation_mode(model):
+            whole = logits_of(model(inputs))
+            with left_out(model, name):
+                seen = logits_of(model(inputs))
+            made = linear[name](seen) if name else seen
+            same = made.shape == whole.shape and (not has_numbers(whole) or torch.allclose(made, whole, rtol=1e-3))
+    except Exception:  # the model's own code needs the layer, or the number of positions that it was made for
+        return ""
+    return name if same else ""
 
 
 def compile_around(model: nn.Module, head: str) -> None:

@@ -21,15 +21,19 @@ from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
 from imu_ray.influence.gradients import HEAD_DTYPE, IGNORE, position_slices
 from imu_ray.influence.layer_io import as_matrix, layer_io, layer_scores, matrix_of, weights_of
+from imu_ray.influence.projection import OUTPUTS, Projected, of_positions
 from imu_ray.influence.scores import position_losses, sample_losses
 from imu_ray.influence.targets import drawn_gradient, has_positions, position_hessian
 from imu_ray.models.cut import Cut, Values
+from imu_ray.models.layers import output_layer
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
 from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_rows, of_views, pieces_of, score_table
 from imu_ray.scopes.measure import measure
 from imu_ray.scopes.seen import Seen, clipped, layer_moments, layer_of, weigh, with_parameters
 from imu_ray.scopes.workers import Workers
 from imu_ray.tasks.base import Batch, Outputs, Task, rows_at_once
+
+FEW_POSITIONS = 8  # that the output layer is looked for with
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Layers:
         seed: of the labels that are drawn from the model.
         autocast: type that autocast runs the layers in, or ``none``.
         device: where a pass runs.
+        output: the output layer, where logits at many positions are made in slices; empty where they stand whole,
+            because they are few, the layer moves, or the model does more with what it gives.
     """
 
     parameters: Parameters
@@ -51,6 +57,7 @@ class Layers:
     seed: int = 0
     autocast: str = "none"
     device: str = "cpu"
+    output: str = ""
     deep: ClassVar[bool] = True
 
     @classmethod
@@ -60,8 +67,12 @@ class Layers:
         """Those layers of a model; the example is a batch of its inputs."""
         device = "cuda" if config.resources.gpus_per_worker else "cpu"
         parameters = {name: matrix_of(layer_of(model, name)) for name in names}
-        cut = Cut.of(model, example, names)
-        return cls(parameters, cut, task, config.seed, config.influence.autocast, device)
+        output = ""
+        if task.positions * task.num_classes > OUTPUTS:
+            found = output_layer(model, example[:1, :FEW_POSITIONS], task.num_classes)
+            output = "" if found in names else found
+        cut = Cut.of(model, example, names, output)
+        return cls(parameters, cut, task, config.seed, config.influence.autocast, device, output)
 
     @property
     def width(self) -> int:
@@ -84,9 +95,10 @@ class Layers:
         """A forward pass that keeps what crosses the cut; of outputs at many positions the loss stands for them."""
         self.cut.model.to(self.device)
         values, labels = self.cut.prefix(batch.inputs), batch.labels_B
-        outputs = self.cut.suffix(values)
+        outputs = self.cut.suffix(values, last=self.output)
         if has_positions(labels):
-            outputs = self.task.sample_metrics(outputs, labels)["loss"].unsqueeze(1).to(outputs.dtype)
+            losses = sample_losses(self.logits(outputs), self.task.target(labels))
+            outputs = losses.unsqueeze(1).to(outputs.dtype)
         return Outputs(outputs, labels, self.cut.join(values))
 
     def read(self, shard: FeatureShard, rows: slice) -> tuple[Values, Tensor]:
@@ -123,10 +135,18 @@ class Layers:
         return found
 
     def run(self, weights: Mapping[str, Tensor], values: Values) -> Tensor:
-        """Outputs from what crosses the cut."""
+        """Outputs from what crosses the cut, or what the output layer sees where logits are made in slices."""
         kind = getattr(torch, self.autocast, None)
         with torch.autocast(torch.device(self.device).type, kind, enabled=self.autocast != "none"):
-            return self.cut.suffix(values, weights)
+            return self.cut.suffix(values, weights, self.output)
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """What stands for the outputs of a run: themselves, without gradients, or ``Projected``."""
+        outputs = outputs.detach()
+        if not self.output:
+            return wide(outputs)
+        layer, kind = self.cut.model.get_submodule(self.output), getattr(torch, self.autocast, None)
+        return cast(Tensor, Projected(outputs, cast(nn.Linear, layer), kind))  # which is sliced as a tensor is
 
     def outputs(
         self, shard: FeatureShard, rows: slice, weights: Mapping[str, Tensor] | None = None
@@ -138,7 +158,7 @@ class Layers:
             return torch.empty(*shape, self.task.num_classes, dtype=torch.float64, device=self.device), labels
         values, labels = self.read(shard, rows)
         with torch.no_grad():
-            return wide(self.run(self.weights() if weights is None else weights, values)), labels
+            return self.logits(self.run(self.weights() if weights is None else weights, values)), labels
 
     def add_gradient(
         self,
@@ -150,7 +170,7 @@ class Layers:
         """Add each weight's gradient to ``total``, float32 at least, for a pull that follows from the outputs."""
         with torch.enable_grad():
             outputs = self.run(weights, values)
-            pull = pull_of(wide(outputs.detach())).to(outputs.dtype)
+            pull = pull_of(self.logits(outputs)).to(outputs.dtype)
             grads = torch.autograd.grad(outputs, list(weights.values()), pull)
         for name, grad in zip(weights, grads, strict=True):
             total[name] = (
@@ -187,7 +207,7 @@ class Layers:
         finally:
             for hook in hooks:
                 hook.remove()
-        found = wide(outputs.detach())
+        found = self.logits(outputs)
         pull = pull_of(found).to(outputs.dtype)
         grads = torch.autograd.grad(outputs, [caught[name][1] for name in layers], pull)
         seen = zip(layers.items(), grads, strict=True)
@@ -224,8 +244,7 @@ class Layers:
         target = self.task.target(labels)
         if has_positions(labels):
             draws = uniform_draws(ids, self.seed, *labels.shape[1:])
-            parts = [sampled_labels(outputs[:, part], draws[:, part]) for part in position_slices(outputs)]
-            drawn = torch.cat(parts, 1).where(labels != IGNORE, IGNORE)
+            drawn = of_positions(_sampled, outputs, draws).where(labels != IGNORE, IGNORE)
             return self.task.output_gradient(outputs, drawn)
         if target.ndim == 3:  # several labels a sample, which are independent of each other
             draws = uniform_draws(ids, self.seed, outputs.shape[1])
@@ -281,7 +300,7 @@ class Layers:
             with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 made, moved = cast(tuple[Tensor, Tensor], torch.func.jvp(run, (weights,), (along,)))
-            outputs = wide(made)
+            outputs = self.logits(made)
             pull, known = self.task.output_gradient(outputs, labels), (labels != IGNORE).cpu().numpy()
             for column, found in (
                 (influence, -(pull * moved).sum(-1, dtype=HEAD_DTYPE)),
@@ -362,7 +381,7 @@ class LayersScope:
             (values, labels), before = self.part.taken(*self.moved.gather(positions, self.part.kept)), None
             if original is not None:
                 with torch.no_grad():
-                    before = wide(self.part.run(original, values))
+                    before = self.part.logits(self.part.run(original, values))
             share = shares_of(weights[positions // self.views], labels)
             pull_of = functools.partial(_pull, objective, self.part.task.target(labels), before, share)
             self.part.add_gradient(total, moved, values, pull_of)
@@ -394,6 +413,12 @@ def _pull(objective: OutputGradient, target: Tensor, before: Tensor | None, shar
     ``before`` are those before unlearning, None where they are the same.
     """
     return weigh(objective(outputs, target, outputs if before is None else before), share)
+
+
+def _sampled(outputs: Tensor, draws: Tensor) -> Tensor:
+    """Labels drawn at each position, some at a time."""
+    parts = [sampled_labels(outputs[:, part], draws[:, part]) for part in position_slices(outputs)]
+    return torch.cat(parts, 1)
 
 
 def wide(outputs: Tensor) -> Tensor:

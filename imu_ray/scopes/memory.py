@@ -5,7 +5,7 @@ The pass is followed by tensors that have a shape and no numbers, so that a mode
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from imu_ray.config import AscentConfig
 from imu_ray.influence.curvature.kronecker import factor_bytes, solve_bytes
 from imu_ray.influence.gradients import SLICE
+from imu_ray.influence.projection import Projected
 from imu_ray.models.blocks import blocks_of
 from imu_ray.models.copies import without_numbers
 from imu_ray.models.cut import Cut
@@ -86,7 +87,7 @@ class LayersMemory:
 REMEDIES = {
     "weights": "load the model in a smaller type, or take a smaller one",
     "activations": "set model.gradient_checkpointing, or a smaller influence.block_rows or forget_set.max_length",
-    "logits": "set a smaller forget_set.max_length: one row's logits stand whole",
+    "logits": "set a smaller forget_set.max_length: one row's logits stand whole, because the output layer moves",
     "layers": "name fewer layers in ascent.scope, or move adapters",
     "curvature": "name fewer layers in ascent.scope, move adapters, or set ascent.preconditioner: none",
 }
@@ -98,6 +99,9 @@ def memory_of(part: Layers, settings: AscentConfig, rows: int) -> LayersMemory:
     kept = {again: saved(part, rows, again) for again in ({False, True} if blocks_of(model) else {False})}
     plain, outputs = kept[False]
     numbers, item = outputs.numel(), outputs.dtype.itemsize
+    if part.output:  # beside what the output layer sees a slice of logits
+        at_once = Projected(outputs, cast(nn.Linear, model.get_submodule(part.output)))
+        numbers += max(rows * part.task.num_classes * (each.stop - each.start) for each in at_once.parts())
     fewer = kept[True][0] if True in kept else None
     share = 0 if fewer is None else (plain - fewer) // _blocks_from(model, part.parameters)
     return LayersMemory(
@@ -160,7 +164,7 @@ def saved(part: Layers, rows: int, again: bool) -> tuple[int, Tensor]:
 
         values = tuple(torch.zeros(rows, *shape, dtype=part.cut.dtype) for shape in _shapes(part))
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = Cut(model, part.cut.plan).suffix(values, weights)
+            outputs = Cut(model, part.cut.plan).suffix(values, weights, part.output)
         return sum(storage.nbytes() for storage in kept.values()), outputs
 
 

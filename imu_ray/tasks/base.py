@@ -11,8 +11,7 @@ from typing_extensions import Self
 from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source
 from imu_ray.errors import ConfigError, ForgetSetError, ImuError
-
-OUTPUTS = 2**24  # numbers that the model may give at once, where a sample has many positions
+from imu_ray.influence.projection import OUTPUTS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source
 from imu_ray.errors import ConfigError, ForgetSetError, UnsupportedModelError
 from imu_ray.influence.gradients import IGNORE, output_gradient, shares
-from imu_ray.influence.scores import sample_losses
+from imu_ray.influence.scores import predicted_classes, sample_losses
 from imu_ray.models.layers import evaluation_mode, forward_errors, logits_of
 from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs, UnusableError, leave_out, reader_of
 
@@ -129,7 +129,7 @@ class SequenceTask:
         return {
             "loss": losses,
             "bounded_loss": losses.clamp_max(math.log(self.num_classes)),
-            "accuracy": ((outputs.argmax(-1) == labels) * shares(labels)).sum(1),
+            "accuracy": ((predicted_classes(outputs) == labels) * shares(labels)).sum(1),
             "probability": torch.exp(-losses),
         }
 

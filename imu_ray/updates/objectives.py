@@ -3,7 +3,8 @@ r"""What each objective does to a sample's outputs: the gradient that a descent 
 Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, targets and the logits before unlearning to a gradient
 in the shape of the logits, float64 (at many positions in their type). Not every useful one is the gradient of a loss. p
 is the softmax of the current logits, p0 that of the original ones, :math:`\ell` the loss of a sample, the mean over its
-T labelled positions. They hold in every scope: on the head the gradient is multiplied by the features, deeper it is
+T labelled positions. Of outputs that are made in slices (``influence.projection``) the gradient is that in what the
+output layer sees. They hold in every scope: on the head the gradient is multiplied by the features, deeper it is
 back-propagated.
 
 Targets are classes ``[B]`` or ``[B, T]``, or another form of ``influence.targets``. There :math:`\ell` is the loss in
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from imu_ray.influence.gradients import IGNORE, classes, output_gradient, per_sample
+from imu_ray.influence.projection import pull_of_positions
 from imu_ray.influence.scores import relative_losses
 from imu_ray.influence.targets import guess_loss, has_positions
 from imu_ray.scopes.base import OutputGradient
@@ -80,22 +82,37 @@ def renormalise(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     :math:`q = \mathrm{softmax}(z^0)` with :math:`z^0_y = -\infty`; from logits, because from probabilities it is 0/0
     where :math:`p^0_y` rounds to 1.
     """
-    without = original.scatter(-1, classes(labels).unsqueeze(-1), -math.inf)
-    return per_sample(torch.softmax(outputs, dim=-1) - torch.softmax(without, dim=-1), labels)
+
+    def pull(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
+        without = original.scatter(-1, classes(labels).unsqueeze(-1), -math.inf)
+        return torch.softmax(outputs, dim=-1) - torch.softmax(without, dim=-1)
+
+    return per_sample(pull_of_positions(pull, outputs, labels, original), labels)
 
 
 def row_mask(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     r"""Ascent through the true class's logit: :math:`1 - p_y` at y, 0 elsewhere. No scalar loss has this gradient."""
-    own = classes(labels).unsqueeze(-1)
-    pull = ascent(outputs, labels, original)
-    return torch.zeros_like(pull).scatter(-1, own, pull.gather(-1, own))
+
+    def pull(outputs: Tensor, labels: Tensor) -> Tensor:
+        own = classes(labels).unsqueeze(-1)
+        whole = -output_gradient(outputs, labels)
+        return torch.zeros_like(whole).scatter(-1, own, whole.gather(-1, own))
+
+    if not has_positions(labels):
+        return pull(outputs, labels)
+
+    def at_positions(outputs: Tensor, labels: Tensor) -> Tensor:
+        return pull(outputs.flatten(0, 1), classes(labels).flatten()).view(outputs.shape).to(outputs.dtype)
+
+    return per_sample(pull_of_positions(at_positions, outputs, labels), labels)
 
 
 def uniform_target(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     r"""Cross-entropy to the uniform distribution: :math:`p - 1/C`; of several labels :math:`(\sigma - 1/2) / C`."""
     if labels.ndim == 3:
         return per_sample((torch.sigmoid(outputs) - 0.5) / outputs.shape[-1], labels)
-    return per_sample(torch.softmax(outputs, dim=-1) - 1 / outputs.shape[-1], labels)
+    pull = pull_of_positions(lambda logits: torch.softmax(logits, dim=-1) - 1 / logits.shape[-1], outputs)
+    return per_sample(pull, labels)
 
 
 def _weighed(outputs: Tensor, labels: Tensor, original: Tensor, weight_B: Tensor) -> Tensor:
