@@ -9,6 +9,7 @@ import pyarrow as pa
 from torch import nn
 
 from imu_ray.config import UnlearnConfig
+from imu_ray.data import open_source
 from imu_ray.distributed import bundle_job
 from imu_ray.distributed.session import ray_session, require_gpus
 from imu_ray.errors import ConfigError
@@ -24,6 +25,7 @@ from imu_ray.run.directory import INTENSITIES
 from imu_ray.run.metrics import read_metrics
 from imu_ray.run.record import now
 from imu_ray.run.result import UnlearnResult
+from imu_ray.tasks import TASKS
 
 
 def unlearn(
@@ -208,7 +210,8 @@ def remember(
     settings = resolve_settings(None, config, task).with_overrides(whole)
     check_place(path)
     require_gpus(settings.resources)
-    inputs = Inputs.open(model, train_set, task, None, settings)
+    rows_of = open_source(train_set, settings.forget_set, "training set", TASKS[task].fields(settings.forget_set))
+    inputs = Inputs.open(model, rows_of, task, None, settings)
     settings = settle_scope(settings, inputs.task)
     inputs = dataclasses.replace(inputs, sources={"training set": inputs.sources["forget"]})
     with ray_session(settings.resources) as resources:

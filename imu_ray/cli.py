@@ -181,7 +181,7 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
         found.write_page(options.out)
     if not options.json:
         print(found.text(), file=sys.stderr)
-    fair = f"{len(found.warnings)} warnings" if found.warnings else "the runs can be compared"
+    fair = f"warnings: {len(found.warnings)}" if found.warnings else "the runs can be compared"
     return {"reason": fair, "report": options.out, **({"comparison": found.to_json()} if options.json else {})}
 
 

@@ -174,7 +174,12 @@ def test_the_command_writes_a_private_file_without_an_id_and_never_over_another(
     assert "exists already" in second["reason"]
     assert (stat.S_IMODE(folder.stat().st_mode), stat.S_IMODE(out.stat().st_mode)) == (0o755, 0o600)
     assert Bundle.open(out).record.rows == 20
-    content = out.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["imu-ray", *map(str, [*more[:-2], "--train-set", tmp_path / "other.parquet"])])
+    out.rename(tmp_path / "kept")
+    assert main("remember") == 2
+    missing = json.loads(capfd.readouterr().out.splitlines()[-1])["reason"]
+    assert f"the training set {tmp_path / 'other.parquet'} does not exist" in missing
+    content = (tmp_path / "kept").read_bytes()
     assert not [name for name in ("person", "parquet", *ids) if name.encode() in content]
 
 

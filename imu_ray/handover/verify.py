@@ -121,9 +121,11 @@ def _signature(run: RunDirectory, named: str | None, public_key: str | Path | No
     with run.storage.fetch(SIGNATURE) as path:
         text = None if path is None else path.read_text().strip()
     wanted = named if public_key is None else read_public_key(public_key)
-    if text is None or wanted is None:
-        lacking = wanted is not None or text is not None
-        return [Finding("signature", "changed", "there is none, or no key for it")] if lacking else []
+    if text is None:
+        reason = f"there is none, where one under the key {(wanted or '')[:12]} was to be"
+        return [] if wanted is None else [Finding("signature", "changed", reason)]
+    if wanted is None:
+        return [Finding("signature", "changed", "there is one, but the record names no key, and none was given")]
     with run.storage.fetch(MANIFEST) as path:
         message = b"" if path is None else path.read_bytes()
     try:

@@ -136,9 +136,9 @@ def layer_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_C
             squared_gradient_norms(layer, inputs, output_grads),
         )
     influence, squares = [], []
-    direction_CD = direction_CD.to(torch.promote_types(inputs.dtype, torch.float32))
+    direction = direction_CD.flatten().to(torch.promote_types(inputs.dtype, torch.float32))
     for gradients in sample_gradients(layer, inputs, output_grads):
-        influence.append(-(gradients * direction_CD).sum(2).sum(1, dtype=HEAD_DTYPE))
+        influence.append(-(gradients.flatten(1) @ direction).to(HEAD_DTYPE))
         squares.append(_squared_norms(gradients))
     return torch.cat(influence), torch.cat(squares)
 

@@ -186,7 +186,23 @@ def test_a_signature_is_of_one_record_under_one_key(broken, run, tmp_path):
         _, public = private_key(tmp_path / "other.pem")
     else:
         (out / "manifest.sig").unlink()
-    assert changed(verify_run(out, public_key=public)) == {"signature"}
+    found = verify_run(out, public_key=public)
+    assert changed(found) == {"signature"}
+    told = next(each.told for each in found if each.part == "signature")
+    assert told.startswith(
+        "there is none, where one under the key" if broken == "no signature" else "it is not of this"
+    )
+
+
+def test_a_signature_without_any_key_is_no_proof(run, tmp_path):
+    key, _ = private_key(tmp_path / "key.pem")
+    out = export_run(run, tmp_path / "out", key)
+    record = json.loads((out / "manifest.json").read_text())
+    assert record.pop("public_key")
+    (out / "manifest.json").write_text(json.dumps(record))
+    assert [each.told for each in verify_run(out) if each.part == "signature"] == [
+        "there is one, but the record names no key, and none was given"
+    ]
 
 
 def test_a_file_that_is_put_into_the_models_folder_shows(run):
