@@ -2,12 +2,10 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from torch import Tensor
 
 from imu_ray.config import AscentConfig
 from imu_ray.distributed.feature_job import FeatureSet, FeatureSpec
@@ -115,13 +113,6 @@ def _layer_sums(shard: FeatureShard, part: Part, kinds: Mapping[str, str]) -> By
     return part.statistics(shard, {name: LAYER_CURVATURES[kind].statistics for name, kind in kinds.items()})
 
 
-def _on_cpu(sums: Any) -> Any:
-    """Sums as a process without a GPU reads them."""
-    if isinstance(sums, ByLayer):
-        return ByLayer({name: _on_cpu(part) for name, part in sums.parts.items()})
-    return replace(sums, **{name: each.cpu() for name, each in vars(sums).items() if isinstance(each, Tensor)})
-
-
 def solve_all(
     refs: "Mapping[str, list[list[ray.ObjectRef[Any]]]]",
     kinds: Mapping[str, str],
@@ -145,7 +136,7 @@ def _sum(stage: StageRef, shards: "list[ray.ObjectRef[FeatureShard] | FeatureSpe
     """Sums over a run of shards, one result for each name."""
     function, names = stage.begin()
     made = (each.make()[0] if isinstance(each, FeatureSpec) else ray.get(each) for each in shards)
-    sums = _on_cpu(merge_tree(function(shard) for shard in made)).parts
+    sums = merge_tree(function(shard) for shard in made).cpu().parts
     # Of shards without rows there are none.
     found = tuple(ByLayer({name: sums[name]} if name in sums else {}) for name in names)
     return found if len(found) > 1 else found[0]

@@ -49,8 +49,8 @@ class Scores:
 
 
 def shard_statistics(shard: FeatureShard, part: Part, statistics: Mapping[str, Statistics]) -> ByLayer[Any]:
-    """Statistics of the layers of a part on one shard."""
-    return part.statistics(shard, statistics)
+    """Statistics of the layers of a part on one shard, for a task that merges them without a GPU."""
+    return part.statistics(shard, statistics).cpu()
 
 
 def score_shard(shard: FeatureShard, part: Part, directions: Parameters, unit: str = "sample") -> pa.Table:

@@ -142,6 +142,8 @@ def squared_gradient_sum(layer_io: LayerIO) -> Tensor:
     inputs, grads = layer_io.inputs_BTD, layer_io.output_grads_BTC
     positions = inputs.shape[-2]
     if positions <= PAIRED:
+        if positions == 1:
+            return (grads[..., 0, :].square().mT @ inputs[..., 0, :].square()).flatten(0, -2)
         first, second = torch.triu_indices(positions, positions, device=inputs.device)
         twice = (1.0 + (first < second)).to(inputs).unsqueeze(1)
         of_inputs = (inputs[..., first, :] * inputs[..., second, :]).flatten(-3, -2)

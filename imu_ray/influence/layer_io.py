@@ -20,10 +20,8 @@ from imu_ray.influence.gradients import HEAD_DTYPE, LayerIO, with_bias_input
 Convolution = nn.Conv1d | nn.Conv2d
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d  # or Hugging Face's ``Conv1D``
 PIECE = 2**24  # numbers in the unfolded inputs that are held at once
-GRADIENTS = (
-    2**18
-)  # numbers in the gradients of samples that are held at once, or one sample's: a core's cache holds them
-GRAMS = 5  # how much more a number of a gradient costs to add up than one of a Gram matrix to make, as measured
+GRADIENTS = 2**18  # numbers in gradients of samples that are made at once (one sample's at least), for a core's cache
+GRAMS = 5  # to add up a number of a gradient takes as long as so many products of a Gram matrix, as measured
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
@@ -128,7 +126,8 @@ def sample_gradients(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Iter
 def layer_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_CD: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's parts of each sample's influence and squared gradient norm, ``[B]`` float64 each.
 
-    From the gradients themselves, where they have to be made for the norms.
+    From the gradients themselves, where they have to be made for the norms. Products and sums over a row of the
+    gradient are in the inputs' type, float32 at least, what they add up to in float64.
     """
     if _few_positions(layer, output_grads):
         return (
@@ -136,9 +135,9 @@ def layer_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_C
             squared_gradient_norms(layer, inputs, output_grads),
         )
     influence, squares = [], []
-    direction = direction_CD.flatten().to(torch.promote_types(inputs.dtype, torch.float32))
+    direction_CD = direction_CD.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
     for gradients in sample_gradients(layer, inputs, output_grads):
-        influence.append(-(gradients.flatten(1) @ direction).to(HEAD_DTYPE))
+        influence.append(-torch.linalg.vecdot(gradients, direction_CD).sum(1, dtype=HEAD_DTYPE))
         squares.append(_squared_norms(gradients))
     return torch.cat(influence), torch.cat(squares)
 
@@ -148,7 +147,7 @@ def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -
 
     .. math:: \|g_i\|^2 = \sum_{s,t} (r_{is}^\top r_{it})(h_{is}^\top h_{it})
 
-    is used where that takes less work than the gradient itself.
+    is used where that takes less work than to add up the gradient itself, which scores need in any case.
     """
     if not _few_positions(layer, output_grads):
         return torch.cat([_squared_norms(each) for each in sample_gradients(layer, inputs, output_grads)])
@@ -162,7 +161,7 @@ def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -
 
 def _squared_norms(gradients: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(gradients, dim=2)
-    return norms.square().sum(1, dtype=HEAD_DTYPE)
+    return norms.to(HEAD_DTYPE).square().sum(1)
 
 
 def _few_positions(layer: Layer, output_grads: Tensor) -> bool:

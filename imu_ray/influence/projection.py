@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 OUTPUTS = 2**24  # numbers of outputs that are made at once, where a sample has many positions
 
@@ -20,22 +21,28 @@ class Projected:
 
     Attributes:
         hidden_BTH: what the output layer sees.
-        layer: the output layer, which does not move.
-        autocast: type that autocast runs it in; None: none.
+        weight_CH: the output layer's, which does not move.
+        bias_C: the same, or None.
+        dtype: of the logits: the layer's, or the one that autocast runs it in.
     """
 
     ndim = 3
 
     def __init__(self, hidden_BTH: Tensor, layer: nn.Linear, autocast: torch.dtype | None = None) -> None:
-        self.hidden_BTH, self.layer, self.autocast = hidden_BTH, layer, autocast
-        self.shape = torch.Size((*hidden_BTH.shape[:2], layer.out_features))
-        self.device = hidden_BTH.device
+        self.hidden_BTH, self.dtype = hidden_BTH, autocast or layer.weight.dtype
+        self.shape, self.device = torch.Size((*hidden_BTH.shape[:2], layer.out_features)), hidden_BTH.device
+        self.weight_CH = layer.weight.detach().to(self.dtype)
+        self.bias_C = None if layer.bias is None else layer.bias.detach().to(self.dtype)
 
     def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
         """Logits of some samples at some positions, without gradients."""
-        with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            logits: Tensor = self.layer(self.hidden_BTH[place])
-        return logits
+        return functional.linear(self.hidden_BTH[place].detach().to(self.dtype), self.weight_CH, self.bias_C)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"logits that are made in slices have no {name!r}: they never stand whole; expected of_positions or "
+            "pull_of_positions around what is done with them (imu_ray.influence.projection)"
+        )
 
     def parts(self) -> list[slice]:
         """The positions in slices of at most ``OUTPUTS`` logits, or of one position."""
@@ -43,9 +50,9 @@ class Projected:
         size = max(1, OUTPUTS // max(1, rows * width))
         return [slice(start, start + size) for start in range(0, positions, size)]
 
-    def back(self, pull_BtC: Tensor, dtype: torch.dtype) -> Tensor:
-        """The pull on what the output layer sees ``[B, t, H]``, float32 at least, of one on logits of this type."""
-        found = pull_BtC.to(dtype) @ self.layer.weight.detach().to(dtype)
+    def back(self, pull_BtC: Tensor) -> Tensor:
+        """The pull on what the output layer sees ``[B, t, H]``, float32 at least, of one on some logits."""
+        found = pull_BtC.to(self.dtype) @ self.weight_CH
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
@@ -64,7 +71,7 @@ def pull_of_positions(function: Callable[..., Tensor], outputs: Tensor, *others:
     if not isinstance(outputs, Projected):
         return function(outputs, *others)
     parts = (_at(part, outputs, *others) for part in outputs.parts())
-    return torch.cat([outputs.back(function(*each), each[0].dtype) for each in parts], 1)
+    return torch.cat([outputs.back(function(*each)) for each in parts], 1)
 
 
 def _at(part: slice, *tensors: Any) -> list[Tensor]:

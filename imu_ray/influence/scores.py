@@ -50,8 +50,18 @@ def position_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def predicted_classes(outputs: Tensor) -> Tensor:
-    """The likeliest class of each sample, ``[B]``, or at each position, ``[B, T]``."""
+    """The likeliest class at each position, ``[B, T]``."""
     return of_positions(lambda logits: logits.argmax(-1), outputs)
+
+
+def losses_and_classes(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at each position, from one making of the logits."""
+
+    def both(logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack([_position_losses(logits, labels), logits.argmax(-1).double()], -1)
+
+    losses, predicted = of_positions(both, outputs, labels).unbind(-1)
+    return losses, predicted.long()
 
 
 def _position_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ float64.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -46,6 +46,14 @@ class ByLayer(Generic[A]):
         if not (self.parts and other.parts):
             return self if self.parts else other
         return ByLayer({name: part.merge(other.parts[name]) for name, part in self.parts.items()})
+
+    def cpu(self) -> "ByLayer[A]":
+        """The same in the CPU's memory, as a process without a GPU reads it."""
+        return ByLayer({name: _on_cpu(part) for name, part in self.parts.items()})
+
+
+def _on_cpu(sums: Any) -> Any:
+    return replace(sums, **{name: each.cpu() for name, each in vars(sums).items() if isinstance(each, Tensor)})
 
 
 class Part(Protocol):

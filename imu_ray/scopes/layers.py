@@ -22,7 +22,7 @@ from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, un
 from imu_ray.influence.gradients import HEAD_DTYPE, IGNORE, position_slices
 from imu_ray.influence.layer_io import as_matrix, layer_io, layer_scores, matrix_of, weights_of
 from imu_ray.influence.projection import OUTPUTS, Projected, of_positions
-from imu_ray.influence.scores import position_losses, sample_losses
+from imu_ray.influence.scores import position_losses
 from imu_ray.influence.targets import drawn_gradient, has_positions, position_hessian
 from imu_ray.models.cut import Cut, Values
 from imu_ray.models.layers import output_layer
@@ -97,8 +97,7 @@ class Layers:
         values, labels = self.cut.prefix(batch.inputs), batch.labels_B
         outputs = self.cut.suffix(values, last=self.output)
         if has_positions(labels):
-            losses = sample_losses(self.logits(outputs), self.task.target(labels))
-            outputs = losses.unsqueeze(1).to(outputs.dtype)
+            outputs = self.task.sample_metrics(self.logits(outputs), labels)["loss"].unsqueeze(1).to(outputs.dtype)
         return Outputs(outputs, labels, self.cut.join(values))
 
     def read(self, shard: FeatureShard, rows: slice) -> tuple[Values, Tensor]:
@@ -277,7 +276,7 @@ class Layers:
             for each in found:
                 parts = layer_scores(each.layer, each.inputs, each.output_grads, directions[each.name])
                 influence, squares = influence + parts[0], squares + parts[1]
-            loss = sample_losses(outputs, self.task.target(labels))
+            loss = self.task.sample_metrics(outputs, labels)["loss"]
             for column, values_B in zip(columns, (loss, influence, squares.sqrt()), strict=True):
                 column.append(values_B.cpu())
         return score_table(shard, *(torch.cat(parts).double().numpy() for parts in columns))

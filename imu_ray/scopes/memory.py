@@ -87,7 +87,7 @@ class LayersMemory:
 REMEDIES = {
     "weights": "load the model in a smaller type, or take a smaller one",
     "activations": "set model.gradient_checkpointing, or a smaller influence.block_rows or forget_set.max_length",
-    "logits": "set a smaller forget_set.max_length: one row's logits stand whole, because the output layer moves",
+    "logits": "set a smaller forget_set.max_length: the logits of one row, where they stand whole",
     "layers": "name fewer layers in ascent.scope, or move adapters",
     "curvature": "name fewer layers in ascent.scope, move adapters, or set ascent.preconditioner: none",
 }

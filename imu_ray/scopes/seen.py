@@ -28,7 +28,8 @@ def layer_moments(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Moments
     """``Moments.of`` a block of any layer: products and sums over the block in the inputs' type, float32 at least."""
     positions = output_grads[0].numel() // sizes_of(layer)[0]
     if positions <= PAIRED:
-        numbers = positions**2 * sum(sizes_of(layer))
+        outputs, width = sizes_of(layer)
+        numbers = positions**2 * (outputs + width * getattr(layer, "groups", 1))
         found = merge_tree(map(Moments.of, pieces(layer, inputs, output_grads, numbers)))
         return Moments(found.count, found.gradient_sum_CD.double(), found.squared_sum_CD.double())
     total = functools.reduce(torch.add, map(gradient_sum, pieces(layer, inputs, output_grads)))
@@ -44,7 +45,7 @@ def clipped(seen: Sequence[Seen], limit: float) -> list[Seen]:
     found = [squared_gradient_norms(each.layer, each.inputs, each.output_grads) for each in seen]
     norms = torch.stack(found).sum(0).sqrt()
     scale = torch.where(norms > limit, limit / norms, 1.0)  # of two zeros, not their quotient
-    return [replace(each, output_grads=weigh(each.output_grads.double(), scale)) for each in seen]
+    return [replace(each, output_grads=weigh(each.output_grads, scale)) for each in seen]
 
 
 def layer_of(model: nn.Module, name: str) -> Layer:

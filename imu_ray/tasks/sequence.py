@@ -18,7 +18,7 @@ from imu_ray.config import ForgetSetConfig
 from imu_ray.data import Fields, Rows, Source
 from imu_ray.errors import ConfigError, ForgetSetError, UnsupportedModelError
 from imu_ray.influence.gradients import IGNORE, output_gradient, shares
-from imu_ray.influence.scores import predicted_classes, sample_losses
+from imu_ray.influence.scores import losses_and_classes
 from imu_ray.models.layers import evaluation_mode, forward_errors, logits_of
 from imu_ray.tasks.base import BadRow, Batch, Metric, Outputs, UnusableError, leave_out, reader_of
 
@@ -125,11 +125,13 @@ class SequenceTask:
         ``accuracy``: the share that is predicted right; ``probability``: :math:`e^{-\ell}`, the geometric mean of the
         tokens' probabilities (TOFU's answer probability, arXiv:2401.06121).
         """
-        losses = sample_losses(outputs, labels)
+        losses_BT, predicted_BT = losses_and_classes(outputs, labels)
+        share_BT = shares(labels)
+        losses = (losses_BT * share_BT).sum(1)
         return {
             "loss": losses,
             "bounded_loss": losses.clamp_max(math.log(self.num_classes)),
-            "accuracy": ((predicted_classes(outputs) == labels) * shares(labels)).sum(1),
+            "accuracy": ((predicted_BT == labels) * share_BT).sum(1),
             "probability": torch.exp(-losses),
         }
 

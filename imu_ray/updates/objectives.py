@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imu_ray.influence.gradients import IGNORE, classes, output_gradient, per_sample
+from imu_ray.influence.gradients import IGNORE, classes, output_gradient, per_sample, position_slices
 from imu_ray.influence.projection import pull_of_positions
 from imu_ray.influence.scores import relative_losses
 from imu_ray.influence.targets import guess_loss, has_positions
@@ -102,7 +102,11 @@ def row_mask(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
         return pull(outputs, labels)
 
     def at_positions(outputs: Tensor, labels: Tensor) -> Tensor:
-        return pull(outputs.flatten(0, 1), classes(labels).flatten()).view(outputs.shape).to(outputs.dtype)
+        found = torch.empty_like(outputs, dtype=torch.promote_types(outputs.dtype, torch.float32))
+        for part in position_slices(outputs):
+            some = outputs[:, part]
+            found[:, part] = pull(some.flatten(0, 1), classes(labels[:, part]).flatten()).view(some.shape)
+        return found
 
     return per_sample(pull_of_positions(at_positions, outputs, labels), labels)
 

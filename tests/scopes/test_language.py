@@ -1,6 +1,7 @@
 """Layers of Hugging Face's language models against autograd on the whole model, one sample at a time, in float64."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imu_ray.config import ForgetSetConfig, UnlearnConfig
+from imu_ray.influence.curvature.base import Moments
 from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.layer_io import directional_scores, sample_gradients, squared_gradient_norms
 from imu_ray.models.choice import choose_layers
@@ -143,6 +145,19 @@ def test_logits_never_stand_whole_in_float64(monkeypatch):
         )
         task.sample_metrics(part.run(part.weights(), (TOKENS,)).detach(), LABELS)
     assert 0 < widest.numbers <= 5 * 1024
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_gradients_are_clipped_in_the_type_of_the_model(kind):
+    part = Layers.of_names(llama(kind), SequenceTask(ForgetSetConfig(), 7, 13), ["model.layers.1.mlp.up_proj"], TOKENS, UnlearnConfig())  # fmt: skip
+    shard = FeatureShard(TOKENS.numpy().astype(np.float32), LABELS.numpy(), pa.array(list("abcde")), (3, 2))
+    limit = float(np.median(part.norms(shard)))
+    for clip, count in ((limit, 5), (1e9, 5)):
+        statistic = functools.partial(Moments.of, clip=clip)
+        (found,) = part.statistics(shard, dict.fromkeys(part.parameters, statistic)).parts.values()
+        squares = np.minimum(part.norms(shard), clip) ** 2
+        assert found.count == count
+        assert float(found.squared_sum_CD.sum()) == pytest.approx(squares.sum(), rel=0.02)
 
 
 class InPlace(torch.nn.Module):

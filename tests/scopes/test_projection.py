@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from language import TOKENS, gpt2, llama, lora
+from language import TOKENS, gpt2, lively, llama, lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imu_ray.audits.accuracy import divergence, output_change
@@ -16,7 +16,9 @@ from imu_ray.audits.base import predict_shard
 from imu_ray.config import ForgetSetConfig, UnlearnConfig
 from imu_ray.influence.curvature.base import Moments
 from imu_ray.influence.curvature.kronecker import FactorSums
+from imu_ray.models.blocks import checkpoint_blocks
 from imu_ray.models.choice import choose_layers
+from imu_ray.models.copies import without_numbers
 from imu_ray.models.layers import output_layer
 from imu_ray.scopes.features import FeatureShard, FeatureStore
 from imu_ray.scopes.layers import Layers, shard_gradient
@@ -29,18 +31,41 @@ from imu_ray.updates.objectives import OBJECTIVES
 IDS = pa.array(list("abcde"))
 LABELS = TOKENS.roll(-1, 1).clone()
 LABELS[:, -1] = LABELS[0, :3] = LABELS[3, 2] = LABELS[1, 4:] = -100
+
+
+class More(torch.nn.Module):
+    """A model that can be traced, and may do more with what its output layer gives."""
+
+    def __init__(self, more=None):
+        super().__init__()
+        self.embedding, self.inner, self.out = torch.nn.Embedding(13, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 13)
+        self.more = more or torch.nn.Identity()
+
+    def forward(self, tokens):
+        hidden = self.embedding(tokens)
+        return self.more(self.out(hidden + torch.tanh(self.inner(hidden))))
+
+
+def run_again():
+    model = llama(use_cache=False)
+    checkpoint_blocks(model)
+    return model
+
+
 MODELS = {
     "llama": (llama, "last:3", "lm_head"),
+    "run again": (run_again, ["*.q_proj"], "lm_head"),
+    "traced, with a bias": (lambda: lively(More(), torch.float64), ["inner"], "out"),
     "tied": (lambda: llama(tie_word_embeddings=True), ["*.v_proj", "*.down_proj"], "lm_head"),
     "gpt2": (gpt2, ["*.c_attn"], "lm_head"),
     "lora": (lambda: lora(llama()), "adapters", "base_model.model.lm_head"),
 }
 
 
-def part_of(model, scope, positions=7, classes=13):
+def part_of(model, scope, positions=7, classes=13, example=TOKENS):
     task = SequenceTask(ForgetSetConfig(), positions, classes)
-    names = [name for name in choose_layers(model, TOKENS, scope, "") if not name.endswith("lm_head")]
-    return Layers.of_names(model, task, names, TOKENS, UnlearnConfig())
+    names = [name for name in choose_layers(model, example, scope, "") if name not in ("lm_head", "out")]
+    return Layers.of_names(model, task, names, example, UnlearnConfig())
 
 
 @pytest.fixture(params=MODELS)
@@ -50,15 +75,16 @@ def pair(request, monkeypatch):
     model = make()
     whole = part_of(model, scope)
     monkeypatch.setattr("imu_ray.scopes.layers.OUTPUTS", 2 * 13)
-    monkeypatch.setattr("imu_ray.influence.projection.OUTPUTS", 5 * 2 * 13)
+    monkeypatch.setattr("imu_ray.influence.projection.OUTPUTS", 3 * 2 * 13)
     sliced = part_of(model, scope)
     assert (whole.output, sliced.output) == ("", output)
-    assert len(sliced.logits(sliced.run(sliced.weights(), (TOKENS,))).parts()) > 2
+    assert len(sliced.outputs(shard(sliced), slice(0, 3))[0].parts()) > 2
     return sliced, whole
 
 
-def shard():
-    return FeatureShard(TOKENS.numpy().astype(np.float64), LABELS.numpy(), IDS, (3, 2))
+def shard(part):
+    features = part.cut.join(part.cut.prefix(TOKENS)).double()
+    return FeatureShard(features.numpy(), LABELS.numpy(), IDS, (3, 2))
 
 
 def changed(part):
@@ -80,14 +106,14 @@ def close(found, expected, tolerance=1e-12):
 
 def test_scores_losses_and_norms_are_the_same(pair):
     directions = changed(pair[1]).parameters
-    found, expected = (part.scores(shard(), directions) for part in pair)
+    found, expected = (part.scores(shard(part), directions) for part in pair)
     for name in ("loss", "influence", "gradient_norm"):
         close(found[name].to_numpy(), expected[name].to_numpy())
 
 
 def test_scores_of_tokens_are_the_same(pair):
     directions = changed(pair[1]).parameters
-    found, expected = (part.token_scores(shard(), directions) for part in pair)
+    found, expected = (part.token_scores(shard(part), directions) for part in pair)
     for one, other in zip(found, expected, strict=True):
         assert np.array_equal(np.isnan(one), np.isnan(other))
         # Hugging Face's RMSNorm works in float32, and rounds otherwise from one form of a product to another.
@@ -100,7 +126,7 @@ def test_gradients_of_every_objective_are_the_same(pair, objective):
     for tokens in (False, True):
         shares = np.tile(weights[:, None], 7) * np.arange(1, 8) if tokens else weights
         found, expected = (
-            shard_gradient(shard(), shares, changed(part), part, OBJECTIVES[objective]).parts for part in pair
+            shard_gradient(shard(part), shares, changed(part), part, OBJECTIVES[objective]).parts for part in pair
         )
         for name, each in expected.items():
             close(found[name].total, each.total, 1e-10)
@@ -109,21 +135,21 @@ def test_gradients_of_every_objective_are_the_same(pair, objective):
 
 @pytest.mark.parametrize("statistic", [Moments.of, FactorSums.of])
 def test_moments_and_factors_are_the_same(pair, statistic):
-    found, expected = (part.statistics(shard(), dict.fromkeys(part.parameters, statistic)).parts for part in pair)
+    found, expected = (part.statistics(shard(part), dict.fromkeys(part.parameters, statistic)).parts for part in pair)
     for name, sums in expected.items():
         for key, tensor in vars(sums).items():
             close(getattr(found[name], key), tensor, 1e-10)
 
 
 def test_what_is_measured_is_the_same(pair):
-    found, expected = (predict_shard(shard(), part) for part in pair)
+    found, expected = (predict_shard(shard(part), part) for part in pair)
     assert set(expected.metrics) > {"loss", "accuracy", "extraction_strength"}
     for name, values in expected.metrics.items():
         close(found.metrics[name], values)
-    for of in (lambda part: output_change(shard(), part, changed(part)),
-               lambda part: divergence(shard(), shard(), part, changed(part))):  # fmt: skip
+    for of in (lambda part: output_change(shard(part), part, changed(part)),
+               lambda part: divergence(shard(part), shard(part), part, changed(part))):  # fmt: skip
         close(*map(of, pair), 1e-10)
-    scopes = [part.scope({"forget": FeatureStore([shard()])}, Workers()) for part in pair]
+    scopes = [part.scope({"forget": FeatureStore([shard(part)])}, Workers()) for part in pair]
     records = [scope.measure(changed(scope.part).parameters) for scope in scopes]
     assert records[0] == pytest.approx(records[1], rel=1e-12)
 
@@ -131,6 +157,22 @@ def test_what_is_measured_is_the_same(pair):
 def test_a_forward_pass_gives_the_same_losses(pair):
     found, expected = (part.forward(part.cut.model, Batch(TOKENS, LABELS, list("abcde"))) for part in pair)
     close(found.logits_BC, expected.logits_BC)
+
+
+@pytest.mark.parametrize("kind", ["model", "autocast"])
+def test_half_precision_rounds_as_with_whole_logits(kind, monkeypatch):
+    model = llama(torch.bfloat16 if kind == "model" else torch.float32)
+    whole = dataclasses.replace(part_of(model, ["*.v_proj"]), autocast="bfloat16" if kind == "autocast" else "none")
+    monkeypatch.setattr("imu_ray.influence.projection.OUTPUTS", 5 * 2 * 13)
+    sliced = dataclasses.replace(whole, output="lm_head")
+    logits = sliced.logits(sliced.run(sliced.weights(), (TOKENS,)))
+    assert logits[:, :2].dtype == whole.run(whole.weights(), (TOKENS,)).dtype == torch.bfloat16
+    found, expected = (
+        shard_gradient(shard(part), np.ones(5), changed(part), part, OBJECTIVES["npo"]).parts
+        for part in (sliced, whole)
+    )
+    for name, each in expected.items():
+        assert (found[name].total - each.total).norm() <= 0.02 * each.total.norm()
 
 
 class Widest(TorchDispatchMode):
@@ -150,41 +192,46 @@ def test_no_tensor_is_as_large_as_the_logits_of_a_row(monkeypatch):
     vocabulary = 4096
     for module in ("scopes.layers", "influence.projection"):
         monkeypatch.setattr(f"imu_ray.{module}.OUTPUTS", vocabulary)
-    part = part_of(llama(torch.float32, vocab_size=vocabulary, hidden_size=8), ["*.q_proj"], classes=vocabulary)
-    one = FeatureShard(TOKENS[:1].numpy().astype(np.float32), LABELS[:1].numpy(), IDS[:1], (1,))
-    weights = {name: torch.zeros_like(weight) for name, weight in part.weights().items()}  # of the vocabulary: none
-    largest = max(8 * vocabulary, *(weight.numel() for weight in weights.values()))
-    rows = TOKENS.shape[1] * vocabulary
+    length, sizes = 64, {"vocab_size": vocabulary, "hidden_size": 8, "max_position_embeddings": 64}
+    tokens = TOKENS.flatten().repeat(2)[:length].unsqueeze(0)
+    part = part_of(llama(torch.float32, **sizes), ["*.q_proj"], length, vocabulary, tokens)
+    one = FeatureShard(tokens.numpy().astype(np.float32), tokens.roll(-1, 1).numpy(), IDS[:1], (1,))
     with Widest() as widest:
         part.scores(one, part.parameters)
         part.statistics(one, dict.fromkeys(part.parameters, FactorSums.of))
         for objective in OBJECTIVES.values():
             shard_gradient(one, np.ones(1), part, part, objective)
         predict_shard(one, part)
-    assert vocabulary <= widest.numbers < rows or widest.numbers <= largest
-    assert rows > 6 * vocabulary
-
-
-class Scaled(torch.nn.Module):
-    """Does more with what its output layer gives."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.embedding, self.out, self.factor = torch.nn.Embedding(13, 8), torch.nn.Linear(8, 13), factor
-
-    def forward(self, tokens):
-        return self.factor * self.out(self.embedding(tokens))
+    assert vocabulary <= widest.numbers < length * vocabulary / 4, "the output layer itself has an eighth of a row's"
 
 
 def test_an_output_layer_is_told_only_where_its_outputs_are_the_models():
-    assert output_layer(Scaled(1), TOKENS, 13) == "out"
-    assert output_layer(Scaled(2), TOKENS, 13) == ""
-    assert output_layer(Scaled(1), TOKENS, 12) == ""
+    def told(more, outputs=13):
+        return output_layer(More(more), TOKENS, outputs)
+
+    assert told(lambda logits: logits) == told(lambda logits: logits.double()) == "out"
+    assert told(lambda logits: 2 * logits) == told(lambda logits: 30 * torch.tanh(logits / 30)) == ""
+    assert told(lambda logits: logits, outputs=12) == ""
     model = llama()
     before = copy.deepcopy(model.state_dict())
     assert output_layer(model, TOKENS, 13) == "lm_head"
     assert type(model.lm_head) is torch.nn.Linear
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_without_numbers_an_output_layer_is_told_by_what_the_model_gives():
+    for more, expected in ((None, "out"), (lambda logits: 30 * torch.tanh(logits / 30), "")):
+        model, mode = without_numbers(More(more))
+        with mode:
+            assert output_layer(model, TOKENS, 13) == expected
+
+
+def test_what_needs_whole_logits_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("imu_ray.scopes.layers.OUTPUTS", 1)
+    part = part_of(llama(), ["*.v_proj"])
+    logits = part.outputs(shard(part), slice(0, 2))[0]
+    with pytest.raises(AttributeError, match=r"have no 'topk': they never stand whole; expected of_positions or"):
+        logits.topk(2)
 
 
 def test_the_logits_of_an_output_layer_that_moves_stand_whole(monkeypatch):
