@@ -210,8 +210,8 @@ def remember(
     settings = resolve_settings(None, config, task).with_overrides(whole)
     check_place(path)
     require_gpus(settings.resources)
-    rows_of = open_source(train_set, settings.forget_set, "training set", TASKS[task].fields(settings.forget_set))
-    inputs = Inputs.open(model, rows_of, task, None, settings)
+    source = open_source(train_set, settings.forget_set, "training set", TASKS[task].fields(settings.forget_set))
+    inputs = Inputs.open(model, source, task, None, settings)
     settings = settle_scope(settings, inputs.task)
     inputs = dataclasses.replace(inputs, sources={"training set": inputs.sources["forget"]})
     with ray_session(settings.resources) as resources:
