@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imu_ray.audits.base import Predictions
 from imu_ray.config import AuditConfig
-from imu_ray.influence.gradients import classes, position_slices, shares
+from imu_ray.influence.gradients import classes, shares
 from imu_ray.influence.projection import of_positions
 from imu_ray.influence.targets import has_positions
 from imu_ray.scopes.base import Part
@@ -120,11 +120,7 @@ def _of_samples(of: Callable[[Tensor, Tensor, Tensor], Tensor], some: Tensor, ot
     """Figures of predictions ``[..., K]`` as those of samples, ``[B, K]``; of several positions some at a time."""
     if not has_positions(labels):
         return of(some, others, labels)
-
-    def at_positions(some: Tensor, others: Tensor, labels: Tensor) -> Tensor:
-        return torch.cat([of(some[:, part], others[:, part], labels[:, part]) for part in position_slices(some)], 1)
-
-    return (of_positions(at_positions, some, others, labels) * shares(labels).unsqueeze(-1)).sum(1)
+    return (of_positions(of, some, others, labels) * shares(labels).unsqueeze(-1)).sum(1)
 
 
 def _apart(outputs: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from imu_ray.influence.targets import LogitHessian, has_positions
 HEAD_DTYPE = torch.float64
 IGNORE = -100  # the label of a position without one
 PAIRED = 5  # positions of a sample up to which products of pairs of them are the fastest way to the squares
-SLICE = 2**20  # numbers of outputs at many positions that are worked on at once in float64
 
 
 @dataclass(frozen=True)
@@ -57,38 +56,28 @@ def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
         labels: class indices ``[B]`` or ``[B, T]``, int64, ``IGNORE`` where a position has none; or another target.
 
     Returns:
-        In the shape of the logits, float64; of several positions in the logits' type, float32 at least, because in
-        float64 they would take several times the memory of the logits. 0 where a position has no label. Of projected
+        In the shape of the logits, float64; of several positions in the logits' type, float32 at least, because float64
+        would take several times the memory and the time. 0 where a position has no label. Of projected
         logits in the shape of what the output layer sees.
     """
     if labels.is_floating_point():
         return targets.gradient(logits, labels)
     if logits.ndim == 2:
         return _output_gradient(logits, labels)
-    return pull_of_positions(_position_gradient, logits, labels, shares(labels).unsqueeze(-1))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+
+    def pull(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        return _output_gradient(logits, labels, dtype).mul_(share)
+
+    return pull_of_positions(pull, logits, labels, shares(labels).to(dtype).unsqueeze(-1))
 
 
-def _position_gradient(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
-    """Of positions that count so much each."""
-    found = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-    for part in position_slices(logits):
-        found[:, part] = _output_gradient(logits[:, part], labels[:, part]).mul_(share[:, part])
-    return found
-
-
-def _output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each position by itself, float64."""
-    gradient = torch.softmax(logits.to(HEAD_DTYPE), dim=-1)
+def _output_gradient(logits: Tensor, labels: Tensor, dtype: torch.dtype = HEAD_DTYPE) -> Tensor:
+    """Of each position by itself."""
+    gradient = torch.softmax(logits, dim=-1, dtype=dtype)
     own = classes(labels).unsqueeze(-1)
     gradient.scatter_(-1, own, 0.0)
     return gradient.scatter_(-1, own, -gradient.sum(dim=-1, keepdim=True))
-
-
-def position_slices(outputs_BTC: Tensor) -> list[slice]:
-    """The positions in slices of at most ``SLICE`` numbers, or of one position."""
-    rows, positions, width = outputs_BTC.shape
-    size = max(1, SLICE // max(1, rows * width))
-    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 def classes(labels: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""Logits at many positions that never stand whole: what the output layer sees, and slices of logits made from it.
+"""Outputs at many positions, worked on some positions at a time, and logits that never stand whole.
 
-What is made of such logits is made slice by slice (``of_positions``), and a pull on them is brought back to what the
-output layer sees before the next slice is made (``pull_of_positions``); what scales it afterwards is the same for both.
+What a function of outputs makes on its way, often in float64, would take several times the memory of the outputs at
+all positions (``of_positions``, ``pull_of_positions``). Where even the logits are too many, what the output layer sees
+stands for them (``Projected``): slices of logits are made from it, and a pull on them is brought back to it before the
+next slice is made; what scales it afterwards is the same for both.
 
 Shapes: B samples, T positions, C outputs, H inputs of the output layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 OUTPUTS = 2**24  # numbers of outputs that are made at once, where a sample has many positions
+SLICE = 2**20  # numbers of outputs at many positions that are worked on at once
 
 
 class Projected:
@@ -46,9 +49,7 @@ class Projected:
 
     def parts(self) -> list[slice]:
         """The positions in slices of at most ``OUTPUTS`` logits, or of one position."""
-        rows, positions, width = self.shape
-        size = max(1, OUTPUTS // max(1, rows * width))
-        return [slice(start, start + size) for start in range(0, positions, size)]
+        return _position_slices(self.shape, OUTPUTS)
 
     def back(self, pull_BtC: Tensor) -> Tensor:
         """The pull on what the output layer sees ``[B, t, H]``, float32 at least, of one on some logits."""
@@ -57,22 +58,40 @@ class Projected:
 
 
 def of_positions(function: Callable[..., Tensor], outputs: Tensor, *others: Tensor) -> Tensor:
-    """A function of outputs and of what else there is at each position; of projected outputs slice by slice.
+    """A function of outputs and of what else there is at each position, some positions at a time.
 
     The function takes and gives ``[B, T, ...]``, each position by itself.
     """
-    if not isinstance(outputs, Projected):
-        return function(outputs, *others)
-    return torch.cat([function(*_at(part, outputs, *others)) for part in outputs.parts()], 1)
+    if isinstance(outputs, Projected):
+        return torch.cat([of_positions(function, *_at(part, outputs, *others)) for part in outputs.parts()], 1)
+    parts = _position_slices(outputs.shape, SLICE)
+    return torch.cat([function(*_at(part, outputs, *others)) for part in parts], 1)
 
 
 def pull_of_positions(function: Callable[..., Tensor], outputs: Tensor, *others: Tensor) -> Tensor:
-    """The same of a function that gives a pull on the outputs, which becomes one on what a run gave (``Projected``)."""
-    if not isinstance(outputs, Projected):
+    """The same of a function that gives a pull on the outputs.
+
+    Returns:
+        The pull on what a run gave (``Projected``), in its type, float32 at least. Outputs ``[B, C]`` have one
+        position; the pull is then in the function's type.
+    """
+    if outputs.ndim == 2:
         return function(outputs, *others)
-    parts = (_at(part, outputs, *others) for part in outputs.parts())
-    return torch.cat([outputs.back(function(*each)) for each in parts], 1)
+    if isinstance(outputs, Projected):
+        parts = outputs.parts()
+        return torch.cat([outputs.back(pull_of_positions(function, *_at(part, outputs, *others))) for part in parts], 1)
+    found = torch.empty_like(outputs, dtype=torch.promote_types(outputs.dtype, torch.float32))
+    for part in _position_slices(outputs.shape, SLICE):
+        found[:, part] = function(*_at(part, outputs, *others))
+    return found
 
 
 def _at(part: slice, *tensors: Any) -> list[Tensor]:
     return [each[:, part] for each in tensors]
+
+
+def _position_slices(shape: Sequence[int], numbers: int) -> list[slice]:
+    """Positions of ``[B, T, C]`` in slices of at most so many numbers, or of one position."""
+    rows, positions, width = shape
+    size = max(1, numbers // max(1, rows * width))
+    return [slice(start, start + size) for start in range(0, positions, size)]

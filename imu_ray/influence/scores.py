@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from imu_ray.influence import targets
-from imu_ray.influence.gradients import IGNORE, LayerIO, position_slices, shares
+from imu_ray.influence.gradients import IGNORE, LayerIO, shares
 from imu_ray.influence.projection import of_positions
 
 
@@ -65,13 +65,10 @@ def losses_and_classes(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _position_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    each = [
-        torch.nn.functional.cross_entropy(
-            logits[:, part].double().flatten(0, 1), labels[:, part].flatten(), reduction="none", ignore_index=IGNORE
-        ).view(len(labels), -1)
-        for part in position_slices(logits)
-    ]
-    return torch.cat(each, 1)
+    each = torch.nn.functional.cross_entropy(
+        logits.double().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE
+    )
+    return each.view(labels.shape)
 
 
 def margins(logits_BC: Tensor, labels_B: Tensor) -> Tensor:

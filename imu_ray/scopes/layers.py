@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imu_ray.config import UnlearnConfig
+from imu_ray.errors import UnsupportedModelError
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
-from imu_ray.influence.gradients import HEAD_DTYPE, IGNORE, position_slices
+from imu_ray.influence.gradients import HEAD_DTYPE, IGNORE
 from imu_ray.influence.layer_io import as_matrix, layer_io, layer_scores, matrix_of, weights_of
 from imu_ray.influence.projection import OUTPUTS, Projected, of_positions
 from imu_ray.influence.scores import position_losses
 from imu_ray.influence.targets import drawn_gradient, has_positions, position_hessian
 from imu_ray.models.cut import Cut, Values
 from imu_ray.models.layers import output_layer
+from imu_ray.models.taps import tapped
 from imu_ray.scopes.base import FORGET_VIEWS, ByLayer, OutputGradient, Parameters, Record, Statistics, Weights
 from imu_ray.scopes.features import FeatureShard, FeatureStore, Positions, of_rows, of_views, pieces_of, score_table
 from imu_ray.scopes.measure import measure
@@ -186,31 +188,33 @@ class Layers:
         }
 
     def seen(
-        self, values: Values, pull_of: Callable[[Tensor], Tensor], weights: Mapping[str, Tensor] | None = None
-    ) -> tuple[Tensor, list[Seen]]:
-        """Outputs, and what each layer saw with what a pull on them, which follows from them, pulls on its own."""
-        caught: dict[str, tuple[Tensor, Tensor]] = {}
+        self,
+        values: Values,
+        pull_of: Callable[[Tensor], Tensor],
+        take: Callable[[Seen, Tensor], None],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Outputs; a pull on them, which follows from them, is taken back through the layers.
 
-        def catch(name: str) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                caught[name] = inputs[0].detach(), output
-                return output.clone()  # what follows may change it in place
+        What each layer saw is given to ``take`` with the outputs, the last layer first, and then dropped.
+        """
+        missing = set(self.parameters)
 
-            return hook
+        def show(name: str, inputs: Tensor, grads: Tensor) -> None:
+            missing.discard(name)
+            take(Seen(name, layer_of(self.cut.model, name), inputs, grads), found)
 
-        layers = {name: layer_of(self.cut.model, name) for name in self.parameters}
-        hooks = [layer.register_forward_hook(catch(name)) for name, layer in layers.items()]
-        try:
-            with torch.enable_grad():
-                outputs = self.run(self.weights() if weights is None else weights, values)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        found = self.logits(outputs)
-        pull = pull_of(found).to(outputs.dtype)
-        grads = torch.autograd.grad(outputs, [caught[name][1] for name in layers], pull)
-        seen = zip(layers.items(), grads, strict=True)
-        return found, [Seen(name, layer, caught[name][0], grad) for (name, layer), grad in seen]
+        with torch.enable_grad(), tapped(self.cut.model, self.parameters, show) as way:
+            outputs = self.run(self.weights() if weights is None else weights, values)
+            found = self.logits(outputs)
+            pull = pull_of(found).to(outputs.dtype)
+            torch.autograd.grad(outputs, way, pull, allow_unused=True)
+        if missing:
+            raise UnsupportedModelError(
+                f"{', '.join(sorted(missing))} took no part in a forward pass of some rows; expected all layers of the "
+                "scope to act on every row; leave them out of ascent.scope"
+            )
+        return found
 
     def statistics(self, shard: FeatureShard, statistics: Mapping[str, Statistics]) -> ByLayer[Any]:
         """Statistics of each block by layer, merged in a binary tree.
@@ -229,9 +233,15 @@ class Layers:
                 ids = shard.ids.slice(rows.start, rows.stop - rows.start).to_pylist()
                 return self._drawn_pull(outputs, labels, ids)
 
-            outputs, seen = self.seen(values, drawn_pull if drawn else functools.partial(self._label_pull, labels))
-            seen = seen if limit is None else clipped(seen, limit)
-            return ByLayer({each.name: self._statistic(each, statistics[each.name], labels, outputs) for each in seen})
+            def keep(each: Seen, outputs: Tensor) -> None:
+                found[each.name] = self._statistic(each, statistics[each.name], labels, outputs)
+
+            found, seen = dict[str, Any](), list[Seen]()
+            pull_of = drawn_pull if drawn else functools.partial(self._label_pull, labels)
+            outputs = self.seen(values, pull_of, keep if limit is None else lambda each, _: seen.append(each))
+            for each in () if limit is None else clipped(seen, limit):  # which takes all layers
+                keep(each, outputs)
+            return ByLayer({name: found[name] for name in self.parameters})
 
         return merge_tree(map(of_block, shard.block_rows()))
 
@@ -243,7 +253,7 @@ class Layers:
         target = self.task.target(labels)
         if has_positions(labels):
             draws = uniform_draws(ids, self.seed, *labels.shape[1:])
-            drawn = of_positions(_sampled, outputs, draws).where(labels != IGNORE, IGNORE)
+            drawn = of_positions(sampled_labels, outputs, draws).where(labels != IGNORE, IGNORE)
             return self.task.output_gradient(outputs, drawn)
         if target.ndim == 3:  # several labels a sample, which are independent of each other
             draws = uniform_draws(ids, self.seed, outputs.shape[1])
@@ -267,19 +277,23 @@ class Layers:
 
     def scores(self, shard: FeatureShard, directions: Mapping[str, Tensor]) -> pa.Table:
         """Loss, influence and gradient norm of every sample; influence and squared norms add up over the layers."""
-        columns: list[list[Tensor]] = [[torch.empty(0)], [torch.empty(0)], [torch.empty(0)]]
         weights = self.weights()
-        for rows in filled(shard):
+
+        def of_block(rows: slice) -> list[Tensor]:
             values, labels = self.read(shard, rows)
-            outputs, found = self.seen(values, functools.partial(self._label_pull, labels), weights)
             influence, squares = torch.zeros(2, len(labels), dtype=torch.float64, device=labels.device)
-            for each in found:
+
+            def add(each: Seen, _: Tensor) -> None:
                 parts = layer_scores(each.layer, each.inputs, each.output_grads, directions[each.name])
-                influence, squares = influence + parts[0], squares + parts[1]
+                influence.add_(parts[0])
+                squares.add_(parts[1])
+
+            outputs = self.seen(values, functools.partial(self._label_pull, labels), add, weights)
             loss = self.task.sample_metrics(outputs, labels)["loss"]
-            for column, values_B in zip(columns, (loss, influence, squares.sqrt()), strict=True):
-                column.append(values_B.cpu())
-        return score_table(shard, *(torch.cat(parts).double().numpy() for parts in columns))
+            return [column.double().cpu() for column in (loss, influence, squares.sqrt())]
+
+        blocks = [*map(of_block, filled(shard))] or [[torch.empty(0).double()] * 3]
+        return score_table(shard, *(torch.cat(parts).numpy() for parts in zip(*blocks, strict=True)))
 
     def token_scores(self, shard: FeatureShard, directions: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
         r"""Influence and loss of every token, ``[n, T]``; NaN at a position without a label.
@@ -412,12 +426,6 @@ def _pull(objective: OutputGradient, target: Tensor, before: Tensor | None, shar
     ``before`` are those before unlearning, None where they are the same.
     """
     return weigh(objective(outputs, target, outputs if before is None else before), share)
-
-
-def _sampled(outputs: Tensor, draws: Tensor) -> Tensor:
-    """Labels drawn at each position, some at a time."""
-    parts = [sampled_labels(outputs[:, part], draws[:, part]) for part in position_slices(outputs)]
-    return torch.cat(parts, 1)
 
 
 def wide(outputs: Tensor) -> Tensor:

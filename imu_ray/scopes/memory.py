@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from imu_ray.config import AscentConfig
 from imu_ray.influence.curvature.kronecker import factor_bytes, solve_bytes
-from imu_ray.influence.gradients import SLICE
-from imu_ray.influence.projection import Projected
+from imu_ray.influence.projection import SLICE, Projected
 from imu_ray.models.blocks import blocks_of
 from imu_ray.models.copies import without_numbers
 from imu_ray.models.cut import Cut

@@ -1,11 +1,11 @@
 r"""What each objective does to a sample's outputs: the gradient that a descent step is taken along.
 
 Every objective maps current logits ``[B, C]`` or ``[B, T, C]``, targets and the logits before unlearning to a gradient
-in the shape of the logits, float64 (at many positions in their type). Not every useful one is the gradient of a loss. p
-is the softmax of the current logits, p0 that of the original ones, :math:`\ell` the loss of a sample, the mean over its
-T labelled positions. Of outputs that are made in slices (``influence.projection``) the gradient is that in what the
-output layer sees. They hold in every scope: on the head the gradient is multiplied by the features, deeper it is
-back-propagated.
+in the shape of the logits, float64 (at many positions in their type, float32 at least). Not every useful one is the
+gradient of a loss. p is the softmax of the current logits, p0 that of the original ones, :math:`\ell` the loss of a
+sample, the mean over its T labelled positions. Of outputs that are made in slices (``influence.projection``) the
+gradient is that in what the output layer sees. They hold in every scope: on the head the gradient is multiplied by the
+features, deeper it is back-propagated.
 
 Targets are classes ``[B]`` or ``[B, T]``, or another form of ``influence.targets``. There :math:`\ell` is the loss in
 units of the sample's scale s, and the gradient is s times that of the objective: class weights say how much a sample
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imu_ray.influence.gradients import IGNORE, classes, output_gradient, per_sample, position_slices
+from imu_ray.influence.gradients import IGNORE, classes, output_gradient, per_sample
 from imu_ray.influence.projection import pull_of_positions
 from imu_ray.influence.scores import relative_losses
 from imu_ray.influence.targets import guess_loss, has_positions
@@ -85,7 +85,7 @@ def renormalise(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
 
     def pull(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
         without = original.scatter(-1, classes(labels).unsqueeze(-1), -math.inf)
-        return torch.softmax(outputs, dim=-1) - torch.softmax(without, dim=-1)
+        return _softmax(outputs) - _softmax(without)
 
     return per_sample(pull_of_positions(pull, outputs, labels, original), labels)
 
@@ -98,16 +98,11 @@ def row_mask(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
         whole = -output_gradient(outputs, labels)
         return torch.zeros_like(whole).scatter(-1, own, whole.gather(-1, own))
 
+    def at_positions(outputs: Tensor, labels: Tensor) -> Tensor:
+        return pull(outputs.flatten(0, 1), classes(labels).flatten()).view(outputs.shape)
+
     if not has_positions(labels):
         return pull(outputs, labels)
-
-    def at_positions(outputs: Tensor, labels: Tensor) -> Tensor:
-        found = torch.empty_like(outputs, dtype=torch.promote_types(outputs.dtype, torch.float32))
-        for part in position_slices(outputs):
-            some = outputs[:, part]
-            found[:, part] = pull(some.flatten(0, 1), classes(labels[:, part]).flatten()).view(some.shape)
-        return found
-
     return per_sample(pull_of_positions(at_positions, outputs, labels), labels)
 
 
@@ -115,8 +110,12 @@ def uniform_target(outputs: Tensor, labels: Tensor, original: Tensor) -> Tensor:
     r"""Cross-entropy to the uniform distribution: :math:`p - 1/C`; of several labels :math:`(\sigma - 1/2) / C`."""
     if labels.ndim == 3:
         return per_sample((torch.sigmoid(outputs) - 0.5) / outputs.shape[-1], labels)
-    pull = pull_of_positions(lambda logits: torch.softmax(logits, dim=-1) - 1 / logits.shape[-1], outputs)
+    pull = pull_of_positions(lambda logits: _softmax(logits) - 1 / logits.shape[-1], outputs)
     return per_sample(pull, labels)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _weighed(outputs: Tensor, labels: Tensor, original: Tensor, weight_B: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,13 +11,17 @@ import pyarrow as pa
 import pytest
 import torch
 from language import TOKENS, gpt2, llama, lora
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imu_ray.config import ForgetSetConfig, UnlearnConfig
+from imu_ray.errors import UnsupportedModelError
 from imu_ray.influence.curvature.base import Moments
+from imu_ray.influence.curvature.kronecker import FactorSums
 from imu_ray.influence.gradients import output_gradient
 from imu_ray.influence.layer_io import directional_scores, sample_gradients, squared_gradient_norms
+from imu_ray.models.blocks import checkpoint_blocks
 from imu_ray.models.choice import choose_layers
 from imu_ray.scopes.features import FeatureShard
 from imu_ray.scopes.layers import Layers
@@ -75,7 +80,13 @@ def close(found, expected):
 
 def test_what_layers_saw_gives_the_gradients_scores_and_norms_of_single_samples(case):
     expected = gradients_one_by_one(case.model, case.names)
-    outputs, seen = case.part.seen(case.part.cut.split(TOKENS), lambda z: case.part.task.output_gradient(z, LABELS))
+    seen = []
+    outputs = case.part.seen(
+        case.part.cut.split(TOKENS),
+        lambda z: case.part.task.output_gradient(z, LABELS),
+        lambda each, _: seen.append(each),
+    )
+    assert len(seen) == len(case.names)
     assert torch.equal(outputs, case.model(TOKENS).logits)
     scores, squares, wanted = torch.zeros(5).double(), torch.zeros(5).double(), torch.zeros(5).double()
     for each in seen:
@@ -133,12 +144,12 @@ class Widest(TorchDispatchMode):
 
 
 def test_logits_never_stand_whole_in_float64(monkeypatch):
-    monkeypatch.setattr("imu_ray.influence.gradients.SLICE", 2048)
+    monkeypatch.setattr("imu_ray.influence.projection.SLICE", 2048)
     model = llama(torch.float32, vocab_size=1024)
     task = SequenceTask(ForgetSetConfig(), 7, 1024)
     part = Layers.of_names(model, task, choose_layers(model, TOKENS, ["*.q_proj"], ""), TOKENS, UnlearnConfig())
     with Widest() as widest:
-        part.seen((TOKENS,), lambda z: part.task.output_gradient(z, LABELS))
+        part.seen((TOKENS,), lambda z: part.task.output_gradient(z, LABELS), lambda *_: None)
         share = torch.ones(5)
         part.add_gradient(
             {}, part.weights(), (TOKENS,), lambda z: weigh(OBJECTIVES["bounded_ascent"](z, LABELS, z), share)
@@ -172,12 +183,82 @@ class InPlace(torch.nn.Module):
         return self.last(hidden.mul_(0.5).relu_())
 
 
-def test_outputs_that_are_changed_in_place_have_the_gradients_before_the_change():
-    model = InPlace().double()
+class InPlaceWithGradients(InPlace):
+    """Does so only where gradients are taken, which no look at it beforehand shows."""
+
+    def forward(self, tokens):
+        hidden = self.first(self.embedding(tokens))
+        late = tokens.min() >= 0 and torch.is_grad_enabled()  # which no trace follows
+        return self.last(hidden.relu_() if late else hidden.relu())
+
+
+@pytest.mark.parametrize("kind", [InPlace, InPlaceWithGradients])
+def test_outputs_that_are_changed_in_place_have_the_gradients_before_the_change(kind):
+    model = kind().double()
     task = SequenceTask(ForgetSetConfig(), 7, 13)
     part = Layers.of_names(model, task, ["first", "last"], TOKENS, UnlearnConfig())
-    _, seen = part.seen(part.cut.prefix(TOKENS), lambda z: pull(z, LABELS))
+    seen = []
+    part.seen(part.cut.prefix(TOKENS), lambda z: pull(z, LABELS), lambda each, _: seen.append(each))
+    assert [each.name for each in seen] == ["last", "first"]
     expected = gradients_one_by_one(model, ["first", "last"])
     for each in seen:
         close(torch.cat([one.clone() for one in sample_gradients(each.layer, each.inputs, each.output_grads)]),
               expected[each.name])  # fmt: skip
+
+
+def test_what_a_layer_saw_is_not_kept_for_the_others():
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(13, 6), *(torch.nn.Linear(6, 6) for _ in range(4)), torch.nn.Linear(6, 13)
+    )
+    names = [str(index) for index in range(1, 6)]
+    part = Layers.of_names(model, SequenceTask(ForgetSetConfig(), 7, 13), names, TOKENS, UnlearnConfig())
+    grads, inputs = [], []
+
+    def take(each, _):
+        assert not any(kept() is not None for kept in grads[1:])  # the first one is the pull on the outputs
+        assert all(kept.expired() for kept in inputs)
+        grads.append(weakref.ref(each.output_grads))
+        inputs.append(StorageWeakRef(each.inputs.untyped_storage()))
+
+    part.seen(part.cut.prefix(TOKENS), lambda z: pull(z, LABELS), take)
+    assert len(grads) == 5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "lora"])
+def test_scores_and_sums_are_the_same_where_blocks_are_run_again(name):
+    make, patterns, _ = CASES[name]
+    shard = FeatureShard(TOKENS.numpy().astype(np.float32), LABELS.numpy(), pa.array(list("abcde")), (3, 2))
+    found = []
+    for again in (False, True):
+        model = make()
+        if again:
+            checkpoint_blocks(model)
+        task = SequenceTask(ForgetSetConfig(), 7, 13)
+        part = Layers.of_names(model, task, choose_layers(model, TOKENS, patterns, ""), TOKENS, UnlearnConfig())
+        drawn = torch.Generator().manual_seed(4)
+        directions = {key: torch.randn(each.shape, generator=drawn).double() for key, each in part.parameters.items()}
+        table = part.scores(shard, directions)
+        sums = part.statistics(shard, dict.fromkeys(part.parameters, FactorSums.of))
+        found.append((table, sums))
+    assert found[0][0].equals(found[1][0])
+    for layer, sums in found[0][1].parts.items():
+        for field in dataclasses.fields(sums):
+            one, other = (getattr(each, field.name) for each in (sums, found[1][1].parts[layer]))
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+class Skips(InPlace):
+    """Passes a layer by for some tokens."""
+
+    def forward(self, tokens):
+        hidden = self.embedding(tokens)
+        first = self.first(hidden)
+        return self.last(first if tokens[0, 0] == TOKENS[0, 0] else torch.nn.functional.pad(hidden, (0, 2)))
+
+
+def test_a_layer_that_takes_no_part_is_an_error_that_names_it():
+    part = Layers.of_names(Skips(), SequenceTask(ForgetSetConfig(), 7, 13), ["first", "last"], TOKENS, UnlearnConfig())
+    tokens = TOKENS.clone()
+    tokens[0, 0] = TOKENS[0, 0] + 1
+    with pytest.raises(UnsupportedModelError, match="first took no part"):
+        part.seen((tokens,), lambda z: pull(z, LABELS), lambda *_: None)
