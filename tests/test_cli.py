@@ -349,7 +349,8 @@ def stopped(name, job_file, environment, number, when, *assignments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code", "status"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "status"),
+    [pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.long), (signal.SIGTERM, 143, "terminated")],
 )
 def test_a_run_that_is_told_to_stop_records_it(job_file, python_environment, number, code, status):
     endless = "ascent.stop.max_epochs=100000000"
@@ -362,6 +363,7 @@ def test_a_run_that_is_told_to_stop_records_it(job_file, python_environment, num
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_sweep_says_what_was_not_run_and_keeps_what_was_finished(job_file, python_environment):
     axis = "axes.ascent.stop.max_epochs=[1, 100000000]"
     exited, last, log = stopped("sweep", job_file, python_environment, signal.SIGINT, "trial ended", axis)

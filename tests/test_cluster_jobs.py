@@ -205,6 +205,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, job_file):
     assert json.loads((folder / "manifest.json").read_text())["status"] == "complete"
 
 
+@pytest.mark.long
 def test_two_jobs_at_once_do_not_disturb_each_other(head, job_file, unlearned):
     runs = [job_file.parent / name for name in ("left", "right")]
     submitted = [head.start(run.name, job_file, f"run_dir={run}") for run in runs]

@@ -36,7 +36,7 @@ def wait_until_gone(pid):
     [
         ("hang in the features", "1"),
         pytest.param("hang in the ascent", "1", marks=pytest.mark.long),
-        ("hang in the ascent", "2"),
+        pytest.param("hang in the ascent", "2", marks=pytest.mark.long),
     ],
 )
 def test_an_interrupt_leaves_neither_half_a_file_nor_ray(fault, workers, tmp_path, python_environment):

@@ -33,6 +33,7 @@ def settings(**changes):
     return UnlearnConfig.from_recipe("classes").with_overrides({"resources.workers": 2, **more})
 
 
+@pytest.mark.long
 def test_a_class_that_only_the_head_forgot_is_recovered_and_the_job_says_so(known, tmp_path):
     model, reference, sets = known
     evaluation = {name: sets[name] for name in ("retain", "test")}

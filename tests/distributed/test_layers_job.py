@@ -74,7 +74,7 @@ def share(outcome, expected, inputs):
 
 @pytest.mark.parametrize(
     ("dtype", "preconditioner", "tolerance"),
-    [(torch.float64, "kfac", 1e-9), (torch.float32, "none", 1e-2)],
+    [(torch.float64, "kfac", 1e-9), pytest.param(torch.float32, "none", 1e-2, marks=pytest.mark.long)],
 )
 def test_any_number_of_workers_takes_the_same_steps(opened, tmp_path, dtype, preconditioner, tolerance):
     inputs = opened[dtype]
@@ -86,6 +86,7 @@ def test_any_number_of_workers_takes_the_same_steps(opened, tmp_path, dtype, pre
         assert share(several, alone, inputs) <= tolerance
 
 
+@pytest.mark.long
 def test_a_worker_killed_between_steps_changes_nothing(opened, tmp_path):
     inputs = opened[torch.float64]
     killing = KillingTarget("forget.accuracy", -1.0, "test", folder=str(tmp_path), step=10)

@@ -52,6 +52,7 @@ def test_a_killed_worker_changes_nothing(tmp_path):
     assert [record["step"] for record in survived.trajectory] == [record["step"] for record in alone.trajectory]
 
 
+@pytest.mark.long
 def test_a_group_that_fails_too_often_ends_with_its_last_good_state_intact(tmp_path):
     killing = KillingTarget("forget.accuracy", -1.0, "test", folder=str(tmp_path), step=6)
     with pytest.raises(StageFailedError, match="the last good state is kept"):

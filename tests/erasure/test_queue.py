@@ -93,6 +93,7 @@ def outcome(queue):
     return answers, [entry.model_dump(exclude={"manifest"}) for entry in queue.lineage().entries]
 
 
+@pytest.mark.long
 def test_twenty_requests_killed_ten_times_end_as_if_nothing_had_happened(
     tmp_path, trained, ray_cluster, python_environment
 ):

@@ -155,6 +155,7 @@ def test_channels_last_reaches_the_model_and_changes_nothing_else():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_model_gives_the_same_features():
     plain, model = extracted(Convolution()), Convolution()
     compile_around(model, "fc")
