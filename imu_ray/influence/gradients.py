@@ -57,8 +57,8 @@ def output_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         In the shape of the logits, float64; of several positions in the logits' type, float32 at least, because float64
-        would take several times the memory and the time. 0 where a position has no label. Of projected
-        logits in the shape of what the output layer sees.
+        would take several times the memory and the time. 0 where a position has no label. Of projected logits in the
+        shape of what the output layer sees.
     """
     if labels.is_floating_point():
         return targets.gradient(logits, labels)

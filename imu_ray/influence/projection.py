@@ -49,7 +49,7 @@ class Projected:
 
     def parts(self) -> list[slice]:
         """The positions in slices of at most ``OUTPUTS`` logits, or of one position."""
-        return _position_slices(self.shape, OUTPUTS)
+        return position_slices(self.shape, OUTPUTS)
 
     def back(self, pull_BtC: Tensor) -> Tensor:
         """The pull on what the output layer sees ``[B, t, H]``, float32 at least, of one on some logits."""
@@ -64,7 +64,7 @@ def of_positions(function: Callable[..., Tensor], outputs: Tensor, *others: Tens
     """
     if isinstance(outputs, Projected):
         return torch.cat([of_positions(function, *_at(part, outputs, *others)) for part in outputs.parts()], 1)
-    parts = _position_slices(outputs.shape, SLICE)
+    parts = position_slices(outputs.shape, SLICE)
     return torch.cat([function(*_at(part, outputs, *others)) for part in parts], 1)
 
 
@@ -81,7 +81,7 @@ def pull_of_positions(function: Callable[..., Tensor], outputs: Tensor, *others:
         parts = outputs.parts()
         return torch.cat([outputs.back(pull_of_positions(function, *_at(part, outputs, *others))) for part in parts], 1)
     found = torch.empty_like(outputs, dtype=torch.promote_types(outputs.dtype, torch.float32))
-    for part in _position_slices(outputs.shape, SLICE):
+    for part in position_slices(outputs.shape, SLICE):
         found[:, part] = function(*_at(part, outputs, *others))
     return found
 
@@ -90,7 +90,7 @@ def _at(part: slice, *tensors: Any) -> list[Tensor]:
     return [each[:, part] for each in tensors]
 
 
-def _position_slices(shape: Sequence[int], numbers: int) -> list[slice]:
+def position_slices(shape: Sequence[int], numbers: int) -> list[slice]:
     """Positions of ``[B, T, C]`` in slices of at most so many numbers, or of one position."""
     rows, positions, width = shape
     size = max(1, numbers // max(1, rows * width))

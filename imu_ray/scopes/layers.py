@@ -197,6 +197,9 @@ class Layers:
         """Outputs; a pull on them, which follows from them, is taken back through the layers.
 
         What each layer saw is given to ``take`` with the outputs, the last layer first, and then dropped.
+
+        Raises:
+            UnsupportedModelError: a layer took no part.
         """
         missing = set(self.parameters)
 
@@ -236,11 +239,15 @@ class Layers:
             def keep(each: Seen, outputs: Tensor) -> None:
                 found[each.name] = self._statistic(each, statistics[each.name], labels, outputs)
 
-            found, seen = dict[str, Any](), list[Seen]()
+            found = dict[str, Any]()
             pull_of = drawn_pull if drawn else functools.partial(self._label_pull, labels)
-            outputs = self.seen(values, pull_of, keep if limit is None else lambda each, _: seen.append(each))
-            for each in () if limit is None else clipped(seen, limit):  # which takes all layers
-                keep(each, outputs)
+            if limit is None:
+                self.seen(values, pull_of, keep)
+            else:  # a norm over all layers takes all of them at once
+                seen: list[Seen] = []
+                outputs = self.seen(values, pull_of, lambda each, _: seen.append(each))
+                for each in clipped(seen, limit):
+                    keep(each, outputs)
             return ByLayer({name: found[name] for name in self.parameters})
 
         return merge_tree(map(of_block, shard.block_rows()))

@@ -19,7 +19,7 @@ from imu_ray.data import open_source
 from imu_ray.errors import ConfigError, ForgetSetError, UnsupportedModelError
 from imu_ray.influence.curvature.base import Moments, merge_tree
 from imu_ray.influence.curvature.kronecker import FactorSums, sampled_labels, uniform_draws
-from imu_ray.influence.projection import _position_slices
+from imu_ray.influence.projection import position_slices
 from imu_ray.inputs import open_part
 from imu_ray.models.choice import choose_layers
 from imu_ray.recipes import resolve_settings
@@ -306,7 +306,7 @@ def test_slices_of_positions_change_nothing_and_outputs_stay_in_their_type(size,
     monkeypatch.setattr("imu_ray.influence.projection.SLICE", size)
     task, labels = whole.part.task, torch.from_numpy(whole.shards[0].labels_n)
     outputs = torch.randn(*labels.shape, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    assert len(_position_slices(outputs.shape, size)) > 1
+    assert len(position_slices(outputs.shape, size)) > 1
     sliced = task.output_gradient(outputs, labels), task.sample_metrics(outputs, labels)["loss"]
     monkeypatch.undo()
     exact = outputs.double().requires_grad_()
