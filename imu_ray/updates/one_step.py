@@ -19,7 +19,7 @@ from imu_ray.updates.optimiser import part_of
 from imu_ray.updates.stopping import StopTarget, guard_violation, verdict
 
 FIRST_LENGTH = 1e-4  # of the first trial, as a share of the parameters' norm
-TRIALS = 80  # doublings of the length, then halvings of what is left
+TRIALS = 80  # of lengths on one set of rows
 
 
 class Line:
@@ -51,9 +51,13 @@ class Line:
 
 @dataclass
 class Bracket:
-    """Lengths between which a target is first met: doubled until one meets it, then what is left is halved."""
+    """Lengths between which a target is first met: steps that double until both are known, then halves of what is left.
+
+    The first steps are up from a length that met none, and down from one that did.
+    """
 
     length: float
+    step: float
     low: float = 0.0
     high: float = 0.0
 
@@ -63,7 +67,9 @@ class Bracket:
             self.high = self.length
         else:
             self.low = self.length
-        self.length = (self.low + self.high) / 2 if self.high else 2 * self.length
+        middle = (self.low + self.high) / 2
+        self.length = max(middle, self.high - self.step) if self.high else self.low + self.step
+        self.step *= 2
 
 
 class Search:
@@ -103,9 +109,10 @@ class Search:
             "seconds": time.monotonic() - self.started,
         }
 
-    def begin_at(self, line: Line) -> float:
-        """A length to begin with: the last before a target on a part of the rows, where a trial on all costs much."""
-        bracket = Bracket(FIRST_LENGTH * self.scale)
+    def begin(self, line: Line) -> Bracket:
+        """Where the search on all rows begins: at what a part of them ends at, where a trial on all costs much."""
+        first = FIRST_LENGTH * self.scale
+        bracket = Bracket(first, first)
         for _ in range(TRIALS):
             parameters = line.at(bracket.length)
             measured = self.scope.probe(parameters, self.judged)
@@ -119,7 +126,10 @@ class Search:
             bracket.narrow(target is not None)
             if target is not None and target.overshoot(record) <= target.tolerance:
                 break
-        return bracket.low or FIRST_LENGTH * self.scale
+        if bracket.high:
+            return Bracket(bracket.high, bracket.high - bracket.low)
+        last = bracket.low or first
+        return Bracket(last, last)
 
     def _met(self, record: Record) -> StopTarget | None:
         return next((target for target in self.problem.targets if target.reached(record)), None)
@@ -127,7 +137,7 @@ class Search:
     def follow(self, line: Line) -> tuple[str, str]:
         """Find the shortest length of a line that meets a target, and keep it; status and reason."""
         targets, config = self.problem.targets, self.problem.config
-        bracket = Bracket(self.begin_at(line))
+        bracket = self.begin(line)
         for _ in range(TRIALS):
             length = bracket.length
             parameters = line.at(length)

@@ -102,3 +102,38 @@ def test_every_trial_that_stands_is_told_with_its_parameters():
     assert [record for record, _ in told] == outcome.trajectory[1:]
     assert torch.equal(told[-1][1]["fc"], changed(outcome))
     assert [record["step"] for record in outcome.trajectory] == list(range(len(outcome.trajectory)))
+
+
+@pytest.mark.parametrize(
+    ("share", "most"), [(0.5, 13), (0.9, 9), (0.99, 4), (1.0, 1), (1.01, 4), (1.1, 9), (2.0, 13)], ids=str
+)
+def test_the_search_on_all_rows_ends_at_the_target_wherever_that_on_a_part_of_them_ended(share, most, monkeypatch):
+    task = case(StopTarget("forget.bounded_loss", 1.2, "test", 1e-3, rising=True))
+    plain, scope, probes = step(task), task.scope(), []
+
+    def probe(parameters, sets):  # rows that are as far after this share of the way
+        probes.append(sets)
+        return scope.measure({name: start + share * (parameters[name] - start) for name, start in origin.items()}, sets)
+
+    origin = scope.parameters()
+    monkeypatch.setattr(scope, "probe", probe)
+    outcome = run_one_step(scope, task.problem)
+    assert outcome.status == plain.status == "reached"
+    assert 0 <= outcome.record["forget.bounded_loss"] - 1.2 <= 1e-3
+    assert outcome.record["length"] == pytest.approx(plain.record["length"], rel=0.01)
+    assert len(outcome.trajectory) - 1 <= most < len(plain.trajectory) - 1
+
+
+def test_where_no_length_suits_a_part_of_the_rows_all_of_them_decide(monkeypatch):
+    task = case(guard=GuardConfig(max_parameter_drift=10.0))
+    scope, probes = task.scope(), []
+
+    def probe(parameters, sets):  # rows that drift and are not forgotten
+        probes.append(sets)
+        return scope.measure(origin, sets)
+
+    origin = scope.parameters()
+    monkeypatch.setattr(scope, "probe", probe)
+    outcome = run_one_step(scope, task.problem)
+    assert (outcome.status, len(probes) > 5) == ("reached", True)
+    assert 0 <= outcome.record["forget.bounded_loss"] - 1.2 <= 1e-6
