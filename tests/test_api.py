@@ -109,6 +109,7 @@ def test_the_audit_is_that_of_the_saved_model(finished):
     assert check_metrics(result.run_dir, *sets()) == result.metrics
 
 
+@pytest.mark.slow
 def test_a_run_says_how_far_it_is_from_a_reference_model(tmp_path):
     other = named("heads.head", seed=1)
     save_file(other.state_dict(), tmp_path / "other.safetensors")

@@ -43,7 +43,7 @@ def forgotten(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("workers", "features"), [(2, "cache"), (4, "recompute")])
+@pytest.mark.parametrize(("workers", "features"), [(2, "cache"), pytest.param(4, "recompute", marks=pytest.mark.slow)])
 def test_one_step_gives_the_same_bits_for_any_number_of_workers(forgotten, workers, features):
     alone, several = forgotten(1), forgotten(workers, features)
     assert alone.manifest["ascent"]["status"] == "reached"

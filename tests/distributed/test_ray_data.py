@@ -103,6 +103,7 @@ def test_columns_that_one_block_lacks_or_has_in_another_type_are_made_alike():
     assert select_rows(source, ForgetSetConfig(where="more == 'x'")).num_rows == 20
 
 
+@pytest.mark.slow
 def test_rows_that_are_executed_anew_are_sorted_by_id_so_that_a_run_knows_them_and_no_other_order(tmp_path):
     settings, model = paper(forget_set__image_mode="L"), named("fc")
     wanted = score(model, TABLE, config=settings)

@@ -38,6 +38,7 @@ def counted(folder, scope, *preconditioners):
     return [memory_of(part, each, 1) for each in settings]
 
 
+@pytest.mark.slow
 def test_a_model_of_eight_billion_parameters_fits_with_adapters_and_not_whole(tmp_path):
     LlamaConfig(**EIGHT).save_pretrained(tmp_path / "base")
     lora = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
