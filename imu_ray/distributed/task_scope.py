@@ -14,9 +14,8 @@ from imu_ray.scopes.layers import Layers, TensorSum, shard_gradient
 from imu_ray.scopes.measure import record_of, sum_blocks
 from imu_ray.scopes.workers import Workers
 
-PROBE_ROWS = (
-    1000  # rows of a set that a trial is measured on before all are: an accuracy to 1.6 points, one standard error
-)
+# Rows of a set that a trial is measured on before all are: an accuracy has a standard error of 1.6 points at most.
+PROBE_ROWS = 1000
 
 
 class TaskScope:
