@@ -18,7 +18,8 @@ from imu_ray.updates.objectives import OBJECTIVES
 from imu_ray.updates.optimiser import part_of
 from imu_ray.updates.stopping import StopTarget, guard_violation, verdict
 
-FIRST_LENGTH = 1e-4  # of the first trial, as a share of the parameters' norm
+FIRST_LENGTH = 1e-2  # of the first trial, as a share of the parameters' norm; runs were seen to end at 0.01 to 20 of it
+FIRST_STEP = 2**-5  # from the length that a part of the rows ends at, as a share of it: nearer they seldom agree
 TRIALS = 80  # of lengths on one set of rows
 
 
@@ -127,7 +128,7 @@ class Search:
             if target is not None and target.overshoot(record) <= target.tolerance:
                 break
         if bracket.high:
-            return Bracket(bracket.high, bracket.high - bracket.low)
+            return Bracket(bracket.high, max(bracket.high - bracket.low, FIRST_STEP * bracket.high))
         last = bracket.low or first
         return Bracket(last, last)
 
