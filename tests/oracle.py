@@ -85,6 +85,7 @@ def conv1d(inputs, outputs):
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (5,)),
     "linear over tokens, no bias": (lambda: nn.Linear(5, 4, bias=False), (3, 5)),
+    "linear over tokens, more outputs than inputs": (lambda: nn.Linear(3, 6), (4, 3)),
     "linear over a grid": (lambda: nn.Linear(5, 4), (2, 3, 5)),
     "transposed linear over tokens": (lambda: conv1d(5, 4), (3, 5)),
     "1d, stride, padding, dilation": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=2, dilation=2), (3, 9)),

@@ -109,18 +109,29 @@ def pieces(layer: Layer, inputs: Tensor, output_grads: Tensor, numbers: int = 0)
         yield layer_io(layer, *part)
 
 
-def sample_gradients(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Iterator[Tensor]:
+def sample_gradients(layer: Layer, inputs: Tensor, output_grads: Tensor, transposed: bool = False) -> Iterator[Tensor]:
     """Gradients ``[b, C, D]`` of a few samples after another, in the inputs' type, float32 at least.
 
-    They hold until the next ones are taken, and may be changed.
+    They hold until the next ones are taken, and may be changed. Of a layer without groups also transposed.
     """
     rows, buffer = max(1, GRADIENTS // math.prod(sizes_of(layer))), torch.empty(0)
     for part in pieces(layer, inputs, output_grads):
         sides = (torch.split(side, rows, -3) for side in (part.output_grads_BTC, part.inputs_BTD))
-        for grads, seen in zip(*sides, strict=True):
-            same = buffer.shape[:-2] == grads.shape[:-2]
-            buffer = torch.matmul(grads.mT, seen, out=buffer if same else None)
+        for end, *group in zip(_ends(part.output_grads_BTC, rows), *sides, strict=True):
+            left, right = (side[..., :end, :] for side in (reversed(group) if transposed else group))
+            same = buffer.shape[:-2] == left.shape[:-2]
+            buffer = torch.matmul(left.mT, right, out=buffer if same else None)
             yield buffer if buffer.ndim == 3 else buffer.transpose(0, 1).flatten(1, 2)
+
+
+def _ends(output_grads_BTC: Tensor, rows: int) -> list[int]:
+    """How many positions so many samples after another have before those without a gradient, as padding has none."""
+    samples, positions = output_grads_BTC.shape[-3:-1]
+    if samples <= rows:
+        return [positions]  # the longest sample's: to look takes longer than what it saves
+    used_BT = ((output_grads_BTC.amax(-1) != 0) | (output_grads_BTC.amin(-1) != 0)).view(-1, samples, positions).any(0)
+    ends_B = (used_BT * torch.arange(1, positions + 1, device=used_BT.device)).amax(1)
+    return [int(each.max()) for each in torch.split(ends_B.cpu(), rows)]
 
 
 def layer_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_CD: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,12 +145,13 @@ def layer_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_C
             directional_scores(layer, inputs, output_grads, direction_CD),
             squared_gradient_norms(layer, inputs, output_grads),
         )
-    influence, squares = [], []
-    direction_CD = direction_CD.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
-    for gradients in sample_gradients(layer, inputs, output_grads):
-        squares.append(_squared_norms(gradients))
-        influence.append(-gradients.mul_(direction_CD).sum(2).sum(1, dtype=HEAD_DTYPE))
-    return torch.cat(influence), torch.cat(squares)
+    products, norms, tall = [], [], _tall(layer)
+    direction = (direction_CD.mT if tall else direction_CD).contiguous()
+    direction = direction.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
+    for gradients in sample_gradients(layer, inputs, output_grads, tall):
+        norms.append(torch.linalg.vector_norm(gradients, dim=2))
+        products.append(gradients.mul_(direction).sum(2))
+    return -torch.cat(products).sum(1, dtype=HEAD_DTYPE), _squared(norms)
 
 
 def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -> Tensor:
@@ -150,7 +162,8 @@ def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -
     is used where that takes less work than to add up the gradient itself, which scores need in any case.
     """
     if not _few_positions(layer, output_grads):
-        return torch.cat([_squared_norms(each) for each in sample_gradients(layer, inputs, output_grads)])
+        gradients = sample_gradients(layer, inputs, output_grads, _tall(layer))
+        return _squared([torch.linalg.vector_norm(each, dim=2) for each in gradients])
     found = []
     for part in pieces(layer, inputs, output_grads):
         grams = [side.to(HEAD_DTYPE) @ side.to(HEAD_DTYPE).mT for side in (part.inputs_BTD, part.output_grads_BTC)]
@@ -159,9 +172,15 @@ def squared_gradient_norms(layer: Layer, inputs: Tensor, output_grads: Tensor) -
     return torch.cat(found)
 
 
-def _squared_norms(gradients: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(gradients, dim=2)
-    return norms.to(HEAD_DTYPE).square().sum(1)
+def _squared(norms_bC: list[Tensor]) -> Tensor:
+    """Squared norms of gradients, ``[B]``, from the norms of their rows."""
+    return torch.cat(norms_bC).to(HEAD_DTYPE).square().sum(1)
+
+
+def _tall(layer: Layer) -> bool:
+    """Whether gradients are transposed for norms and scores: long rows are made and added up faster than short ones."""
+    outputs, width = sizes_of(layer)
+    return outputs > width and getattr(layer, "groups", 1) == 1
 
 
 def _few_positions(layer: Layer, output_grads: Tensor) -> bool:

@@ -90,3 +90,34 @@ def test_scores_and_norms_are_those_of_the_gradients_of_autograd_either_way(seen
     torch.testing.assert_close(module.squared_gradient_norms(*seen), squares, rtol=1e-12, atol=1e-12)
     found = torch.cat([each.clone() for each in module.sample_gradients(*seen)])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def by_position(layer, output_grads):
+    """A view ``[B, T, C]``."""
+    if hasattr(layer, "kernel_size"):
+        return output_grads.flatten(2).mT
+    return output_grads.view(len(output_grads), -1, output_grads.shape[-1])
+
+
+@pytest.mark.parametrize("numbers", [1, 2**18])
+def test_samples_end_where_they_have_no_more_gradients_and_a_sample_may_have_none(seen, numbers, monkeypatch):
+    monkeypatch.setattr(module, "GRAMS", 0)
+    monkeypatch.setattr(module, "GRADIENTS", numbers)
+    layer, _, grads = seen
+    for sample, pull in enumerate(by_position(layer, grads)):
+        pull[sample:] = 0.0
+    direction, expected = torch.randn_like(matrix_of(layer)), oracle.layer_sample_gradients(*seen)
+    influence, squares = module.layer_scores(*seen, direction)
+    torch.testing.assert_close(influence, -(expected * direction).sum((1, 2)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(squares, expected.square().sum((1, 2)), rtol=1e-12, atol=1e-12)
+    assert influence[0] == squares[0] == 0
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_a_last_gradient_that_is_not_finite_shows(seen, wrong, monkeypatch):
+    monkeypatch.setattr(module, "GRAMS", 0)
+    monkeypatch.setattr(module, "GRADIENTS", 1)
+    layer, _, grads = seen
+    by_position(layer, grads)[3, -1] = wrong
+    for found in module.layer_scores(*seen, torch.ones_like(matrix_of(layer))):
+        assert found.isfinite().tolist() == [True] * 3 + [False] + [True] * 3
