@@ -299,8 +299,18 @@ class Inputs:
         for name in OF_FORGET[1:]:
             if name in features:
                 chosen[name] = features[name] if choice is None else features[name].select(choice)
-        used = {name: self.described[name].model_copy(update={"rows_used": made.rows}) for name, made in chosen.items()}
-        return dataclasses.replace(self, features={**features, **chosen}, described={**self.described, **used})
+        features |= chosen
+        described = {
+            name: known.model_copy(
+                update={
+                    "rows_used": features[name].rows,
+                    "in_forget_set": 0 if name in OF_FORGET else features[name].also_in(forget),
+                }
+            )
+            for name, known in self.described.items()
+            if name in features
+        }
+        return dataclasses.replace(self, features=features, described={**self.described, **described})
 
     def digests(self) -> dict[str, str]:
         """Digests of the samples, by which a run that goes on knows that they are the same."""

@@ -46,7 +46,7 @@ from imu_ray.inputs import Inputs
 from imu_ray.models.checkpoint import load_checkpoint, model_hash, save_as_it_came
 from imu_ray.models.copies import plain_copy
 from imu_ray.models.spec import ModelSpec
-from imu_ray.recipes import choose_recipe, resolve_targets, settle_scope, warnings_of
+from imu_ray.recipes import choose_recipe, overlaps, resolve_targets, settle_scope, warnings_of
 from imu_ray.run.bundle import Bundle
 from imu_ray.run.directory import INTENSITIES, MODEL, MODEL_FOLDER, SEAL, WITH_SAMPLES, RunDirectory, default_run_dir
 from imu_ray.run.fingerprint import IDS, fingerprint, fingerprint_table, read_key
@@ -170,6 +170,9 @@ class Pipeline:
         self.inputs = self.inputs.select(self.config)
         described = dict(self.inputs.described)
         self.record.forget_set, self.record.evaluation = described.pop("forget"), described
+        self.doubts = overlaps(described, self.task.retrieval_sets)
+        for doubt in self.doubts:
+            event("doubt", level=logging.WARNING, reason=doubt)
         self.record.inputs = {"model": self.record.model.hash_before, **self.inputs.digests()}
         if self.bundle is not None:
             self.record.inputs["curvature bundle"] = self.bundle.digest
@@ -336,7 +339,7 @@ class Pipeline:
             )
             if self.task.of_classes
             else None,
-            warnings=warnings,
+            warnings=[*self.doubts, *warnings],
         )
         return outcome
 

@@ -12,6 +12,7 @@ from imu_ray.events import event
 from imu_ray.influence.curvature import CURVATURES, LAYER_CURVATURES, PRECONDITIONERS
 from imu_ray.influence.intensity import SCHEMES
 from imu_ray.models.choice import check_scope
+from imu_ray.run.record import SamplesRecord
 from imu_ray.scopes.base import FORGET_VIEWS
 from imu_ray.tasks import TASKS
 from imu_ray.tasks.base import Metric, Task
@@ -244,6 +245,21 @@ def resolve_targets(
         ),
     )
     return []
+
+
+def overlaps(evaluation: Mapping[str, SamplesRecord], retrieval_sets: Collection[str]) -> list[str]:
+    """Sentences on evaluation sets that hold rows to forget; where persons are looked up they are told apart."""
+    return [
+        f"{known.in_forget_set} of {known.rows_used} rows of evaluation[{name!r}] have the input of a row to forget: "
+        + (
+            "they are not unseen, as targets and attacks take them to be"
+            if name == "test"
+            else "its figures mix forgotten rows with others"
+        )
+        + "; leave them out."
+        for name, known in evaluation.items()
+        if known.in_forget_set and name not in retrieval_sets
+    ]
 
 
 def warnings_of(

@@ -1,11 +1,12 @@
 """The default recipe on handwritten digits: requests of every size reach their target at little cost."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from samples import Pairs, nudge
 
-from imu_ray import ConfigError, UnlearnConfig, unlearn
+from imu_ray import ConfigError, UnlearnConfig, audit, unlearn
 from imu_ray.demo import digits, train_digits
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -89,6 +90,32 @@ def test_unseen_samples_that_are_the_forget_set_are_refused(known, tmp_path):
     with pytest.raises(ConfigError, match="is the forget set itself.*expected samples that the model has never seen"):
         unlearn(model, pick(train[:50]), evaluation={"test": pick(train[:50])}, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_to_forget_that_are_in_other_sets_too_are_counted_and_told(known, tmp_path):
+    model, pick, train, unseen, held_out = known
+    asked = pick(train[:30])
+    asked.inputs[3] = torch.nan  # left out
+    sets = {"test": pick(np.append(unseen, train[5:9])), "retain": pick(train[:60]), "held out": pick(held_out)}
+    config = UnlearnConfig.from_recipe("samples").with_overrides(
+        {"forget_set.size": 20, "forget_set.on_bad_row": "skip", "ascent.stop.targets": {"forget.bounded_loss": 0.5}}
+    )
+    result = unlearn(model, asked, evaluation=sets, config=config, run_dir=tmp_path / "run")
+    found = {name: known.in_forget_set for name, known in result.record.evaluation.items()}
+    chosen = {int(place) for place in pq.read_table(tmp_path / "run" / "intensities.parquet")["sample_id"].to_pylist()}
+    assert len(result.record.forget_set.bad_rows) == 1
+    assert found == {"test": len(chosen & {5, 6, 7, 8}), "retain": len(chosen), "held out": 0}
+    assert found["test"] > 0
+    told = result.record.ascent.warnings
+    assert (
+        f"{found['test']} of {len(unseen) + 4} rows of evaluation['test'] have the input of a row to forget" in told[0]
+    )
+    assert f"{len(chosen)} of 60 rows of evaluation['retain']" in told[1]
+    assert len(told) == 2
+    audit(model, pick(train[:30]), evaluation=sets, run_dir=tmp_path / "audit")
+    report = (tmp_path / "audit" / "report.html").read_text()
+    assert report.count("have the input of a row to forget") == 2
+    assert f"4 of {len(unseen) + 4} rows of test" in report
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -102,14 +103,24 @@ class Rows:
 
     def digest(self) -> bytes:
         """SHA-256 of ids, labels and inputs: the same content gives the same digest whatever file it lies in."""
-        parts: list[bytes | memoryview] = []
-        for sample_id, label, value in zip(self.ids, self.labels.tolist(), self.inputs, strict=True):
-            if isinstance(value, View):
-                parts.append(f"{value.transform}:{value.draw}:".encode())
-                value = value.input
-            content = _content(value)
-            parts += [f"{len(sample_id)}:{sample_id}{label}:{len(content)}:".encode(), content]
-        return hashlib.sha256(b"".join(parts)).digest()  # in one call, so that other threads can work meanwhile
+        digest = hashlib.sha256()
+        for sample_id, label, own in zip(self.ids, self.labels.tolist(), self.contents, strict=True):
+            digest.update(f"{len(sample_id)}:{sample_id}{label}:".encode() + own)
+        return digest.digest()
+
+    @cached_property
+    def contents(self) -> list[bytes]:
+        """SHA-256 of each input: equal ones are told by it, whatever their ids and labels."""
+        return [_digest(value) for value in self.inputs]
+
+
+def _digest(value: Any) -> bytes:
+    digest = hashlib.sha256()
+    if isinstance(value, View):
+        digest.update(f"{value.transform}:{value.draw}:".encode())
+        value = value.input
+    digest.update(_content(value))
+    return digest.digest()
 
 
 def _content(value: Any) -> bytes | memoryview:

@@ -56,6 +56,7 @@ class SelectionRecord(Part):
 class SamplesRecord(Part):
     """A sample set: rows given, read and used, and a fingerprint of their content; never the content itself.
 
+    ``in_forget_set`` counts the used rows of an evaluation set whose input is, byte for byte, that of a row to forget.
     ``settings`` are those of an evaluation set that differ from ``forget_set``, and the name of a preprocessing that
     was told from the model.
     """
@@ -64,6 +65,7 @@ class SamplesRecord(Part):
     rows_given: int
     rows_read: int
     rows_used: int
+    in_forget_set: int = 0
     fingerprint: str
     bad_rows: list[dict[str, str]]
     forward_calls: int

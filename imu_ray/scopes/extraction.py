@@ -24,16 +24,19 @@ from imu_ray.scopes.base import Part
 from imu_ray.scopes.features import FeatureShard, ShardReport, first_of
 from imu_ray.tasks.base import BadRow, Batch, Outputs, Task, reader_of
 
+Decoded = tuple[Batch, npt.NDArray[np.int64], npt.NDArray[np.bool_]]
+Digests = tuple[bytes, npt.NDArray[np.uint64]]  # of a block, and the first 64 bits of that of each of its inputs
 READER = ThreadPoolExecutor(1, "read")  # one thread in each process: a caller's Dataset need not be safe in several
 
 
 @dataclass(frozen=True)
 class Block:
-    """A decoded block: the batch of its usable rows, their places, and its digest, which may be still on its way."""
+    """A decoded block: the batch of its usable rows, their places, and its digests, which may be still on their way."""
 
     batch: Batch
     places_B: npt.NDArray[np.int64]
-    digest: Future[bytes]
+    usable_B: npt.NDArray[np.bool_]
+    digests: Future[Digests]
 
 
 def extract_features(
@@ -63,7 +66,7 @@ def extract_features(
     """
     settings = settings or InfluenceConfig()
     features: list[npt.NDArray[Any]] = []
-    labels, ids, digests, places = [], [], b"", []
+    labels, ids, digests, places, marks = [], [], b"", [], []
     bad: list[BadRow] = []
     seconds = 0.0
     task = reader_of(part.task, source)
@@ -91,42 +94,48 @@ def extract_features(
                 seconds += time.perf_counter() - started
                 if shard.index == 0 and len(features) == 1:
                     _check_repeatable(forward, batch, outputs, settings, part.deep)
-            digests += block.digest.result()
+            digest, marks_B = block.digests.result()
+            digests += digest
+            marks.append(marks_B[block.usable_B])
     stacked = np.concatenate(features) if features else np.empty((0, part.width), np.float32)
     sizes = tuple(len(part) for part in ids)
     flat = pa.array([sample_id for part in ids for sample_id in part], pa.string())
-    report = ShardReport(shard.index, len(flat), sizes, digests, tuple(bad), seconds, stacked.nbytes)
+    report = ShardReport(
+        shard.index, len(flat), sizes, digests, tuple(bad), seconds, stacked.nbytes, np.concatenate(marks)
+    )
     return FeatureShard(stacked, np.concatenate(labels), flat, sizes, np.concatenate(places)), report
 
 
 def _decode_ahead(source: Source, shard: Shard, task: Task, device: torch.device) -> Iterator[Block]:
     """The blocks of a shard in order, the next ones decoded while the caller works on one."""
 
-    def decode(read: Future[Rows], start: int, stop: int) -> tuple[Batch, npt.NDArray[np.int64]]:
+    def decode(read: Future[Rows], start: int, stop: int) -> Decoded:
         rows = read.result()
         batch = task.collate(source.placed(rows, start))
         # Left-out rows are not in the batch; the others keep their order.
-        usable = np.isin(rows.ids, batch.ids) if batch.bad_rows else slice(None)
+        usable = np.isin(rows.ids, batch.ids) if batch.bad_rows else np.ones(len(rows.ids), np.bool_)
         if device.type == "cuda" and batch.ids:
             batch = replace(batch, inputs=batch.inputs.pin_memory())
-        return batch, source.positions(start, stop)[usable]
+        return batch, source.positions(start, stop)[usable], usable
+
+    def digest(read: Future[Rows]) -> Digests:
+        rows = read.result()
+        return rows.digest(), np.frombuffer(b"".join(own[:8] for own in rows.contents), np.uint64)
 
     # On a GPU the worker's CPUs have nothing else to do; on the CPU one thread hides waiting and takes little from the
     # model.
     threads = torch.get_num_threads() if device.type == "cuda" else 1
     blocks = source.read_blocks(shard)
     with ThreadPoolExecutor(threads) as pool:
-        pending: deque[tuple[Future[tuple[Batch, npt.NDArray[np.int64]]], Future[bytes]]] = deque()
+        pending: deque[tuple[Future[Decoded], Future[Digests]]] = deque()
 
         def first() -> Block:
-            decoded, digest = pending.popleft()
-            return Block(*decoded.result(), digest)
+            decoded, digests = pending.popleft()
+            return Block(*decoded.result(), digests)
 
         for start, stop in shard.blocks():
             read = READER.submit(next, blocks)
-            pending.append(
-                (pool.submit(decode, read, start, stop), pool.submit(lambda read: read.result().digest(), read))
-            )
+            pending.append((pool.submit(decode, read, start, stop), pool.submit(digest, read)))
             if len(pending) > threads:
                 yield first()
         while pending:

@@ -90,6 +90,7 @@ class ShardReport:
     bad_rows: tuple[BadRow, ...]
     forward_seconds: float
     feature_bytes: int
+    marks_n: npt.NDArray[np.uint64]  # the first bits of what tells equal inputs, of each row with features
 
 
 def take_rows(
@@ -98,7 +99,8 @@ def take_rows(
     """Some rows of a shard, and what is to be known of them."""
     part = shard.take(kept_n)
     nbytes = part.features_nF.nbytes
-    return part, replace(report, rows=len(part.ids), block_sizes=part.block_sizes, feature_bytes=nbytes)
+    marks = report.marks_n[kept_n]
+    return part, replace(report, rows=len(part.ids), block_sizes=part.block_sizes, feature_bytes=nbytes, marks_n=marks)
 
 
 SCORE_SCHEMA = pa.schema(

@@ -10,7 +10,7 @@ from samples import Pairs, image_table, pairs, tensors, write_images
 from torch.utils.data import IterableDataset
 
 from imu_ray.config import ForgetSetConfig
-from imu_ray.data import SOURCES, PartSource, Rows, Source, draw_rows, open_source
+from imu_ray.data import SOURCES, PartSource, Rows, Source, View, draw_rows, open_source
 from imu_ray.data.source import UnreadableError
 from imu_ray.errors import ForgetSetError
 
@@ -88,6 +88,13 @@ def test_the_fingerprint_sees_ids_labels_and_content():
     assert open_source(Pairs(inputs, labels), CONFIG).read(0, 4).digest() != base
     rows.labels[1] += 1
     assert rows.digest() != base
+
+
+def test_equal_inputs_are_told_whatever_their_ids_and_labels():
+    rows = open_source(pairs(4), CONFIG).read(0, 4)
+    again = Rows(["x", "y"], np.array([7, 8]), [rows.inputs[3], View(rows.inputs[3], "flip", 1)])
+    assert again.contents[0] == rows.contents[3]
+    assert len({*rows.contents, *again.contents}) == 5
 
 
 def test_arrays_come_from_list_and_tensor_columns():
