@@ -117,19 +117,19 @@ def sample_gradients(layer: Layer, inputs: Tensor, output_grads: Tensor, transpo
     rows, buffer = max(1, GRADIENTS // math.prod(sizes_of(layer))), torch.empty(0)
     for part in pieces(layer, inputs, output_grads):
         sides = (torch.split(side, rows, -3) for side in (part.output_grads_BTC, part.inputs_BTD))
-        for end, *group in zip(_ends(part.output_grads_BTC, rows), *sides, strict=True):
+        for end, *group in zip(_ends(layer, part.output_grads_BTC, rows), *sides, strict=True):
             left, right = (side[..., :end, :] for side in (reversed(group) if transposed else group))
             same = buffer.shape[:-2] == left.shape[:-2]
             buffer = torch.matmul(left.mT, right, out=buffer if same else None)
             yield buffer if buffer.ndim == 3 else buffer.transpose(0, 1).flatten(1, 2)
 
 
-def _ends(output_grads_BTC: Tensor, rows: int) -> list[int]:
+def _ends(layer: Layer, output_grads_BTC: Tensor, rows: int) -> list[int]:
     """How many positions so many samples after another have before those without a gradient, as padding has none."""
     samples, positions = output_grads_BTC.shape[-3:-1]
-    if samples <= rows:
-        return [positions]  # the longest sample's: to look takes longer than what it saves
-    used_BT = ((output_grads_BTC.amax(-1) != 0) | (output_grads_BTC.amin(-1) != 0)).view(-1, samples, positions).any(0)
+    if samples <= rows or isinstance(layer, Convolution):  # to look would take longer than what it saves
+        return [positions] * math.ceil(samples / rows)
+    used_BT = (output_grads_BTC.amax(-1) != 0) | (output_grads_BTC.amin(-1) != 0)  # NaN is not 0
     ends_B = (used_BT * torch.arange(1, positions + 1, device=used_BT.device)).amax(1)
     return [int(each.max()) for each in torch.split(ends_B.cpu(), rows)]
 
@@ -137,8 +137,8 @@ def _ends(output_grads_BTC: Tensor, rows: int) -> list[int]:
 def layer_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_CD: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's parts of each sample's influence and squared gradient norm, ``[B]`` float64 each.
 
-    From the gradients themselves, where they have to be made for the norms. Products and sums over a row of the
-    gradient are in the inputs' type, float32 at least, what they add up to in float64.
+    From the gradients themselves, where they have to be made for the norms. Products and sums over the longer side of
+    the gradient are in the inputs' type, float32 at least, what they add up to in float64.
     """
     if _few_positions(layer, output_grads):
         return (
@@ -146,8 +146,8 @@ def layer_scores(layer: Layer, inputs: Tensor, output_grads: Tensor, direction_C
             squared_gradient_norms(layer, inputs, output_grads),
         )
     products, norms, tall = [], [], _tall(layer)
-    direction = (direction_CD.mT if tall else direction_CD).contiguous()
-    direction = direction.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
+    direction = direction_CD.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
+    direction = (direction.mT if tall else direction).contiguous()
     for gradients in sample_gradients(layer, inputs, output_grads, tall):
         norms.append(torch.linalg.vector_norm(gradients, dim=2))
         products.append(gradients.mul_(direction).sum(2))
