@@ -153,6 +153,7 @@ class Pipeline:
                     with job.stage("reference"):
                         job.reference = job.reference.extract(job.config).select(job.config)
                 job.take_inputs()
+                job.doubt()
                 yield job
 
     @contextmanager
@@ -170,9 +171,6 @@ class Pipeline:
         self.inputs = self.inputs.select(self.config)
         described = dict(self.inputs.described)
         self.record.forget_set, self.record.evaluation = described.pop("forget"), described
-        self.doubts = overlaps(described, self.task.retrieval_sets)
-        for doubt in self.doubts:
-            event("doubt", level=logging.WARNING, reason=doubt)
         self.record.inputs = {"model": self.record.model.hash_before, **self.inputs.digests()}
         if self.bundle is not None:
             self.record.inputs["curvature bundle"] = self.bundle.digest
@@ -190,6 +188,12 @@ class Pipeline:
             event("run is finished already; nothing is done", level=logging.WARNING, run_dir=str(self.run.location))
             if SEAL not in self.run.storage.entries():  # it was killed between record and seal
                 self.run.seal()
+
+    def doubt(self) -> None:
+        """Tell of evaluation sets that hold rows to forget, in log and record."""
+        self.record.overlaps = overlaps(self.record.evaluation, self.task.retrieval_sets)
+        for reason in self.record.overlaps:
+            event("doubt", level=logging.WARNING, reason=reason)
 
     def score(self) -> Weighted:
         """Influence and intensity of every sample; begins the run directory."""
@@ -339,7 +343,7 @@ class Pipeline:
             )
             if self.task.of_classes
             else None,
-            warnings=[*self.doubts, *warnings],
+            warnings=[*self.record.overlaps, *warnings],
         )
         return outcome
 
@@ -496,7 +500,9 @@ class Pipeline:
         self.run.write_table("trajectory.parquet", trajectory)
         self.run.write_events(outcome.trajectory)
         if figures:
-            self.record.verdict = VerdictRecord(**vars(verdict(outcome.status, outcome.reason, figures)))
+            test = self.record.evaluation.get("test")
+            overlap = test.in_forget_set / test.rows_used if test else 0.0
+            self.record.verdict = VerdictRecord(**vars(verdict(outcome.status, outcome.reason, figures, overlap)))
         self.write_audit(figures, samples, trajectory, changed)
         self.run.write_model(MODEL, changed)
         merge = self.record.model.merge_adapter

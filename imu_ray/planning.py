@@ -22,9 +22,10 @@ from imu_ray.scopes.layers import Layers
 from imu_ray.scopes.memory import LayersMemory, memory_of
 from imu_ray.tasks.base import rows_at_once
 
-# As measured: of one task; of a shard, in the driver; of a sample, what an ascent takes beside the features.
+# As measured: of one task; of a shard and of a sample of any set, in the driver; of a sample, what an ascent takes
+# beside the features.
 TASK_SECONDS = 0.0025
-SHARD_BYTES, SAMPLE_BYTES = 5_000, 32
+SHARD_BYTES, MARK_BYTES, SAMPLE_BYTES = 5_000, 8, 32
 # Of a worker: what its process grows by over many tasks, and matrices of the head at the peak.
 WORKER_BYTES, MATRICES = 140_000_000, 38
 SCORING_ROUNDS = 7  # tasks per shard after the features: moments, scores, table, change of the outputs, three audits
@@ -169,7 +170,7 @@ def _peak_bytes(
     return {
         "per_worker": WORKER_BYTES + max(shard, ascent) + (matrices + model_bytes if held is None else held.peak),
         "object_store": kept + model_bytes,
-        "driver": SHARD_BYTES * sum(part["shards"] for part in sets.values()) + ascent,
+        "driver": sum(SHARD_BYTES * part["shards"] + MARK_BYTES * part["samples"] for part in sets.values()) + ascent,
     }
 
 

@@ -248,7 +248,17 @@ def resolve_targets(
 
 
 def overlaps(evaluation: Mapping[str, SamplesRecord], retrieval_sets: Collection[str]) -> list[str]:
-    """Sentences on evaluation sets that hold rows to forget; where persons are looked up they are told apart."""
+    """Sentences on evaluation sets that hold rows to forget; where persons are looked up they are told apart.
+
+    Raises:
+        ConfigError: all rows of ``test`` are such.
+    """
+    test = evaluation.get("test")
+    if test is not None and test.in_forget_set == test.rows_used:
+        raise ConfigError(
+            "every row of evaluation['test'] has the input of a row to forget; expected samples that the model has "
+            "never seen; give those, or leave it out"
+        )
     return [
         f"{known.in_forget_set} of {known.rows_used} rows of evaluation[{name!r}] have the input of a row to forget: "
         + (

@@ -115,7 +115,10 @@ def test_rows_to_forget_that_are_in_other_sets_too_are_counted_and_told(known, t
     audit(model, pick(train[:30]), evaluation=sets, run_dir=tmp_path / "audit")
     report = (tmp_path / "audit" / "report.html").read_text()
     assert report.count("have the input of a row to forget") == 2
-    assert f"4 of {len(unseen) + 4} rows of test" in report
+    assert f"4 of {len(unseen) + 4} rows of evaluation[&#39;test&#39;]" in report
+    renamed = [(image, label) for image, label in zip(asked.inputs[5:9], [0] * 4, strict=True)]
+    with pytest.raises(ConfigError, match="every row of evaluation.'test'. has the input of a row to forget"):
+        audit(model, pick(train[:30]), evaluation={"test": renamed}, run_dir=tmp_path / "same")
 
 
 @pytest.mark.parametrize(

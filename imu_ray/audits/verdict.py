@@ -9,6 +9,7 @@ from imu_ray.scopes.base import FORGET_FRESH_VIEWS, TEST_FRESH_VIEWS
 
 UTILITY_DROP = 0.1  # of the accuracy on a set to keep, beyond which a model counts as broken
 MARGIN = 0.1  # of accuracy, by which recovered answers, or fresh views, may be above what they are compared with
+OVERLAP = 0.01  # of the rows of ``test``, by which rows to forget among them may hide members from an attack
 ERRORS = 2.0  # standard errors by which they must be too, where rows are few
 # Tests of recovery, in words.
 TRIED = {
@@ -35,11 +36,16 @@ class Verdict:
     checked: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
     thresholds: dict[str, float] = field(
-        default_factory=lambda: {"utility_drop": UTILITY_DROP, "margin": MARGIN, "standard_errors": ERRORS}
+        default_factory=lambda: {
+            "utility_drop": UTILITY_DROP,
+            "margin": MARGIN,
+            "standard_errors": ERRORS,
+            "overlap": OVERLAP,
+        }
     )
 
 
-def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
+def verdict(status: str, reason: str, metrics: Metrics, overlap: float = 0.0) -> Verdict:
     """The status word of an update, by the first rule that holds.
 
     - ``not_reached``: the target was not met, or a guard stopped the run.
@@ -51,7 +57,8 @@ def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
       than a retrained model under the same attack, or, of the first two, than the model itself, by more than ``MARGIN``
       and two standard errors. Or so are fresh views of the rows: more often right than the rows themselves, or than
       under a retrained model, or, without one, than such views of unseen rows of the same labels.
-    - ``inconclusive`` again: membership, or every test of recovery, could not be measured.
+    - ``inconclusive`` again: membership, or every test of recovery, could not be measured; or more than ``OVERLAP`` of
+      the rows of ``test``, beside which it is, are rows to forget.
     - ``forgotten_as_measured``: the target is met, and nothing that was measured tells the rows.
 
     One attack in forty is above its band by chance.
@@ -60,6 +67,7 @@ def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
         status: of the update: ``reached``, ``already_met``, ``epochs_done``, ``not_reached``, ``stopped_by_guard``.
         reason: of that status.
         metrics: what ``metrics.json`` holds.
+        overlap: share of the rows of ``test`` that are rows to forget.
     """
     found = Evidence.of(metrics)
 
@@ -77,6 +85,8 @@ def verdict(status: str, reason: str, metrics: Metrics) -> Verdict:
         return told("contained", "; ".join(found.against))
     if lacking := [name for name in ("membership", "recovery") if name not in found.measured]:
         return told("inconclusive", f"{' and '.join(lacking)} could not be measured")
+    if overlap > OVERLAP:
+        return told("inconclusive", f"{100 * overlap:.1f} % of the rows of test, taken for unseen, are rows to forget")
     return told("forgotten_as_measured", reason)
 
 

@@ -115,6 +115,7 @@ def _run_trial(config: Mapping[str, Any], shared: Shared) -> None:
         job = Pipeline("unlearn", shared.inputs, settings, run, trial=trial)
         with run.locked(), job.recorder.ending():
             job.take_inputs()
+            job.doubt()
             result = job.unlearn(shared.inputs.model)
         manifest, metrics = result.manifest, result.metrics
     tune.report(_figures(manifest, metrics, shared.inputs.task.num_classes))

@@ -56,7 +56,8 @@ class SelectionRecord(Part):
 class SamplesRecord(Part):
     """A sample set: rows given, read and used, and a fingerprint of their content; never the content itself.
 
-    ``in_forget_set`` counts the used rows of an evaluation set whose input is, byte for byte, that of a row to forget.
+    ``in_forget_set`` counts the used rows of an evaluation set whose input, with all columns that are read for it, is
+    byte for byte that of a row to forget.
     ``settings`` are those of an evaluation set that differ from ``forget_set``, and the name of a preprocessing that
     was told from the model.
     """
@@ -153,6 +154,7 @@ class RunRecord(Part):
     inputs: dict[str, str] = {}
     forget_set: SamplesRecord | None = None
     evaluation: dict[str, SamplesRecord] = {}
+    overlaps: list[str] = []  # sentences on evaluation sets that hold rows to forget
     influence: dict[str, Any] | None = None
     curvature: CurvatureRecord | None = None
     ascent: AscentRecord | None = None

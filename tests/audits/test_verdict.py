@@ -33,6 +33,15 @@ def test_what_no_measure_tells_is_forgotten_as_measured_and_what_is_left_open_is
     assert any("imu-ray ensemble" in each for each in found.not_checked)
 
 
+def test_beside_unseen_rows_that_are_rows_to_forget_nothing_is_told():
+    assert verdict("reached", "", metrics(), overlap=0.01).word == "forgotten_as_measured"
+    found = verdict("reached", "", metrics(), overlap=0.25)
+    assert (found.word, found.reason[:27]) == ("inconclusive", "25.0 % of the rows of test,")
+    assert (
+        verdict("reached", "", metrics(attack={**ATTACK, "balanced_accuracy": 0.9}), overlap=0.25).word == "contained"
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [

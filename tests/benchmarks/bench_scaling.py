@@ -112,7 +112,7 @@ def random_features(rows: int, width: int, classes: int, settings: UnlearnConfig
             _, running = ray.wait(running, num_returns=1, fetch_local=False)
     ray.wait(running, num_returns=len(running), fetch_local=False)
     reports = [
-        ShardReport(index, count, (count,), b"", (), 0.0, count * width * 4, np.empty(0, np.uint64))
+        ShardReport(index, count, (count,), b"", (), 0.0, count * width * 4, np.zeros(count, np.uint64))
         for index, count in enumerate(counts)
     ]
     return FeatureSet(TaskRunner(settings), refs, reports)
@@ -334,7 +334,7 @@ def measure_tasks(shards: int, seconds: float = 0.5, each: int = 20) -> dict[str
     found: dict[str, Any] = {"task_seconds": seconds, "workers": []}
     with cluster(32):
         kept = ray.put(random_shard(0, 1, 4, 2))
-        report = ShardReport(0, 1, (1,), b"", (), 0.0, 16, np.empty(0, np.uint64))
+        report = ShardReport(0, 1, (1,), b"", (), 0.0, 16, np.zeros(1, np.uint64))
 
         def stage(count: int, workers: int, length: float) -> float:
             features = FeatureSet(TaskRunner(config(workers)), [kept] * count, [report] * count)
