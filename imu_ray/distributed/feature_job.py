@@ -158,6 +158,7 @@ class FeatureSet:
         """Samples whose input is that of a sample of another set, by 64 bits of its digest."""
         marks = np.unique(np.concatenate([report.marks_n for report in other.reports]))
         after = [np.searchsorted(marks, report.marks_n, "right") for report in self.reports]
+        # The mark before a place, or the last one before the first place, which is larger and so another.
         return sum(
             int((marks[place - 1] == report.marks_n).sum()) for place, report in zip(after, self.reports, strict=True)
         )
